@@ -1,0 +1,436 @@
+//! Every setting: its name in TOML, environment and flags, its default and what is allowed.
+//!
+//! Order: defaults < TOML file < environment < flags. All four go through the same [`SETTINGS`] table, so a bad value is the
+//! same error wherever it stands: it names the setting as its user wrote it, the value and what is allowed.
+
+use std::{fmt, net::SocketAddr, path::PathBuf};
+
+use crate::{
+    id::{NAME_ALLOWED, NodeId},
+    limits,
+    vm::Defaults,
+};
+
+/// The whole configuration of a control plane.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Who this node is and where it listens.
+    pub server: ServerConfig,
+    /// VM hypervisor settings.
+    pub firecracker: FirecrackerConfig,
+    /// Where things are stored.
+    pub storage: StorageConfig,
+    /// How VMs are managed.
+    pub vm_manager: VmManagerConfig,
+}
+
+/// Who this node is and where it listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// Where gRPC is served. Port 0: any free port.
+    pub listen: SocketAddr,
+    /// This node's name.
+    pub node_id: NodeId,
+}
+
+/// VM hypervisor settings. The name is history's: the hypervisors are Cloud Hypervisor and QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FirecrackerConfig {
+    /// Which hypervisor.
+    pub driver: DriverChoice,
+    /// How many VMs may run at once.
+    pub max_concurrent_vms: u32,
+    /// Memory of a VM that asks for none, in MiB.
+    pub default_memory_mb: u32,
+    /// Virtual CPUs of a VM that asks for none.
+    pub default_vcpus: u32,
+    /// Directory of the Nix flake that builds images.
+    pub flake_dir: PathBuf,
+    /// Directory of images: one directory each, with `vmlinuz` and `initramfs`.
+    pub image_dir: PathBuf,
+}
+
+/// Where things are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorageConfig {
+    /// The registry's database (`hiqlite/`) and the logs of jobs (`logs/`).
+    pub data_dir: PathBuf,
+    /// What each VM holds, one directory a VM.
+    pub vm_state_dir: PathBuf,
+}
+
+/// How VMs are managed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmManagerConfig {
+    /// Whether the scheduler starts service VMs for jobs that need one, and ends its idle ones when room is short.
+    pub auto_scaling: bool,
+    /// How many service VMs of the default image the scheduler keeps warm.
+    pub pre_warm_count: u32,
+}
+
+/// Which VM driver to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverChoice {
+    /// The best that this machine can run; never `process`.
+    Auto,
+    /// QEMU: KVM where it works, else emulation.
+    Qemu,
+    /// Plain processes without isolation: for development and tests.
+    Process,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            server: ServerConfig {
+                listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
+                node_id: NodeId::parse("node_id", "node-1").unwrap_or_else(|_| unreachable!("a constant name")),
+            },
+            firecracker: FirecrackerConfig {
+                driver: DriverChoice::Auto,
+                max_concurrent_vms: 10,
+                default_memory_mb: 512,
+                default_vcpus: 2,
+                flake_dir: "./microvms".into(),
+                image_dir: "./images".into(),
+            },
+            storage: StorageConfig { data_dir: "./data".into(), vm_state_dir: "./data/vm-state".into() },
+            vm_manager: VmManagerConfig { auto_scaling: true, pre_warm_count: 0 },
+        }
+    }
+}
+
+impl Config {
+    /// What fills in what a request leaves out.
+    #[must_use]
+    pub fn defaults(&self) -> Defaults {
+        Defaults { vcpus: self.firecracker.default_vcpus, memory_mib: self.firecracker.default_memory_mb }
+    }
+
+    /// Puts the configuration together. `file` is the path and text of a TOML file, `env` looks up an environment
+    /// variable, `flag` the value of a command-line flag by its name without dashes.
+    ///
+    /// # Errors
+    /// The first setting that is unknown or has a value that is not allowed.
+    pub fn load(
+        file: Option<(&str, &str)>,
+        env: impl Fn(&str) -> Option<String>,
+        flag: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        if let Some((path, text)) = file {
+            config.apply_file(path, text)?;
+        }
+        for setting in SETTINGS {
+            if let Some(value) = env(setting.env) {
+                setting.apply(&mut config, &format!("environment variable {}", setting.env), &value)?;
+            }
+            if let Some(value) = flag(setting.flag) {
+                setting.apply(&mut config, &format!("flag --{}", setting.flag), &value)?;
+            }
+        }
+        Ok(config)
+    }
+
+    fn apply_file(&mut self, path: &str, text: &str) -> Result<(), ConfigError> {
+        let syntax = |error: toml::de::Error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() };
+        for (section, body) in text.parse::<toml::Table>().map_err(syntax)? {
+            let unknown = |key: String| ConfigError::Unknown { path: path.to_owned(), key };
+            let toml::Value::Table(body) = body else { return Err(unknown(section)) };
+            for (key, value) in body {
+                let name = format!("{section}.{key}");
+                let Some(setting) = SETTINGS.iter().find(|setting| setting.key == name) else {
+                    return Err(unknown(name));
+                };
+                let value = match value {
+                    toml::Value::String(text) => text,
+                    other => other.to_string(),
+                };
+                setting.apply(self, &format!("{path}: {name}"), &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The configuration as a TOML file, each setting with its comment.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        let mut text = String::new();
+        let mut section = "";
+        for setting in SETTINGS {
+            let (head, key) = setting.key.split_once('.').unwrap_or(("", setting.key));
+            if head != section {
+                section = head;
+                text += &format!("{}[{head}]\n", if text.is_empty() { "" } else { "\n" });
+            }
+            let value = (setting.get)(self);
+            let bare = value.parse::<u64>().is_ok() || value == "true" || value == "false";
+            let value = if bare { value } else { toml::Value::String(value).to_string() };
+            text += &format!("# {} ({})\n{key} = {value}\n", setting.help, setting.allowed);
+        }
+        text
+    }
+}
+
+/// A setting: one row of the table that the documentation, the file, the environment and the flags share.
+pub struct Setting {
+    /// `section.key` in a TOML file.
+    pub key: &'static str,
+    /// Environment variable.
+    pub env: &'static str,
+    /// Command-line flag, without dashes.
+    pub flag: &'static str,
+    /// What it does.
+    pub help: &'static str,
+    /// What is allowed, in words.
+    pub allowed: &'static str,
+    set: fn(&mut Config, &str) -> Option<()>,
+    get: fn(&Config) -> String,
+}
+
+impl Setting {
+    fn apply(&self, config: &mut Config, source: &str, value: &str) -> Result<(), ConfigError> {
+        (self.set)(config, value).ok_or_else(|| ConfigError::Value {
+            source_name: source.to_owned(),
+            value: value.to_owned(),
+            allowed: self.allowed,
+        })
+    }
+}
+
+/// Every setting, by section.
+pub const SETTINGS: &[Setting] = &[
+    Setting {
+        key: "server.listen",
+        env: "BLIXARD_LISTEN",
+        flag: "listen",
+        help: "Where gRPC is served",
+        allowed: "an address and port such as 127.0.0.1:50051; port 0 takes any free one",
+        set: |config, value| value.parse().ok().map(|address| config.server.listen = address),
+        get: |config| config.server.listen.to_string(),
+    },
+    Setting {
+        key: "server.node_id",
+        env: "BLIXARD_NODE_ID",
+        flag: "node-id",
+        help: "This node's name",
+        allowed: NAME_ALLOWED,
+        set: |config, value| NodeId::parse("", value).ok().map(|id| config.server.node_id = id),
+        get: |config| config.server.node_id.to_string(),
+    },
+    Setting {
+        key: "firecracker.driver",
+        env: "BLIXARD_DRIVER",
+        flag: "driver",
+        help: "Which VM driver to use; process has no isolation",
+        allowed: "auto, qemu or process",
+        set: |config, value| {
+            config.firecracker.driver = match value {
+                "auto" => DriverChoice::Auto,
+                "qemu" => DriverChoice::Qemu,
+                "process" => DriverChoice::Process,
+                _ => return None,
+            };
+            Some(())
+        },
+        get: |config| {
+            match config.firecracker.driver {
+                DriverChoice::Auto => "auto",
+                DriverChoice::Qemu => "qemu",
+                DriverChoice::Process => "process",
+            }
+            .to_owned()
+        },
+    },
+    Setting {
+        key: "firecracker.max_concurrent_vms",
+        env: "FIRECRACKER_MAX_CONCURRENT_VMS",
+        flag: "max-vms",
+        help: "How many VMs may run at once",
+        allowed: "a whole number from 1 to 10000",
+        set: |config, value| number(value, 1, 10_000).map(|n| config.firecracker.max_concurrent_vms = n),
+        get: |config| config.firecracker.max_concurrent_vms.to_string(),
+    },
+    Setting {
+        key: "firecracker.default_memory_mb",
+        env: "FIRECRACKER_DEFAULT_MEMORY_MB",
+        flag: "default-memory-mb",
+        help: "Memory of a VM that asks for none, in MiB",
+        allowed: "a whole number from 64 to 1048576",
+        set: |config, value| {
+            number(value, limits::MIN_MEMORY_MIB, limits::MAX_MEMORY_MIB)
+                .map(|n| config.firecracker.default_memory_mb = n)
+        },
+        get: |config| config.firecracker.default_memory_mb.to_string(),
+    },
+    Setting {
+        key: "firecracker.default_vcpus",
+        env: "FIRECRACKER_DEFAULT_VCPUS",
+        flag: "default-vcpus",
+        help: "Virtual CPUs of a VM that asks for none",
+        allowed: "a whole number from 1 to 64",
+        set: |config, value| number(value, 1, limits::MAX_VCPUS).map(|n| config.firecracker.default_vcpus = n),
+        get: |config| config.firecracker.default_vcpus.to_string(),
+    },
+    Setting {
+        key: "firecracker.flake_dir",
+        env: "FIRECRACKER_FLAKE_DIR",
+        flag: "flake-dir",
+        help: "Directory of the Nix flake that builds images",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.firecracker.flake_dir = path),
+        get: |config| config.firecracker.flake_dir.display().to_string(),
+    },
+    Setting {
+        key: "firecracker.image_dir",
+        env: "BLIXARD_IMAGE_DIR",
+        flag: "image-dir",
+        help: "Directory of images, one directory each with vmlinuz and initramfs",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.firecracker.image_dir = path),
+        get: |config| config.firecracker.image_dir.display().to_string(),
+    },
+    Setting {
+        key: "storage.data_dir",
+        env: "BLIXARD_DATA_DIR",
+        flag: "data-dir",
+        help: "Where the registry's database and the logs of jobs are",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.storage.data_dir = path),
+        get: |config| config.storage.data_dir.display().to_string(),
+    },
+    Setting {
+        key: "storage.vm_state_dir",
+        env: "VM_STATE_DIR",
+        flag: "vm-state-dir",
+        help: "What each VM holds, one directory a VM",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.storage.vm_state_dir = path),
+        get: |config| config.storage.vm_state_dir.display().to_string(),
+    },
+    Setting {
+        key: "vm_manager.auto_scaling",
+        env: "BLIXARD_AUTO_SCALING",
+        flag: "auto-scaling",
+        help: "Start service VMs for jobs that need one, and end idle ones when room is short",
+        allowed: "true or false",
+        set: |config, value| value.parse().ok().map(|on| config.vm_manager.auto_scaling = on),
+        get: |config| config.vm_manager.auto_scaling.to_string(),
+    },
+    Setting {
+        key: "vm_manager.pre_warm_count",
+        env: "BLIXARD_PRE_WARM_COUNT",
+        flag: "pre-warm-count",
+        help: "How many service VMs of the default image are kept warm",
+        allowed: "a whole number from 0 to 10000",
+        set: |config, value| number(value, 0, 10_000).map(|n| config.vm_manager.pre_warm_count = n),
+        get: |config| config.vm_manager.pre_warm_count.to_string(),
+    },
+];
+
+fn number(value: &str, min: u32, max: u32) -> Option<u32> {
+    value.parse().ok().filter(|number| (min..=max).contains(number))
+}
+
+fn path(value: &str) -> Option<PathBuf> {
+    (!value.is_empty()).then(|| value.into())
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConfigError {
+    /// A value is not allowed.
+    Value {
+        /// The setting as its user wrote it.
+        source_name: String,
+        /// Its value.
+        value: String,
+        /// What would have been allowed.
+        allowed: &'static str,
+    },
+    /// A file has a key that means nothing.
+    Unknown {
+        /// The file.
+        path: String,
+        /// The key.
+        key: String,
+    },
+    /// A file is no TOML.
+    Syntax {
+        /// The file.
+        path: String,
+        /// What the parser says, with line and column.
+        message: String,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Value { source_name, value, allowed } => {
+                write!(f, "{source_name}: \"{value}\" is not allowed: {allowed}")
+            }
+            Self::Unknown { path, key } => {
+                let known: Vec<_> = SETTINGS.iter().map(|setting| setting.key).collect();
+                write!(f, "{path}: there is no setting \"{key}\"; there are: {}", known.join(", "))
+            }
+            Self::Syntax { path, message } => write!(f, "{path} is not valid TOML: {message}"),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: Option<&str>, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, String> {
+        let find = |list: &[(&str, &str)], name: &str| {
+            list.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
+        };
+        Config::load(file.map(|text| ("c.toml", text)), |name| find(env, name), |name| find(flags, name))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn flags_beat_environment_beats_file_beats_defaults() {
+        let file = "[firecracker]\nmax_concurrent_vms = 1\ndefault_vcpus = 1\ndefault_memory_mb = 100\n";
+        let env = [("FIRECRACKER_MAX_CONCURRENT_VMS", "2"), ("FIRECRACKER_DEFAULT_VCPUS", "2")];
+        let config = load(Some(file), &env, &[("max-vms", "3")]).expect("valid").firecracker;
+        assert_eq!((config.max_concurrent_vms, config.default_vcpus, config.default_memory_mb), (3, 2, 100));
+    }
+
+    #[test]
+    fn errors_name_the_setting_as_written_the_value_and_what_is_allowed() {
+        let refused = [
+            load(None, &[("FIRECRACKER_MAX_CONCURRENT_VMS", "0")], &[]),
+            load(None, &[("FIRECRACKER_DEFAULT_MEMORY_MB", "lots")], &[]),
+            load(None, &[("FIRECRACKER_DEFAULT_VCPUS", "65")], &[]),
+            load(None, &[("FIRECRACKER_FLAKE_DIR", "")], &[]),
+            load(None, &[("VM_STATE_DIR", "")], &[]),
+            load(None, &[], &[("driver", "firecracker")]),
+            load(Some("[vm_manager]\npre_warm_count = -1\n"), &[], &[]),
+            load(Some("[vm_manager]\npre_warm = 1\n"), &[], &[]),
+        ];
+        let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
+        insta::assert_snapshot!(messages.join("\n"), @r#"
+        environment variable FIRECRACKER_MAX_CONCURRENT_VMS: "0" is not allowed: a whole number from 1 to 10000
+        environment variable FIRECRACKER_DEFAULT_MEMORY_MB: "lots" is not allowed: a whole number from 64 to 1048576
+        environment variable FIRECRACKER_DEFAULT_VCPUS: "65" is not allowed: a whole number from 1 to 64
+        environment variable FIRECRACKER_FLAKE_DIR: "" is not allowed: a path
+        environment variable VM_STATE_DIR: "" is not allowed: a path
+        flag --driver: "firecracker" is not allowed: auto, qemu or process
+        c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, vm_manager.auto_scaling, vm_manager.pre_warm_count
+        "#);
+        let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
+        assert!(syntax.starts_with("c.toml is not valid TOML: TOML parse error at line 1"), "{syntax}");
+    }
+
+    #[test]
+    fn the_printed_configuration_loads_back_as_itself() {
+        let config = load(None, &[("FIRECRACKER_MAX_CONCURRENT_VMS", "77")], &[("driver", "process")]).expect("valid");
+        assert_eq!(load(Some(&config.to_toml()), &[], &[]), Ok(config));
+    }
+}

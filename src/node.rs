@@ -1,0 +1,135 @@
+//! A node: one vmhost and what it offers.
+
+use std::fmt;
+
+use crate::{
+    error::{Error, invalid},
+    id::NodeId,
+    pb::common::v1 as pb,
+    time::Timestamp,
+};
+
+/// Whether a node takes work. The names are those of the registry's `state` column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NodeState {
+    Ready,
+    Cordoned,
+    Draining,
+    Lost,
+}
+
+impl NodeState {
+    /// Every state.
+    pub const ALL: [Self; 4] = [Self::Ready, Self::Cordoned, Self::Draining, Self::Lost];
+
+    /// The name in tables, logs and JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ready => "Ready",
+            Self::Cordoned => "Cordoned",
+            Self::Draining => "Draining",
+            Self::Lost => "Lost",
+        }
+    }
+
+    /// The inverse of [`NodeState::as_str`].
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == name)
+    }
+
+    /// The wire's value.
+    #[must_use]
+    pub fn to_pb(self) -> pb::NodeState {
+        match self {
+            Self::Ready => pb::NodeState::Ready,
+            Self::Cordoned => pb::NodeState::Cordoned,
+            Self::Draining => pb::NodeState::Draining,
+            Self::Lost => pb::NodeState::Lost,
+        }
+    }
+}
+
+impl fmt::Display for NodeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A node as the registry records it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub id: NodeId,
+    /// Whether it takes work.
+    pub state: NodeState,
+    /// Where its vmhost answers, as `http://host:port`.
+    pub endpoint: String,
+    /// The VM driver it uses.
+    pub driver: String,
+    /// The largest number of virtual CPUs one of its VMs may have.
+    pub vcpus: u32,
+    /// Memory that all of its VMs together may have, in MiB.
+    pub memory_mib: u64,
+    /// How many VMs it runs at once.
+    pub max_vms: u32,
+    /// The images it can boot.
+    pub images: Vec<String>,
+    /// Counts the starts of its vmhost.
+    pub incarnation: u64,
+    /// The registry's revision at its last change.
+    pub revision: u64,
+    /// When its vmhost last registered.
+    pub registered_at: Timestamp,
+}
+
+impl From<Node> for pb::Node {
+    fn from(node: Node) -> Self {
+        Self {
+            id: node.id.to_string(),
+            state: node.state.to_pb().into(),
+            endpoint: node.endpoint,
+            driver: node.driver,
+            vcpus: node.vcpus,
+            memory_mib: node.memory_mib,
+            max_vms: node.max_vms,
+            images: node.images,
+            incarnation: node.incarnation,
+            revision: node.revision,
+            registered_at: Some(node.registered_at.into()),
+        }
+    }
+}
+
+impl TryFrom<pb::Node> for Node {
+    type Error = Error;
+
+    fn try_from(node: pb::Node) -> Result<Self, Error> {
+        let state = NodeState::ALL
+            .into_iter()
+            .find(|state| i32::from(state.to_pb()) == node.state)
+            // A vmhost that registers leaves the state to the registry.
+            .or((node.state == 0).then_some(NodeState::Ready))
+            .ok_or_else(|| invalid("node.state", node.state, "one of the node states 1 to 4"))?;
+        let host = node.endpoint.strip_prefix("http://").or_else(|| node.endpoint.strip_prefix("https://"));
+        if host.is_none_or(str::is_empty) {
+            return Err(invalid("node.endpoint", node.endpoint, "http://host:port"));
+        }
+        if node.max_vms == 0 {
+            return Err(invalid("node.max_vms", node.max_vms, "at least 1"));
+        }
+        Ok(Self {
+            id: NodeId::parse("node.id", &node.id)?,
+            state,
+            endpoint: node.endpoint,
+            driver: node.driver,
+            vcpus: node.vcpus,
+            memory_mib: node.memory_mib,
+            max_vms: node.max_vms,
+            images: node.images,
+            incarnation: node.incarnation,
+            revision: node.revision,
+            registered_at: node.registered_at.unwrap_or_default().into(),
+        })
+    }
+}

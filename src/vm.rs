@@ -1,0 +1,385 @@
+//! A VM: what it is made of, and the one table of its life.
+
+use std::{collections::BTreeMap, fmt};
+
+use crate::{
+    error::{Error, invalid},
+    id::{JobId, NAME_ALLOWED, NodeId, VmId, is_name},
+    limits,
+    pb::common::v1 as pb,
+    time::Timestamp,
+};
+
+/// How long a VM lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmKind {
+    /// Runs one job and ends.
+    Ephemeral,
+    /// Runs job after job until it is stopped.
+    Service,
+}
+
+/// Where a VM is in its life. The names are those of the registry's `state` column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+pub enum VmState {
+    Starting,
+    Ready,
+    Busy,
+    Idle,
+    Draining,
+    Terminated,
+    Failed,
+}
+
+impl VmState {
+    /// Every state, in the order of a VM's life.
+    pub const ALL: [Self; 7] =
+        [Self::Starting, Self::Ready, Self::Busy, Self::Idle, Self::Draining, Self::Terminated, Self::Failed];
+
+    /// Whether a VM of this kind may go from here to `to`. Everything that moves a VM asks this one function.
+    #[must_use]
+    pub fn may_go_to(self, to: Self, kind: VmKind) -> bool {
+        match self {
+            Self::Starting => matches!(to, Self::Ready | Self::Draining | Self::Failed),
+            Self::Ready | Self::Idle => matches!(to, Self::Busy | Self::Draining | Self::Failed),
+            Self::Busy => match to {
+                Self::Idle => kind == VmKind::Service,
+                Self::Draining | Self::Failed => true,
+                Self::Starting | Self::Ready | Self::Busy | Self::Terminated => false,
+            },
+            Self::Draining => matches!(to, Self::Terminated | Self::Failed),
+            Self::Terminated | Self::Failed => false,
+        }
+    }
+
+    /// Whether the VM has ended.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Terminated | Self::Failed)
+    }
+
+    /// Whether the VM can be given a job now.
+    #[must_use]
+    pub fn takes_jobs(self) -> bool {
+        matches!(self, Self::Ready | Self::Idle)
+    }
+
+    /// Whether its guest is up: what users count as running.
+    #[must_use]
+    pub fn is_running(self) -> bool {
+        matches!(self, Self::Ready | Self::Busy | Self::Idle)
+    }
+
+    /// The name in tables, logs and JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "Starting",
+            Self::Ready => "Ready",
+            Self::Busy => "Busy",
+            Self::Idle => "Idle",
+            Self::Draining => "Draining",
+            Self::Terminated => "Terminated",
+            Self::Failed => "Failed",
+        }
+    }
+
+    /// The inverse of [`VmState::as_str`], ignoring case.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str().eq_ignore_ascii_case(name))
+    }
+
+    /// Parses the wire's value.
+    pub fn from_pb(field: &str, value: i32) -> Result<Self, Error> {
+        Ok(match pb::VmState::try_from(value) {
+            Ok(pb::VmState::Starting) => Self::Starting,
+            Ok(pb::VmState::Ready) => Self::Ready,
+            Ok(pb::VmState::Busy) => Self::Busy,
+            Ok(pb::VmState::Idle) => Self::Idle,
+            Ok(pb::VmState::Draining) => Self::Draining,
+            Ok(pb::VmState::Terminated) => Self::Terminated,
+            Ok(pb::VmState::Failed) => Self::Failed,
+            Ok(pb::VmState::Unspecified) | Err(_) => return Err(invalid(field, value, "one of the VM states 1 to 7")),
+        })
+    }
+
+    /// The wire's value.
+    #[must_use]
+    pub fn to_pb(self) -> pb::VmState {
+        match self {
+            Self::Starting => pb::VmState::Starting,
+            Self::Ready => pb::VmState::Ready,
+            Self::Busy => pb::VmState::Busy,
+            Self::Idle => pb::VmState::Idle,
+            Self::Draining => pb::VmState::Draining,
+            Self::Terminated => pb::VmState::Terminated,
+            Self::Failed => pb::VmState::Failed,
+        }
+    }
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl VmKind {
+    /// The name in tables, logs and JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ephemeral => "ephemeral",
+            Self::Service => "service",
+        }
+    }
+
+    /// The inverse of [`VmKind::as_str`].
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Ephemeral, Self::Service].into_iter().find(|kind| kind.as_str().eq_ignore_ascii_case(name))
+    }
+
+    /// Parses the wire's value; unspecified is an error.
+    pub fn from_pb(field: &str, value: i32) -> Result<Self, Error> {
+        match pb::VmKind::try_from(value) {
+            Ok(pb::VmKind::Ephemeral) => Ok(Self::Ephemeral),
+            Ok(pb::VmKind::Service) => Ok(Self::Service),
+            Ok(pb::VmKind::Unspecified) | Err(_) => {
+                Err(invalid(field, value, "VM_KIND_EPHEMERAL (1) or VM_KIND_SERVICE (2)"))
+            }
+        }
+    }
+
+    /// The wire's value.
+    #[must_use]
+    pub fn to_pb(self) -> pb::VmKind {
+        match self {
+            Self::Ephemeral => pb::VmKind::Ephemeral,
+            Self::Service => pb::VmKind::Service,
+        }
+    }
+}
+
+impl fmt::Display for VmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What fills in what a request leaves out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Defaults {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+/// What a VM is made of: checked, with every default filled in.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+pub struct VmConfig {
+    /// Ephemeral or service.
+    pub kind: VmKind,
+    /// Name of the image it boots.
+    pub image: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Labels for filtering.
+    pub labels: BTreeMap<String, String>,
+    /// The node that must run it; `None`: the scheduler chooses.
+    pub node_id: Option<NodeId>,
+}
+
+impl VmConfig {
+    /// Checks a request's `config`, filling in defaults; errors name the field below `field`.
+    pub fn parse(field: &str, config: pb::VmConfig, defaults: Defaults) -> Result<Self, Error> {
+        Ok(Self {
+            kind: VmKind::from_pb(&format!("{field}.kind"), config.kind)?,
+            image: parse_image(field, config.image)?,
+            vcpus: parse_vcpus(field, config.vcpus, defaults)?,
+            memory_mib: parse_memory(field, config.memory_mib, defaults)?,
+            labels: parse_labels(field, config.labels)?,
+            node_id: parse_node(field, &config.node_id)?,
+        })
+    }
+
+    /// Checks a config in which nothing may be left out: what services send each other.
+    pub fn parse_full(field: &str, config: Option<pb::VmConfig>) -> Result<Self, Error> {
+        let config = config.ok_or_else(|| invalid(field, "", "required"))?;
+        // Zero is refused below, so a missing number can't slip through as a default.
+        Self::parse(field, config, Defaults { vcpus: 0, memory_mib: 0 })
+    }
+}
+
+impl From<VmConfig> for pb::VmConfig {
+    fn from(config: VmConfig) -> Self {
+        Self {
+            kind: config.kind.to_pb().into(),
+            image: config.image,
+            vcpus: Some(config.vcpus),
+            memory_mib: Some(config.memory_mib),
+            labels: config.labels,
+            node_id: config.node_id.map(|id| id.to_string()).unwrap_or_default(),
+        }
+    }
+}
+
+pub(crate) fn parse_image(field: &str, image: String) -> Result<String, Error> {
+    if image.is_empty() {
+        Ok(limits::DEFAULT_IMAGE.to_owned())
+    } else if is_name(&image) {
+        Ok(image)
+    } else {
+        Err(invalid(&format!("{field}.image"), image, NAME_ALLOWED))
+    }
+}
+
+pub(crate) fn parse_vcpus(field: &str, vcpus: Option<u32>, defaults: Defaults) -> Result<u32, Error> {
+    let vcpus = vcpus.unwrap_or(defaults.vcpus);
+    if (1..=limits::MAX_VCPUS).contains(&vcpus) {
+        Ok(vcpus)
+    } else {
+        Err(invalid(&format!("{field}.vcpus"), vcpus, &format!("1 to {}", limits::MAX_VCPUS)))
+    }
+}
+
+pub(crate) fn parse_memory(field: &str, memory_mib: Option<u32>, defaults: Defaults) -> Result<u32, Error> {
+    let memory_mib = memory_mib.unwrap_or(defaults.memory_mib);
+    if (limits::MIN_MEMORY_MIB..=limits::MAX_MEMORY_MIB).contains(&memory_mib) {
+        Ok(memory_mib)
+    } else {
+        let allowed = format!("{} to {} (MiB)", limits::MIN_MEMORY_MIB, limits::MAX_MEMORY_MIB);
+        Err(invalid(&format!("{field}.memory_mib"), memory_mib, &allowed))
+    }
+}
+
+/// Checks labels: those of a spec and those of a filter.
+pub fn parse_labels(field: &str, labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Error> {
+    let field = format!("{field}.labels");
+    if labels.len() > limits::MAX_LABELS {
+        return Err(invalid(&field, labels.len(), &format!("at most {} labels", limits::MAX_LABELS)));
+    }
+    for (key, value) in &labels {
+        if !(1..=63).contains(&key.len()) {
+            return Err(invalid(&field, key, "keys of 1 to 63 bytes"));
+        }
+        if value.len() > 255 {
+            return Err(invalid(&field, value, "values of at most 255 bytes"));
+        }
+    }
+    Ok(labels)
+}
+
+pub(crate) fn parse_node(field: &str, node_id: &str) -> Result<Option<NodeId>, Error> {
+    match node_id {
+        "" => Ok(None),
+        id => NodeId::parse(&format!("{field}.node_id"), id).map(Some),
+    }
+}
+
+/// A VM as the registry records it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vm {
+    pub id: VmId,
+    /// What it is made of.
+    pub config: VmConfig,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// The node that runs it.
+    pub node_id: NodeId,
+    /// The job it runs now.
+    pub job_id: Option<JobId>,
+    /// Why it is in this state; may be empty.
+    pub reason: String,
+    /// Counts its changes, from 1.
+    pub generation: u64,
+    /// The registry's revision at its last change.
+    pub revision: u64,
+    /// When it was recorded.
+    pub created_at: Timestamp,
+    /// When it last changed.
+    pub updated_at: Timestamp,
+}
+
+impl From<Vm> for pb::Vm {
+    fn from(vm: Vm) -> Self {
+        Self {
+            id: vm.id.to_string(),
+            config: Some(vm.config.into()),
+            state: vm.state.to_pb().into(),
+            node_id: vm.node_id.to_string(),
+            job_id: vm.job_id.map(|id| id.to_string()).unwrap_or_default(),
+            reason: vm.reason,
+            generation: vm.generation,
+            revision: vm.revision,
+            created_at: Some(vm.created_at.into()),
+            updated_at: Some(vm.updated_at.into()),
+        }
+    }
+}
+
+impl TryFrom<pb::Vm> for Vm {
+    type Error = Error;
+
+    fn try_from(vm: pb::Vm) -> Result<Self, Error> {
+        Ok(Self {
+            id: VmId::parse("vm.id", &vm.id)?,
+            config: VmConfig::parse_full("vm.config", vm.config)?,
+            state: VmState::from_pb("vm.state", vm.state)?,
+            node_id: NodeId::parse("vm.node_id", &vm.node_id)?,
+            job_id: if vm.job_id.is_empty() { None } else { Some(JobId::parse("vm.job_id", &vm.job_id)?) },
+            reason: vm.reason,
+            generation: vm.generation,
+            revision: vm.revision,
+            created_at: vm.created_at.unwrap_or_default().into(),
+            updated_at: vm.updated_at.unwrap_or_default().into(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_transitions_is_the_documented_one() {
+        let mut table = String::new();
+        for kind in [VmKind::Ephemeral, VmKind::Service] {
+            for from in VmState::ALL {
+                let to: Vec<_> =
+                    VmState::ALL.into_iter().filter(|&to| from.may_go_to(to, kind)).map(VmState::as_str).collect();
+                table += &format!("{kind:9} {from:10} -> {}\n", to.join(" "));
+            }
+        }
+        insta::assert_snapshot!(table, @r"
+        ephemeral Starting   -> Ready Draining Failed
+        ephemeral Ready      -> Busy Draining Failed
+        ephemeral Busy       -> Draining Failed
+        ephemeral Idle       -> Busy Draining Failed
+        ephemeral Draining   -> Terminated Failed
+        ephemeral Terminated -> 
+        ephemeral Failed     -> 
+        service   Starting   -> Ready Draining Failed
+        service   Ready      -> Busy Draining Failed
+        service   Busy       -> Idle Draining Failed
+        service   Idle       -> Busy Draining Failed
+        service   Draining   -> Terminated Failed
+        service   Terminated -> 
+        service   Failed     -> 
+        ");
+    }
+
+    #[test]
+    fn names_and_wire_values_round_trip() {
+        for state in VmState::ALL {
+            assert_eq!(VmState::from_name(state.as_str()), Some(state));
+            assert_eq!(VmState::from_pb("s", state.to_pb().into()), Ok(state));
+        }
+        assert!(VmState::from_pb("s", 0).is_err() && VmState::from_pb("s", 99).is_err());
+    }
+}

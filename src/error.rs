@@ -101,6 +101,8 @@ impl Error {
         let known = info.as_ref().and_then(|info| Reason::from_name(&info.reason));
         let reason = known.unwrap_or(match status.code() {
             Code::DeadlineExceeded => Reason::DeadlineExceeded,
+            // What tonic's client says when its own timer fires (seen in 0.14.9).
+            Code::Cancelled if status.message() == "Timeout expired" => Reason::DeadlineExceeded,
             Code::Unavailable => Reason::PeerUnavailable,
             Code::ResourceExhausted => Reason::Overloaded,
             Code::InvalidArgument => Reason::InvalidField,

@@ -1,1 +1,17 @@
+//! What every service is hosted in, so that a service is only its contract:
+//!
+//! ```text
+//!   socket ─► Server ─► Admission (deadline, limit, span, shutdown) ─► health | reflection | the service
+//!                └─ Tasks: every background task has a name, an owner and an end
+//! ```
+//!
+//! It must not know any particular service.
 
+pub mod admission;
+pub mod client;
+pub mod server;
+pub mod tasks;
+pub mod telemetry;
+
+pub use server::Server;
+pub use tasks::Tasks;

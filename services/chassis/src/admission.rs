@@ -1,0 +1,219 @@
+//! The layer that every request passes: a span, a limit on concurrency, a deadline, and an end at shutdown.
+//!
+//! tonic's own deadline answers CANCELLED (seen in 0.14.9); a caller is owed DEADLINE_EXCEEDED. A deadline that the caller
+//! set covers the whole call, streams too; the default one covers the time until a call answers, so a unary call
+//! always ends and a stream may live. At shutdown open streams end with SHUTTING_DOWN, which clients take as "connect again".
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use blixard::{
+    error::{Error, Reason},
+    limits,
+};
+use http::{HeaderMap, Request, Response};
+use http_body::{Frame, SizeHint};
+use tokio::{
+    sync::Semaphore,
+    time::{Sleep, sleep_until},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::{Status, body::Body};
+use tower::{Layer, Service};
+use tracing::Instrument as _;
+
+/// Ours fires this much (or a tenth of the timeout) before the caller's, so that the answer that names the reason arrives
+/// before the caller's own timer, and tonic's, cut the call.
+const MARGIN: Duration = Duration::from_millis(10);
+
+/// When a call must be answered; in the extensions of every request.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline(pub Instant);
+
+/// Makes [`Admission`].
+#[derive(Clone)]
+pub(crate) struct AdmissionLayer {
+    slots: Arc<Semaphore>,
+    token: CancellationToken,
+}
+
+impl AdmissionLayer {
+    pub(crate) fn new(token: CancellationToken) -> Self {
+        Self { slots: Arc::new(Semaphore::new(limits::MAX_CONCURRENT_REQUESTS)), token }
+    }
+}
+
+impl<S> Layer<S> for AdmissionLayer {
+    type Service = Admission<S>;
+
+    fn layer(&self, inner: S) -> Admission<S> {
+        Admission { inner, shared: self.clone() }
+    }
+}
+
+/// See the module.
+#[derive(Clone)]
+pub(crate) struct Admission<S> {
+    inner: S,
+    shared: AdmissionLayer,
+}
+
+impl<S> Service<Request<Body>> for Admission<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let Ok(slot) = self.shared.slots.clone().try_acquire_owned() else {
+            return Box::pin(async { Ok(overloaded().into_http()) });
+        };
+        let asked = request.headers().get("grpc-timeout").map(parse_timeout);
+        let timeout = match asked {
+            None => limits::DEFAULT_DEADLINE,
+            Some(Some(timeout)) => timeout.saturating_sub(MARGIN.min(timeout / 10)),
+            Some(None) => return Box::pin(async { Ok(malformed_timeout().into_http()) }),
+        };
+        let deadline = Instant::now() + timeout;
+        request.extensions_mut().insert(Deadline(deadline));
+
+        let span = tracing::debug_span!("rpc", method = request.uri().path());
+        let token = self.shared.token.clone();
+        let answer = self.inner.call(request);
+        Box::pin(
+            async move {
+                let result = tokio::time::timeout_at(deadline.into(), answer).await;
+                drop(slot);
+                let Ok(response) = result else { return Ok(deadline_exceeded().into_http()) };
+                Ok(response?.map(|body| Body::new(Bounded::new(body, asked.map(|_| deadline), token))))
+            }
+            .instrument(span),
+        )
+    }
+}
+
+/// A response body that ends at the caller's deadline and at shutdown, with a status that says so.
+struct Bounded {
+    inner: Body,
+    deadline: Option<Pin<Box<Sleep>>>,
+    shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
+    ended: bool,
+}
+
+impl Bounded {
+    fn new(inner: Body, deadline: Option<Instant>, token: CancellationToken) -> Self {
+        Self {
+            inner,
+            deadline: deadline.map(|deadline| Box::pin(sleep_until(deadline.into()))),
+            shutdown: Box::pin(token.cancelled_owned()),
+            ended: false,
+        }
+    }
+
+    fn cut_short(&mut self, context: &mut Context<'_>) -> Option<Status> {
+        if let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(context).is_ready()
+        {
+            return Some(deadline_exceeded());
+        }
+        self.shutdown.as_mut().poll(context).is_ready().then(shutting_down)
+    }
+}
+
+impl http_body::Body for Bounded {
+    type Data = bytes::Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<bytes::Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) {
+            return Poll::Ready(frame);
+        }
+        let Some(status) = self.cut_short(context) else { return Poll::Pending };
+        self.ended = true;
+        let mut trailers = HeaderMap::new();
+        match status.add_header(&mut trailers) {
+            Ok(()) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Err(status) => Poll::Ready(Some(Err(status))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended || self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// `grpc-timeout`: at most eight digits and a unit (the gRPC protocol's "Timeout").
+fn parse_timeout(value: &http::HeaderValue) -> Option<Duration> {
+    let value = value.to_str().ok()?;
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 3600)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+fn malformed_timeout() -> Status {
+    blixard::error::invalid("grpc-timeout", "", "at most eight digits and one of H, M, S, m, u, n").into()
+}
+
+fn deadline_exceeded() -> Status {
+    Error::new(Reason::DeadlineExceeded, "the deadline passed before the answer was ready; the outcome is unknown")
+        .into()
+}
+
+fn overloaded() -> Status {
+    let limit = limits::MAX_CONCURRENT_REQUESTS;
+    Error::new(Reason::Overloaded, format!("{limit} requests are being worked on already")).with("limit", limit).into()
+}
+
+fn shutting_down() -> Status {
+    Error::new(Reason::ShuttingDown, "the server is shutting down").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_parse_as_the_grpc_protocol_says() {
+        let parse = |text: &'static str| parse_timeout(&http::HeaderValue::from_static(text));
+        assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse("2H"), Some(Duration::from_secs(7200)));
+        assert_eq!(parse("99999999S"), Some(Duration::from_secs(99_999_999)));
+        for bad in ["", "S", "5", "5x", "123456789S", "-5S", "1é"] {
+            assert_eq!(http::HeaderValue::from_str(bad).ok().and_then(|value| parse_timeout(&value)), None, "{bad}");
+        }
+    }
+}

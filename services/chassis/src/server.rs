@@ -1,0 +1,156 @@
+//! A gRPC server with everything every service has: health, reflection, limits, deadlines, ordered shutdown.
+
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
+
+use blixard::{limits, pb};
+use http::{Request, Response};
+use tokio::net::TcpListener;
+use tonic::{
+    body::Body,
+    server::NamedService,
+    service::{Routes, RoutesBuilder},
+    transport::server::TcpIncoming,
+};
+use tonic_health::server::HealthReporter;
+use tower::Service;
+
+use crate::{
+    Tasks,
+    admission::AdmissionLayer,
+    client::{CONNECTION_WINDOW, STREAM_WINDOW},
+};
+
+/// How long calls have to end after shutdown began.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+/// Pings to clients that have gone silent, so that a dead one's streams are let go.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
+
+/// A server that is bound and not yet serving.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+    health: HealthReporter,
+}
+
+/// The address can't be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}{}", if source.kind() == std::io::ErrorKind::AddrInUse { ": another process does; choose another with --listen" } else { "" })]
+pub struct BindError {
+    /// The address.
+    pub address: SocketAddr,
+    /// What the kernel said.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// The server ended with an error.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Our own contracts could not be served for reflection.
+    #[error("reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The transport failed.
+    #[error("transport")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+impl Server {
+    /// Binds the address; port 0 takes a free one. Clients may connect from now on and wait until `serve`.
+    ///
+    /// # Errors
+    /// The address is in use or is not this machine's.
+    pub async fn bind(address: SocketAddr) -> Result<Self, BindError> {
+        let bound = TcpListener::bind(address).await.and_then(|listener| Ok((listener.local_addr()?, listener)));
+        let (address, listener) = bound.map_err(|source| BindError { address, source })?;
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let mut routes = Routes::builder();
+        routes.add_service(health_service);
+        Ok(Self { listener, address, routes, names: Vec::new(), health })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The endpoint under which processes of this machine reach it.
+    #[must_use]
+    pub fn local_endpoint(&self) -> String {
+        let mut address = self.address;
+        if address.ip().is_unspecified() {
+            address.set_ip(if address.is_ipv4() {
+                [127, 0, 0, 1].into()
+            } else {
+                std::net::Ipv6Addr::LOCALHOST.into()
+            });
+        }
+        format!("http://{address}")
+    }
+
+    /// Adds a service. It becomes SERVING when `serve` begins, under its full name.
+    #[must_use]
+    pub fn add_service<S>(mut self, service: S) -> Self
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.routes.add_service(service);
+        self.names.push(S::NAME);
+        self
+    }
+
+    /// To tell clients that a service is not well.
+    #[must_use]
+    pub fn health(&self) -> HealthReporter {
+        self.health.clone()
+    }
+
+    /// Serves until the tasks' token is cancelled; then says NOT_SERVING, ends open streams, stops accepting and gives
+    /// the calls that are left a bounded grace.
+    ///
+    /// # Errors
+    /// The transport failed.
+    pub async fn serve(mut self, tasks: &Tasks) -> Result<(), ServeError> {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        self.routes.add_service(reflection().build_v1()?);
+        self.routes.add_service(reflection().build_v1alpha()?);
+        for name in self.names.iter().chain([&""]) {
+            self.health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+        }
+
+        let stop = tasks.token().clone();
+        let announce = {
+            let (stop, health, names) = (stop.clone(), self.health.clone(), self.names.clone());
+            async move {
+                stop.cancelled().await;
+                for name in names.iter().chain([&""]) {
+                    health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+                }
+            }
+        };
+        let serving = tonic::transport::Server::builder()
+            .layer(AdmissionLayer::new(stop.clone()))
+            .max_concurrent_streams(limits::MAX_STREAMS_PER_CONNECTION)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
+            .add_routes(self.routes.routes())
+            .serve_with_incoming_shutdown(TcpIncoming::from(self.listener).with_nodelay(Some(true)), announce);
+        tokio::select! {
+            result = serving => Ok(result?),
+            () = async { stop.cancelled().await; tokio::time::sleep(SHUTDOWN_GRACE).await } => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! What a VM is made of on the host: the seam between vmhost and a hypervisor.
+//!
+//! ```text
+//!   Hypervisor ── launch(dir) ──► Machine ── connect() ─► raw stream to the guest agent's port
+//!       │  └───── adopt(dir) ───►    │  └─── wait() ────► how its main process ended
+//!       └──────── sweep(dir)         └────── kill(), console(), pids()
+//!
+//!   qemu     qemu-system-x86_64 + vhost-device-vsock, KVM or emulation   a real guest kernel
+//!   process  the guest agent as a plain process                          no isolation
+//! ```
+//!
+//! Rules that every implementation keeps, and `tests/hypervisor_conformance.rs` proves:
+//! - Its processes outlive vmhost: a process group of their own, no parent-death signal, no descriptor of vmhost's.
+//! - Every process carries `BLIXARD_VM_ID` and `BLIXARD_VM_DIR` in its environment from its first instruction, so that
+//!   [`Hypervisor::sweep`] finds it even when vmhost was killed between starting it and writing its record.
+//! - A process is named by pid *and* start time, and signalled through a pidfd: a reused pid is never hit.
+//! - Each launch has a fresh directory. Nothing is made outside it.
+//! - Cloud Hypervisor fits the same seam: API socket, vsock socket and record in `dir`, its pidfd for `wait`.
+//!
+//! This module must not know about jobs, the registry, or what the guest agent says.
+
+mod console;
+mod doctor;
+mod image;
+mod machine;
+mod process;
+mod procfs;
+mod qemu;
+mod record;
+mod socket;
+mod tools;
+
+use std::{ffi::OsString, fmt, io, path::PathBuf, sync::Arc};
+
+use blixard::{config::DriverChoice, id::VmId};
+use tokio::net::UnixStream;
+
+pub use console::{CONSOLE_TAIL_BYTES, Console};
+pub use doctor::{Check, diagnose};
+pub use process::Process;
+pub use qemu::Qemu;
+
+/// The guest agent's vsock port.
+pub const AGENT_PORT: u32 = 1024;
+
+/// What to launch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// The VM.
+    pub vm_id: VmId,
+    /// Name of the image to boot.
+    pub image: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// This incarnation's own directory: absolute, mode 0700, and empty at launch. May be longer than a socket's path.
+    pub dir: PathBuf,
+}
+
+/// A way to run VMs.
+#[tonic::async_trait]
+pub trait Hypervisor: Send + Sync + 'static {
+    /// "qemu", "process".
+    fn name(&self) -> &'static str;
+
+    /// The images it can boot now, sorted.
+    fn images(&self) -> Vec<String>;
+
+    /// Starts a machine in `launch.dir`. Returns once its processes run; the guest may not be up yet. After an error
+    /// nothing of it runs.
+    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError>;
+
+    /// After a restart of vmhost: the machine launched into `launch.dir` earlier, if its main process lives. `None`: it
+    /// is dead, and every process left of it has been ended.
+    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError>;
+
+    /// Ends every process that belongs to `launch`, whatever was or was not recorded, and says how many there were.
+    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError>;
+}
+
+/// A running machine. Dropping it leaves the machine running.
+#[tonic::async_trait]
+pub trait Machine: Send + Sync + 'static {
+    /// Its processes on the host that still run, main process first.
+    fn pids(&self) -> Vec<u32>;
+
+    /// A fresh raw stream to the guest agent. While the guest comes up this waits and tries again, for at most
+    /// [`CONNECT_PATIENCE`] (then: `TimedOut`; call again). An error at once when the machine is dead (`NotConnected`).
+    async fn connect(&self) -> io::Result<UnixStream>;
+
+    /// Resolves when the machine has ended and nothing of it is left. Any number may wait.
+    async fn wait(&self) -> MachineExit;
+
+    /// Kills everything of it and returns when it is gone. Idempotent.
+    async fn kill(&self);
+
+    /// What it wrote to its console.
+    fn console(&self) -> Console;
+}
+
+pub use machine::CONNECT_PATIENCE;
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineExit {
+    /// The process whose end ended the machine: "qemu", "vhost-device-vsock", "guest agent".
+    pub process: &'static str,
+    /// How it ended.
+    pub status: ProcessExit,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessExit {
+    /// It exited with this status.
+    Exited(i32),
+    /// This signal killed it.
+    Signaled(i32),
+    /// It was adopted, so its status went to another parent.
+    Unknown,
+}
+
+impl MachineExit {
+    /// Whether the machine ended by itself and without complaint, as after a power-off.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.status == ProcessExit::Exited(0)
+    }
+}
+
+impl fmt::Display for MachineExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.status {
+            ProcessExit::Exited(code) => write!(f, "{} exited with status {code}", self.process),
+            ProcessExit::Signaled(signal) => write!(f, "{} was killed by signal {signal}", self.process),
+            ProcessExit::Unknown => write!(f, "{} ended", self.process),
+        }
+    }
+}
+
+/// Why a machine could not be launched, adopted or swept.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// No such image.
+    #[error("there is no image \"{image}\"; there are: {}", list(known))]
+    UnknownImage {
+        /// The name asked for.
+        image: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// The image's files are wrong.
+    #[error("image \"{image}\" cannot be booted: {problem}")]
+    BadImage {
+        /// The image.
+        image: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A program could not be started.
+    #[error("cannot start {program}")]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A process ended before the machine was up.
+    #[error("{exit} while the machine was being started: {output}")]
+    EndedEarly {
+        /// Which, and how.
+        exit: MachineExit,
+        /// The last of what it wrote.
+        output: String,
+    },
+    /// Something else that vmhost needed from the host failed.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Processes that did not end although they were sent SIGKILL.
+    #[error("processes {pids:?} did not end within {seconds} s of SIGKILL")]
+    WillNotDie {
+        /// Their ids.
+        pids: Vec<u32>,
+        /// How long was waited.
+        seconds: u64,
+    },
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "none (make one with `make guest-image`)".to_owned() } else { names.join(", ") }
+}
+
+/// What the drivers need to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HypervisorSettings {
+    /// Directory of images, one directory each.
+    pub image_dir: PathBuf,
+    /// For the process driver: the guest agent's program and its leading arguments; `--listen unix:PATH` is appended.
+    pub agent_command: Vec<OsString>,
+}
+
+/// Why there is no driver.
+#[derive(Debug, thiserror::Error)]
+pub enum ChooseError {
+    /// This machine lacks what the driver needs.
+    #[error("the driver \"{driver}\" cannot run here: {}", missing.join("; "))]
+    Missing {
+        /// The driver.
+        driver: &'static str,
+        /// What is missing, each with the command that fixes it.
+        missing: Vec<String>,
+    },
+}
+
+/// The driver to use, and in one line why.
+///
+/// # Errors
+/// What is missing, each with the command that fixes it. `Auto` never falls back to `process`: that has no isolation.
+pub fn choose(
+    choice: DriverChoice,
+    settings: &HypervisorSettings,
+) -> Result<(Arc<dyn Hypervisor>, String), ChooseError> {
+    match choice {
+        DriverChoice::Auto | DriverChoice::Qemu => {
+            let (qemu, why) = Qemu::find(settings)?;
+            let asked = if choice == DriverChoice::Auto { "the best this machine can run" } else { "as asked" };
+            Ok((Arc::new(qemu), format!("qemu: {asked}; {why}")))
+        }
+        DriverChoice::Process => {
+            let why = "process: as asked; jobs run as plain processes of this machine, WITHOUT isolation".to_owned();
+            Ok((Arc::new(Process::new(settings)?), why))
+        }
+    }
+}

@@ -189,6 +189,12 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// The value in `config`, written as it would be in a flag.
+    #[must_use]
+    pub fn value(&self, config: &Config) -> String {
+        (self.get)(config)
+    }
+
     fn apply(&self, config: &mut Config, source: &str, value: &str) -> Result<(), ConfigError> {
         (self.set)(config, value).ok_or_else(|| ConfigError::Value {
             source_name: source.to_owned(),

@@ -1,0 +1,209 @@
+//! The guest as its host sees it: one identity, at most one live attempt, one end.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use blixard::{
+    error::{Error, Reason},
+    id::VmId,
+    job::JobSpec,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    admission::{AttemptId, Decision, DeniedReason, Held, Seen, decide},
+    attempt::Attempt,
+    command,
+    identity::{Configuration, Identity},
+    processes::Processes,
+};
+
+/// How long the end waits for the host to read an ended attempt to its end.
+const DELIVERY_GRACE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Default)]
+struct State {
+    vm_id: Option<VmId>,
+    held: Option<Arc<Attempt>>,
+    seen: Seen,
+}
+
+impl State {
+    fn held(&self) -> Option<Held> {
+        self.held.as_ref().map(|attempt| Held { id: attempt.id, live: attempt.is_live() })
+    }
+}
+
+/// The guest. One for each agent, shared by all requests.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// What does not change until the guest restarts.
+    pub(crate) identity: Identity,
+    processes: Arc<Processes>,
+    tasks: TaskTracker,
+    state: Mutex<State>,
+    /// No new attempt begins.
+    ending: CancellationToken,
+    /// No process is left: stop serving.
+    ended: CancellationToken,
+}
+
+/// What Hello tells beside the identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Status {
+    /// The VM it was configured as.
+    pub(crate) vm_id: Option<VmId>,
+    /// The attempt whose end the host may not know.
+    pub(crate) owed: Option<AttemptId>,
+}
+
+impl Guest {
+    /// A guest that was just started.
+    #[must_use]
+    pub(crate) fn new(identity: Identity, processes: Arc<Processes>) -> Arc<Self> {
+        Arc::new(Self {
+            identity,
+            processes,
+            tasks: TaskTracker::new(),
+            state: Mutex::default(),
+            ending: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        })
+    }
+
+    /// What it is doing.
+    #[must_use]
+    pub(crate) fn status(&self) -> Status {
+        let state = self.lock();
+        let owed = state.held.as_ref().filter(|attempt| attempt.is_owed()).map(|attempt| attempt.id);
+        Status { vm_id: state.vm_id, owed }
+    }
+
+    /// Takes on an identity. Returns the steps that were skipped.
+    ///
+    /// # Errors
+    /// It has another name already and a job that runs under it, or a step failed.
+    pub(crate) fn configure(&self, configuration: &Configuration) -> Result<Vec<String>, Error> {
+        let mut state = self.lock();
+        let live = state.held.as_ref().is_some_and(|attempt| attempt.is_live());
+        if let Some(current) = state.vm_id.filter(|&current| current != configuration.vm_id && live) {
+            let message = format!("this guest runs a job as VM {current}");
+            return Err(Error::new(Reason::GuestRefused, message).with("vm_id", current));
+        }
+        let skipped = configuration.apply(self.identity.owns_guest)?;
+        state.vm_id = Some(configuration.vm_id);
+        Ok(skipped)
+    }
+
+    /// The attempt `id`: the one it holds, or a new one that this call starts.
+    ///
+    /// # Errors
+    /// Why it is refused. A command that can't be started is no error here: it is an attempt that has ended.
+    pub(crate) fn run(&self, id: AttemptId, spec: &JobSpec, offset: u64) -> Result<Arc<Attempt>, Error> {
+        let mut state = self.lock();
+        let vm_id = state.vm_id.ok_or_else(|| {
+            Error::new(Reason::GuestRefused, "this guest has no identity yet: Configure must come before Run")
+        })?;
+        match decide(state.held(), &state.seen, id, false) {
+            Decision::Deny(denied) => Err(Error::from(denied).with("vm_id", vm_id)),
+            Decision::Attach => state.held.clone().ok_or_else(|| DeniedReason::Unknown { wanted: id }.into()),
+            Decision::Start if self.ending.is_cancelled() => {
+                Err(Error::new(Reason::GuestRefused, "this guest is shutting down").with("vm_id", vm_id))
+            }
+            // The host has output of an attempt that this guest does not know: the guest was restarted under it.
+            Decision::Start if offset > 0 => Err(DeniedReason::Unknown { wanted: id }.into()),
+            Decision::Start => {
+                state.seen.insert(id);
+                let attempt = self.start(id, spec, vm_id);
+                state.held = Some(attempt.clone());
+                Ok(attempt)
+            }
+        }
+    }
+
+    /// The attempt `id` if the guest holds it.
+    ///
+    /// # Errors
+    /// It does not.
+    pub(crate) fn find(&self, id: AttemptId) -> Result<Arc<Attempt>, Error> {
+        let state = self.lock();
+        match (decide(state.held(), &state.seen, id, true), &state.held) {
+            (Decision::Attach, Some(attempt)) => Ok(attempt.clone()),
+            (Decision::Deny(denied), _) => Err(denied.into()),
+            (Decision::Attach | Decision::Start, _) => Err(DeniedReason::Unknown { wanted: id }.into()),
+        }
+    }
+
+    fn start(&self, id: AttemptId, spec: &JobSpec, vm_id: VmId) -> Arc<Attempt> {
+        let attempt = Arc::new(Attempt::new(id));
+        match command::spawn(spec, vm_id, id) {
+            Ok(running) => drop(self.tasks.spawn(attempt.clone().drive(running, self.processes.clone()))),
+            Err(why) => attempt.fail_to_start(why),
+        }
+        attempt
+    }
+
+    /// Sends a signal to every process of an attempt; without effect when it has ended.
+    ///
+    /// # Errors
+    /// The guest does not hold that attempt.
+    pub(crate) fn signal(&self, id: AttemptId, signal: i32) -> Result<(), Error> {
+        let state = self.lock();
+        let current = state.seen.highest(id.job_id);
+        match &state.held {
+            Some(attempt) if attempt.id == id => {
+                if attempt.is_live() {
+                    self.processes.signal_all(signal);
+                }
+                Ok(())
+            }
+            // It was here and another has taken its place, so it has ended.
+            Some(_) | None if id.number == current => Ok(()),
+            Some(_) | None if id.number < current => Err(DeniedReason::Stale { wanted: id, current }.into()),
+            Some(_) | None => Err(DeniedReason::Unknown { wanted: id }.into()),
+        }
+    }
+
+    /// Begins the end: SIGTERM to every process, SIGKILL after the grace. The first call decides the grace, unless a
+    /// later one has less patience.
+    pub(crate) fn shut_down(self: &Arc<Self>, grace: Duration) {
+        self.ending.cancel();
+        drop(self.tasks.spawn(self.clone().end(grace)));
+    }
+
+    async fn end(self: Arc<Self>, grace: Duration) {
+        self.processes.signal_all(libc::SIGTERM);
+        // A stopped process takes no SIGTERM.
+        self.processes.signal_all(libc::SIGCONT);
+        if !self.processes.none_left(grace).await {
+            self.processes.kill_all().await;
+        }
+        let owed = self.lock().held.clone().filter(|attempt| attempt.is_owed());
+        if let Some(attempt) = owed {
+            attempt.delivered(DELIVERY_GRACE).await;
+        }
+        self.ended.cancel();
+    }
+
+    /// Resolves when the end is over.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Runs a task of the guest's own.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        drop(self.tasks.spawn(task));
+    }
+
+    /// The processes of its jobs.
+    #[must_use]
+    pub(crate) fn processes(&self) -> &Processes {
+        &self.processes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,112 @@
+//! What this machine can run, and what makes it run more.
+
+use std::{fs, path::Path};
+
+use super::{HypervisorSettings, image, tools};
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// Whether it is there and works.
+    pub ok: bool,
+    /// What was found.
+    pub detail: String,
+    /// The command that fixes it; `None` when it is fine, or when no command can.
+    pub fix: Option<String>,
+}
+
+impl Check {
+    fn good(name: &'static str, detail: impl Into<String>) -> Self {
+        Self { name, ok: true, detail: detail.into(), fix: None }
+    }
+
+    fn bad(name: &'static str, detail: impl Into<String>, fix: Option<String>) -> Self {
+        Self { name, ok: false, detail: detail.into(), fix }
+    }
+}
+
+/// Looks at everything that a driver needs or could use.
+#[must_use]
+pub fn diagnose(settings: &HypervisorSettings) -> Vec<Check> {
+    vec![
+        check_kvm(),
+        check_tool(tools::QEMU),
+        check_tool(tools::VHOST_DEVICE_VSOCK),
+        check_images(&settings.image_dir),
+        check_tool(tools::CLOUD_HYPERVISOR),
+    ]
+}
+
+fn check_kvm() -> Check {
+    match kvm() {
+        Ok(()) => Check::good("/dev/kvm", "hardware virtualization works"),
+        Err(problem) => {
+            let denied = problem.contains("Permission denied");
+            let fix = denied.then(|| "sudo usermod -aG kvm $USER (and log in again)".to_owned());
+            Check::bad("/dev/kvm", format!("{problem}; QEMU emulates instead, which is slower"), fix)
+        }
+    }
+}
+
+fn check_tool(tool: tools::Tool) -> Check {
+    match tool.find() {
+        Some(path) => Check::good(tool.name, path.display().to_string()),
+        None => Check::bad(tool.name, tool.missing(), Some(tool.fix.to_owned())),
+    }
+}
+
+fn check_images(image_dir: &Path) -> Check {
+    let images = image::names(image_dir);
+    if images.is_empty() {
+        let detail = format!("none that can be booted in {}", image_dir.display());
+        Check::bad("images", detail, Some("make guest-image".to_owned()))
+    } else {
+        Check::good("images", format!("{} in {}", images.join(", "), image_dir.display()))
+    }
+}
+
+/// Whether KVM can run a stock guest; if not, why.
+///
+/// A `/dev/kvm` that opens does not say so: there are hosts whose KVM emulates the guest's kernel in software, and a
+/// stock kernel dies on it. The CPU's flags decide.
+pub(super) fn kvm() -> Result<(), String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if !has_virtualization(&cpuinfo) {
+        return Err("this CPU offers no hardware virtualization (neither vmx nor svm in /proc/cpuinfo)".to_owned());
+    }
+    match fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("/dev/kvm cannot be opened: {error}")),
+    }
+}
+
+fn has_virtualization(cpuinfo: &str) -> bool {
+    let mut flags = cpuinfo.lines().filter(|line| line.starts_with("flags"));
+    flags.next().is_some_and(|line| line.split_ascii_whitespace().any(|flag| matches!(flag, "vmx" | "svm")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_flags_themselves_count_as_hardware_virtualization() {
+        assert!(has_virtualization("model name\t: vmx\nflags\t\t: fpu vmx sse\n"));
+        assert!(has_virtualization("flags\t\t: fpu svm"));
+        assert!(!has_virtualization("model name\t: svm\nflags\t\t: fpu svm_lock\nvmx flags\t: vnmi"));
+        assert!(!has_virtualization(""));
+    }
+
+    #[test]
+    fn whatever_is_missing_names_the_command_that_fixes_it() {
+        let settings = HypervisorSettings { image_dir: "/does/not/exist".into(), agent_command: Vec::new() };
+        let checks = diagnose(&settings);
+        let images = checks.iter().find(|check| check.name == "images").expect("checked");
+        assert_eq!(images.fix.as_deref(), Some("make guest-image"));
+        for check in checks.iter().filter(|check| !check.ok && check.name != "/dev/kvm") {
+            assert!(check.fix.is_some(), "{check:?}");
+        }
+    }
+}

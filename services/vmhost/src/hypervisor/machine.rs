@@ -1,0 +1,491 @@
+//! A machine made of host processes: what the drivers share. Starting them, taking them over, watching over them, ending
+//! them, and reaching the guest agent behind them.
+//!
+//! ```text
+//!   Starting ── start(program) … ──► HostMachine ◄── adopt(dir) ── machine.json
+//!                                        │
+//!            supervise: the end of one of its processes is the end of all; then, and only then, `wait` resolves
+//! ```
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use blixard_chassis::Tasks;
+use rustix::process::{Pid, Resource, Rlimit};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixStream, unix::pipe},
+    sync::{mpsc, watch},
+    time::Instant,
+};
+
+use super::{
+    AGENT_PORT, Console, Launch, LaunchError, Machine, MachineExit,
+    console::{self, Recorder},
+    procfs::{self, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
+    record::Record,
+    socket::SocketDir,
+};
+
+/// How long one [`Machine::connect`] tries before it lets its caller decide.
+pub const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the console is read on after the machine's end: what it wrote is in the kernel, and reading it is quick.
+const CONSOLE_DRAIN: Duration = Duration::from_secs(2);
+/// Between two tries to reach the serial port's socket.
+const SERIAL_RETRY: Duration = Duration::from_millis(2);
+/// Longest answer to `CONNECT`: "OK 4294967295\n".
+const MAX_ANSWER_BYTES: usize = 32;
+
+/// What of vmhost's environment its children see: what a program needs to run, and no secret.
+const PASSED_ON: [&str; 6] = ["PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ"];
+
+/// What kind of machine a driver makes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// The driver's name.
+    pub(super) driver: &'static str,
+    /// Its processes, main process first.
+    pub(super) processes: &'static [&'static str],
+    /// How the guest agent is reached.
+    pub(super) agent: Agent,
+    /// The guest's serial port: the name of a socket in the directory.
+    pub(super) serial: Option<&'static str>,
+    /// Whether its processes start others, which must end with it.
+    pub(super) has_children: bool,
+}
+
+/// How the guest agent is reached.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Agent {
+    /// It listens on this socket itself.
+    Direct(&'static str),
+    /// Through a hypervisor's vsock proxy: `CONNECT <port>\n`, answered with `OK <n>\n`.
+    Hybrid(&'static str),
+}
+
+impl Agent {
+    /// Between two tries while nobody listens: about a tenth of a hundredth of what coming up takes.
+    fn retry(self) -> Duration {
+        match self {
+            Self::Direct(_) => Duration::from_millis(1),
+            Self::Hybrid(_) => Duration::from_millis(20),
+        }
+    }
+}
+
+/// A machine whose processes are being started. Its methods block.
+pub(super) struct Starting {
+    kind: Kind,
+    launch: Launch,
+    record: Record,
+    recorder: Recorder,
+    output: File,
+    receiver: pipe::Receiver,
+    sockets: SocketDir,
+    /// In the order of their start.
+    processes: Vec<(&'static str, Held)>,
+}
+
+/// Turns an I/O error into a launch error that says what was tried.
+pub(super) fn cannot(action: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
+    move |source| LaunchError::Io { action: action.into(), source }
+}
+
+impl Starting {
+    /// Records the intent and makes what every machine needs.
+    pub(super) fn begin(kind: Kind, launch: &Launch) -> Result<Self, LaunchError> {
+        let dir = launch.dir.as_path();
+        let record = Record::begin(dir, launch.vm_id, kind.driver)
+            .map_err(cannot(format!("record a new machine in {}", dir.display())))?;
+        let (output, receiver) = console::make_output(dir).map_err(cannot("make the FIFO for output"))?;
+        let sockets = SocketDir::open(dir).map_err(cannot("open the machine's directory"))?;
+        let recorder = Recorder::open(dir);
+        let launch = launch.clone();
+        Ok(Self { kind, launch, record, recorder, output, receiver, sockets, processes: Vec::new() })
+    }
+
+    pub(super) fn sockets(&self) -> &SocketDir {
+        &self.sockets
+    }
+
+    /// Starts one of the machine's processes and records it; returns its pid.
+    pub(super) fn start(&mut self, name: &'static str, program: &Path, args: &[OsString]) -> Result<u32, LaunchError> {
+        let spawn_error = |source| LaunchError::Spawn { program: program.to_owned(), source };
+        let mut command = Command::new(program);
+        command.args(args).current_dir(&self.launch.dir).process_group(0).env_clear();
+        command.envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        command.env(ENV_VM_ID, self.launch.vm_id.to_string()).env(ENV_VM_DIR, &self.launch.dir);
+        let output = || self.output.try_clone().map(Stdio::from).map_err(spawn_error);
+        command.stdin(Stdio::null()).stdout(output()?).stderr(output()?);
+        let child = command.spawn().map_err(spawn_error)?;
+
+        // Nobody else waits for our children, so until it is reaped below or by its supervisor the pid is its own.
+        let id = procfs::stat(child.id()).map(|stat| stat.id);
+        let held = id.map_or(Ok(None), Held::open).map_err(spawn_error)?;
+        let held = held.ok_or_else(|| spawn_error(io::Error::other("it vanished")))?;
+        without_core_dumps(held.id);
+        let (id, main) = (held.id, self.kind.processes.first() == Some(&name));
+        self.processes.push((name, held));
+        self.record.add(&self.launch.dir, name, id, main).map_err(cannot("record a process"))?;
+        Ok(id.pid)
+    }
+
+    /// Waits until `ready`, or fails when a process has ended or the time is up.
+    pub(super) fn wait_until(
+        &self,
+        what: &str,
+        patience: Duration,
+        ready: impl Fn() -> bool,
+    ) -> Result<(), LaunchError> {
+        let deadline = std::time::Instant::now() + patience;
+        while !ready() {
+            if self.processes.iter().any(|(_, process)| !process.runs()) {
+                return Err(cannot(what)(io::Error::other("a process of the machine has ended")));
+            }
+            if std::time::Instant::now() >= deadline {
+                return Err(cannot(what)(io::ErrorKind::TimedOut.into()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// All processes run: from here on the machine is watched over.
+    pub(super) fn finish(mut self, tasks: &Tasks) -> Arc<dyn Machine> {
+        let rank = |name| self.kind.processes.iter().position(|&process| process == name);
+        self.processes.sort_by_key(|(name, _)| rank(*name));
+        let core = Core {
+            kind: self.kind,
+            marks: Marks::new(self.launch.vm_id, &self.launch.dir),
+            processes: self.processes.into_iter().map(|(_, process)| process).collect(),
+            sockets: self.sockets,
+            recorder: self.recorder,
+            exit: watch::Sender::new(None),
+        };
+        HostMachine::watch_over(core, Some(self.receiver), tasks)
+    }
+
+    /// Something failed: ends what runs, and says what it had printed.
+    pub(super) async fn abandon(self, error: LaunchError) -> LaunchError {
+        let Self { kind, launch, recorder, output, receiver, processes, .. } = self;
+        let ended = processes.iter().find(|(_, process)| !process.runs());
+        let ended = ended.map(|&(name, ref process)| MachineExit { process: name, status: process.reap() });
+        let roots: Vec<ProcessId> = processes.iter().map(|(_, process)| process.id).collect();
+        let marks = Marks::new(launch.vm_id, &launch.dir);
+        let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots) };
+        if let Err(error) = procfs::end_all(find).await {
+            return error;
+        }
+        drop(output);
+        let _ = tokio::time::timeout(CONSOLE_DRAIN, recorder.record(receiver)).await;
+        recorder.persist();
+        match ended {
+            Some(exit) => {
+                let output = String::from_utf8_lossy(&recorder.snapshot().tail).trim().to_owned();
+                LaunchError::EndedEarly { exit, output }
+            }
+            None => error,
+        }
+    }
+}
+
+fn still_running(processes: &[ProcessId]) -> Vec<ProcessId> {
+    let runs = |id: &ProcessId| procfs::stat(id.pid).is_some_and(|stat| stat.id == *id && !stat.dead);
+    processes.iter().copied().filter(runs).collect()
+}
+
+fn without_core_dumps(process: ProcessId) {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    if let Err(error) = rustix::process::prlimit(pid, Resource::Core, none)
+        && error != rustix::io::Errno::SRCH
+    {
+        tracing::warn!(pid = process.pid, %error, "cannot switch off core dumps");
+    }
+}
+
+/// Runs `start` on a thread that may block, and makes a machine of what it started. When it fails, nothing is left.
+pub(super) async fn launch(
+    kind: Kind,
+    launch: &Launch,
+    tasks: &Tasks,
+    start: impl FnOnce(&mut Starting) -> Result<(), LaunchError> + Send + 'static,
+) -> Result<Arc<dyn Machine>, LaunchError> {
+    let launch = launch.clone();
+    let started = tokio::task::spawn_blocking(move || {
+        let mut starting = Starting::begin(kind, &launch)?;
+        let result = start(&mut starting);
+        Ok((starting, result))
+    });
+    let (starting, result) = started.await.map_err(io::Error::from).map_err(cannot("start the machine"))??;
+    match result {
+        Ok(()) => Ok(starting.finish(tasks)),
+        Err(error) => Err(starting.abandon(error).await),
+    }
+}
+
+/// Takes over a machine that an earlier vmhost launched, if all of it lives; else ends what is left of it.
+pub(super) async fn adopt(kind: Kind, launch: &Launch, tasks: &Tasks) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
+    let owned = launch.clone();
+    let core = tokio::task::spawn_blocking(move || Core::of_record(kind, &owned));
+    let core = core.await.map_err(io::Error::from).map_err(cannot("read the machine's record"))??;
+    match core {
+        Some(core) => {
+            // A FIFO that is gone costs messages, not the machine.
+            let output = console::open_output(&launch.dir)
+                .inspect_err(|error| tracing::warn!(vm_id = %launch.vm_id, %error, "no output of the adopted machine"));
+            Ok(Some(HostMachine::watch_over(core, output.ok(), tasks)))
+        }
+        None => sweep(launch).await.map(|_| None),
+    }
+}
+
+/// Ends every process that was started for this launch.
+pub(super) async fn sweep(launch: &Launch) -> Result<usize, LaunchError> {
+    let marks = Marks::new(launch.vm_id, &launch.dir);
+    let record = Record::read(&launch.dir).map(|record| record.processes).unwrap_or_default();
+    procfs::end_all(move || {
+        // Only a recorded process that provably still is the same one may stand for its session and its children.
+        let alive: Vec<ProcessId> = record
+            .iter()
+            .map(|process| process.id)
+            .filter(|id| procfs::stat(id.pid).is_some_and(|stat| stat.id == *id))
+            .collect();
+        marks.find(&alive)
+    })
+    .await
+}
+
+/// What a machine's handle and its tasks share.
+struct Core {
+    kind: Kind,
+    marks: Marks,
+    /// Main process first.
+    processes: Vec<Held>,
+    sockets: SocketDir,
+    recorder: Recorder,
+    exit: watch::Sender<Option<MachineExit>>,
+}
+
+impl Core {
+    /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
+    fn of_record(kind: Kind, launch: &Launch) -> Result<Option<Self>, LaunchError> {
+        let Some(record) = Record::read(&launch.dir) else { return Ok(None) };
+        let names = record.processes.iter().map(|process| process.name.as_str());
+        if record.driver != kind.driver || record.vm_id != launch.vm_id || !names.eq(kind.processes.iter().copied()) {
+            return Ok(None);
+        }
+        let marks = Marks::new(launch.vm_id, &launch.dir);
+        let mut processes = Vec::new();
+        for process in &record.processes {
+            match Held::open(process.id).map_err(cannot("open a pidfd"))? {
+                Some(held) if held.runs() && marks.are_on(held.id.pid) => processes.push(held),
+                Some(_) | None => return Ok(None),
+            }
+        }
+        let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
+        let (recorder, exit) = (Recorder::open(&launch.dir), watch::Sender::new(None));
+        Ok(Some(Self { kind, marks, processes, sockets, recorder, exit }))
+    }
+
+    /// Resolves when one of the processes has ended: its index.
+    async fn first_end(&self) -> usize {
+        let ends = self.processes.iter().map(|process| Box::pin(process.ended()));
+        futures::future::select_all(ends).await.1
+    }
+
+    /// The machine's processes that run now, those too that its processes started.
+    async fn find(&self) -> Vec<ProcessId> {
+        let roots: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
+        if !self.kind.has_children {
+            return still_running(&roots);
+        }
+        let marks = self.marks.clone();
+        tokio::task::spawn_blocking(move || marks.find(&roots)).await.unwrap_or_default()
+    }
+
+    /// Sends SIGKILL to everything. What a process started is found while that process still runs to tell of it.
+    async fn kill(&self) {
+        let found = self.find().await;
+        self.processes.iter().for_each(Held::kill);
+        for id in found {
+            if let Ok(Some(held)) = Held::open(id) {
+                held.kill();
+            }
+        }
+    }
+
+    /// Ends what is left and waits until it is gone, however long that takes.
+    async fn end(&self) {
+        loop {
+            let left = self.find().await;
+            if left.is_empty() {
+                return;
+            }
+            if let Err(error) = procfs::end(&left).await {
+                tracing::error!(driver = self.kind.driver, %error, "a machine does not end");
+            }
+        }
+    }
+
+    async fn supervise(&self, mut console_open: mpsc::Receiver<()>) {
+        let first = self.first_end().await;
+        let main_too = self.processes.first().is_some_and(|main| !main.runs());
+        let cause = if main_too { 0 } else { first };
+        self.kill().await;
+        self.end().await;
+        // Reaped last: until then no other process can have one of these pids.
+        let statuses: Vec<_> = self.processes.iter().map(Held::reap).collect();
+        let _ = tokio::time::timeout(CONSOLE_DRAIN, console_open.recv()).await;
+        let recorder = self.recorder.clone();
+        let _ = tokio::task::spawn_blocking(move || recorder.persist()).await;
+        self.exit.send_replace(Some(MachineExit { process: self.kind.processes[cause], status: statuses[cause] }));
+    }
+
+    async fn record_serial(&self, socket: &str) {
+        let path = self.sockets.for_us(socket);
+        loop {
+            if let Ok(stream) = UnixStream::connect(&path).await {
+                self.recorder.record(stream).await;
+            }
+            tokio::select! {
+                _ = self.first_end() => return,
+                () = tokio::time::sleep(SERIAL_RETRY) => {}
+            }
+        }
+    }
+
+    /// Tries until the agent answers.
+    async fn reach_agent(&self) -> UnixStream {
+        loop {
+            let attempt = match self.kind.agent {
+                Agent::Direct(socket) => UnixStream::connect(self.sockets.for_us(socket)).await,
+                Agent::Hybrid(socket) => connect_hybrid(&self.sockets.for_us(socket), AGENT_PORT).await,
+            };
+            match attempt {
+                Ok(stream) => return stream,
+                Err(_) => tokio::time::sleep(self.kind.agent.retry()).await,
+            }
+        }
+    }
+}
+
+/// Opens a stream to a guest's port through a vsock proxy.
+async fn connect_hybrid(socket: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket).await?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    // Byte by byte: what follows the line is already the agent's.
+    let mut answer = Vec::with_capacity(MAX_ANSWER_BYTES);
+    while answer.last() != Some(&b'\n') {
+        if answer.len() == MAX_ANSWER_BYTES {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        answer.push(stream.read_u8().await?);
+    }
+    if answer.starts_with(b"OK ") { Ok(stream) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
+}
+
+/// The handle of a machine. The tasks that watch over it end with the handle; the machine does not.
+struct HostMachine {
+    core: Arc<Core>,
+    tasks: Tasks,
+}
+
+impl HostMachine {
+    fn watch_over(core: Core, output: Option<pipe::Receiver>, tasks: &Tasks) -> Arc<dyn Machine> {
+        let machine = Self { core: Arc::new(core), tasks: tasks.child() };
+        // Open for as long as one task holds its sender: as long as console bytes may come.
+        let (console_guard, console_open) = mpsc::channel(1);
+        if let Some(output) = output {
+            let guard = console_guard.clone();
+            machine.spawn("machine output", move |core| async move {
+                core.recorder.record(output).await;
+                drop(guard);
+            });
+        }
+        if let Some(socket) = machine.core.kind.serial {
+            machine.spawn("machine serial port", move |core| async move {
+                core.record_serial(socket).await;
+                drop(console_guard);
+            });
+        }
+        machine.spawn("machine console store", |core| async move { core.recorder.keep_persisting().await });
+        let supervised = Tasks::clone(&machine.tasks);
+        machine.spawn("machine supervisor", move |core| async move {
+            core.supervise(console_open).await;
+            supervised.token().cancel();
+        });
+        Arc::new(machine)
+    }
+
+    fn spawn<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        name: &'static str,
+        task: impl FnOnce(Arc<Core>) -> F + Send,
+    ) {
+        let cancelled = self.tasks.token().clone().cancelled_owned();
+        let task = task(Arc::clone(&self.core));
+        self.tasks.spawn(name, async move {
+            tokio::select! {
+                () = cancelled => {}
+                () = task => {}
+            }
+        });
+    }
+}
+
+impl Drop for HostMachine {
+    fn drop(&mut self) {
+        self.tasks.token().cancel();
+        self.core.recorder.persist();
+    }
+}
+
+#[tonic::async_trait]
+impl Machine for HostMachine {
+    fn pids(&self) -> Vec<u32> {
+        self.core.processes.iter().filter(|process| process.runs()).map(|process| process.id.pid).collect()
+    }
+
+    async fn connect(&self) -> io::Result<UnixStream> {
+        let dead = || io::Error::new(io::ErrorKind::NotConnected, "the machine has ended");
+        if self.core.exit.borrow().is_some() {
+            return Err(dead());
+        }
+        tokio::select! {
+            biased;
+            _ = self.core.first_end() => Err(dead()),
+            stream = tokio::time::timeout_at(Instant::now() + CONNECT_PATIENCE, self.core.reach_agent()) => {
+                stream.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest agent does not answer"))
+            }
+        }
+    }
+
+    async fn wait(&self) -> MachineExit {
+        let mut exit = self.core.exit.subscribe();
+        loop {
+            if let Some(exit) = exit.borrow_and_update().clone() {
+                return exit;
+            }
+            // The sender lives as long as `self`.
+            let _ = exit.changed().await;
+        }
+    }
+
+    async fn kill(&self) {
+        self.core.kill().await;
+        self.wait().await;
+    }
+
+    fn console(&self) -> Console {
+        self.core.recorder.snapshot()
+    }
+}

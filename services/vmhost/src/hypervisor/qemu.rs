@@ -1,0 +1,209 @@
+//! QEMU: a real guest kernel on any machine. KVM where the CPU offers it, else emulation (TCG).
+//!
+//! ```text
+//!   vmhost ─► socket `vsock` ─► vhost-device-vsock ─► socket `vhost` ─► qemu-system-x86_64 ─► guest, vsock port 1024
+//! ```
+//!
+//! Both processes are one machine: the end of either ends the other. `vhost-device-vsock` serves one VM each, so the
+//! guest's CID needs to be unique in that process only. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
+//! the guest agent do not answer, and what is not there cannot be misused.
+
+use std::{ffi::OsString, fs, path::PathBuf, sync::Arc, time::Duration};
+
+use blixard_chassis::Tasks;
+
+use super::{
+    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
+    image::{self, Image},
+    machine::{self, Agent, Kind, Starting},
+    socket::SocketDir,
+    tools,
+};
+
+const QEMU: &str = "qemu";
+const VSOCK: &str = "vhost-device-vsock";
+/// Where vhost-device-vsock takes the host's connections to the guest.
+const AGENT_SOCKET: &str = "vsock";
+/// Where QEMU meets vhost-device-vsock.
+const VHOST_SOCKET: &str = "vhost";
+/// Where QEMU offers the serial port.
+const SERIAL_SOCKET: &str = "serial";
+/// The first CID that is not reserved.
+const GUEST_CID: u32 = 3;
+/// vhost-device-vsock listens after a few milliseconds; the rest is for a loaded host.
+const VSOCK_PATIENCE: Duration = Duration::from_secs(20);
+
+const KIND: Kind = Kind {
+    driver: "qemu",
+    processes: &[QEMU, VSOCK],
+    agent: Agent::Hybrid(AGENT_SOCKET),
+    serial: Some(SERIAL_SOCKET),
+    has_children: false,
+};
+
+/// Machines that QEMU runs.
+pub struct Qemu {
+    boot: Boot,
+    image_dir: PathBuf,
+    tasks: Tasks,
+}
+
+/// What every boot needs.
+#[derive(Debug, Clone)]
+struct Boot {
+    qemu: PathBuf,
+    vsock: PathBuf,
+    kvm: bool,
+}
+
+impl Qemu {
+    /// The driver, and in half a line how it will run.
+    ///
+    /// # Errors
+    /// Which programs are missing, each with the command that installs it.
+    pub fn find(settings: &HypervisorSettings) -> Result<(Self, String), ChooseError> {
+        let (Some(qemu), Some(vsock)) = (tools::QEMU.find(), tools::VHOST_DEVICE_VSOCK.find()) else {
+            let needed = [tools::QEMU, tools::VHOST_DEVICE_VSOCK];
+            let missing = needed.iter().filter(|tool| tool.find().is_none()).map(tools::Tool::missing).collect();
+            return Err(ChooseError::Missing { driver: KIND.driver, missing });
+        };
+        let (kvm, why) = match doctor::kvm() {
+            Ok(()) => (true, "with KVM".to_owned()),
+            Err(problem) => (false, format!("with emulation (TCG), for {problem}")),
+        };
+        let image_dir = std::path::absolute(&settings.image_dir).unwrap_or_else(|_| settings.image_dir.clone());
+        let images = image::names(&image_dir);
+        let images = if images.is_empty() {
+            format!("no image in {} yet (make guest-image)", image_dir.display())
+        } else {
+            format!("images: {}", images.join(", "))
+        };
+        Ok((Self { boot: Boot { qemu, vsock, kvm }, image_dir, tasks: Tasks::new() }, format!("{why}; {images}")))
+    }
+}
+
+#[tonic::async_trait]
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        KIND.driver
+    }
+
+    fn images(&self) -> Vec<String> {
+        image::names(&self.image_dir)
+    }
+
+    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        machine::launch(KIND, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            boot.start(starting, &image, &what)
+        })
+        .await
+    }
+
+    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
+        machine::adopt(KIND, launch, &self.tasks).await
+    }
+
+    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
+        machine::sweep(launch).await
+    }
+}
+
+impl Boot {
+    fn start(&self, starting: &mut Starting, image: &Image, launch: &Launch) -> Result<(), LaunchError> {
+        let vsock = starting.start(VSOCK, &self.vsock, &vsock_arguments(starting.sockets()))?;
+        // QEMU connects once, at its start, and gives up if nobody listens.
+        let file = launch.dir.join(VHOST_SOCKET);
+        let ready = || file.exists() && listens(vsock, VHOST_SOCKET);
+        starting.wait_until("start vhost-device-vsock", VSOCK_PATIENCE, ready)?;
+        let arguments = self.qemu_arguments(starting.sockets(), image, launch);
+        starting.start(QEMU, &self.qemu, &arguments).map(drop)
+    }
+
+    fn qemu_arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
+        let memory = launch.memory_mib;
+        let accelerator: &[&str] =
+            if self.kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg,thread=multi", "-cpu", "max"] };
+        let mut arguments: Vec<OsString> = accelerator.iter().map(OsString::from).collect();
+        let mut add = |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
+        add("-name", format!("guest={}", launch.vm_id).into());
+        // vhost-user devices work in the guest's memory, so it must be shared.
+        add("-object", format!("memory-backend-memfd,id=mem0,size={memory}M,share=on").into());
+        add("-machine", "q35,memory-backend=mem0".into());
+        add("-m", format!("{memory}M").into());
+        add("-smp", launch.vcpus.to_string().into());
+        add("-kernel", image.kernel.clone().into());
+        add("-initrd", image.initramfs.clone().into());
+        add("-append", image.cmdline.clone().into());
+        add("-chardev", chardev("vsock0", sockets.for_child(VHOST_SOCKET), ""));
+        add("-device", "vhost-user-vsock-pci,chardev=vsock0".into());
+        add("-chardev", chardev("serial0", sockets.for_child(SERIAL_SOCKET), ",server=on,wait=off"));
+        add("-serial", "chardev:serial0".into());
+        add("-display", "none".into());
+        // It needs no further process, user or privilege, and gets none.
+        add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+        arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
+        arguments
+    }
+}
+
+fn vsock_arguments(sockets: &SocketDir) -> Vec<OsString> {
+    vec![
+        "--guest-cid".into(),
+        GUEST_CID.to_string().into(),
+        "--socket".into(),
+        sockets.for_child(VHOST_SOCKET).into(),
+        "--uds-path".into(),
+        sockets.for_child(AGENT_SOCKET).into(),
+    ]
+}
+
+/// A socket chardev. In QEMU's options a comma in a value is written twice.
+fn chardev(id: &str, path: PathBuf, options: &str) -> OsString {
+    let mut argument = OsString::from(format!("socket,id={id},path="));
+    match path.to_str() {
+        Some(path) => argument.push(path.replace(',', ",,")),
+        None => argument.push(path),
+    }
+    argument.push(options);
+    argument
+}
+
+/// Whether the process listens on a Unix socket that it bound under this file name. Connecting would tell too, but
+/// vhost-device-vsock takes the first connection for QEMU's.
+fn listens(pid: u32, name: &str) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
+    let own: Vec<String> =
+        links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // Num RefCount Protocol Flags Type St Inode Path
+    sockets.lines().any(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        fields.get(3) == Some(&ACCEPTS)
+            && fields.get(6).is_some_and(|inode| own.iter().any(|own| own == inode))
+            && fields.last().is_some_and(|path| path.rsplit('/').next() == Some(name))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_in_a_path_does_not_become_an_option() {
+        assert_eq!(chardev("c", "/a,server=on/s".into(), ",wait=off"), "socket,id=c,path=/a,,server=on/s,wait=off");
+    }
+
+    #[tokio::test]
+    async fn a_socket_listens_from_listen_on() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let own = std::process::id();
+        assert!(!listens(own, "a-socket"));
+        let _listener = tokio::net::UnixListener::bind(dir.path().join("a-socket")).expect("binds");
+        assert!(listens(own, "a-socket"));
+        assert!(!listens(1, "a-socket"));
+    }
+}

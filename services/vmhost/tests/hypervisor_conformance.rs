@@ -1,0 +1,454 @@
+//! What every hypervisor driver must do, run against each of them: the same functions, a real guest agent at the other
+//! end. The QEMU part boots a real guest kernel; where QEMU is missing it says `SKIPPED`, and fails instead with
+//! `BLIXARD_REQUIRE_QEMU=1`.
+
+use std::{
+    collections::BTreeSet,
+    env, fs, io,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Once},
+    time::{Duration, Instant},
+};
+
+use blixard::{
+    config::DriverChoice,
+    id::VmId,
+    pb::guest::v1::{HelloRequest, HelloResponse, guest_service_client::GuestServiceClient},
+};
+use blixard_vmhost::hypervisor::{
+    CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
+    ProcessExit, choose,
+};
+use hyper_util::rt::TokioIo;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// For anything that takes milliseconds on an idle machine.
+const SOON: Duration = Duration::from_secs(60);
+/// For a guest under emulation on a loaded machine.
+const BOOT: Duration = Duration::from_secs(240);
+const SIGKILL: i32 = 9;
+
+/// One driver, and a directory for its machines.
+struct Bed {
+    choice: DriverChoice,
+    settings: HypervisorSettings,
+    root: tempfile::TempDir,
+    /// Guests under emulation take a core each: not all of them at once.
+    _turn: Option<SemaphorePermit<'static>>,
+}
+
+impl Bed {
+    fn of(choice: DriverChoice, settings: HypervisorSettings) -> Self {
+        Self { choice, settings, root: tempfile::tempdir().expect("tempdir"), _turn: None }
+    }
+
+    async fn process() -> Option<Self> {
+        let settings = HypervisorSettings { image_dir: "images".into(), agent_command: vec![agent().into()] };
+        Some(Self::of(DriverChoice::Process, settings))
+    }
+
+    async fn qemu() -> Option<Self> {
+        static TURN: Semaphore = Semaphore::const_new(1);
+        let image_dir = env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project().join("images"), PathBuf::from);
+        let settings = HypervisorSettings { image_dir, agent_command: Vec::new() };
+        let missing = match choose(DriverChoice::Qemu, &settings) {
+            Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => None,
+            Ok((_, why)) => Some(why),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(missing) = missing {
+            let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
+            assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
+            eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
+            return None;
+        }
+        let turn = TURN.acquire().await.expect("never closed");
+        Some(Self { _turn: Some(turn), ..Self::of(DriverChoice::Qemu, settings) })
+    }
+
+    /// A stand-in for the guest agent: a shell script that gets the agent's arguments.
+    fn script(script: &str) -> Self {
+        let agent_command = ["/bin/sh", "-c", script, "agent"].map(Into::into).to_vec();
+        Self::of(DriverChoice::Process, HypervisorSettings { image_dir: "images".into(), agent_command })
+    }
+
+    /// The driver as a vmhost has it that was started just now: it knows nothing of earlier ones.
+    fn driver(&self) -> Arc<dyn Hypervisor> {
+        choose(self.choice, &self.settings).expect("the driver runs here").0
+    }
+
+    fn launch(&self) -> Launch {
+        self.launch_in(&VmId::random().to_string())
+    }
+
+    fn launch_in(&self, dir: &str) -> Launch {
+        let dir = self.root.path().join(dir);
+        fs::create_dir_all(&dir).expect("mkdir");
+        Launch { vm_id: VmId::random(), image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir }
+    }
+}
+
+fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("services/vmhost is two deep").to_owned()
+}
+
+/// The guest agent's program. A run over the whole workspace has built it; a run of this crate alone has not.
+fn agent() -> PathBuf {
+    static BUILD: Once = Once::new();
+    let test = env::current_exe().expect("the test has a path");
+    let agent = test.ancestors().nth(2).expect("target/debug/deps").join("blixard-guest-agent");
+    BUILD.call_once(|| {
+        if !agent.exists() {
+            let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let build = ["build", "--quiet", "-p", "blixard-guest-agent", "--bin", "blixard-guest-agent"];
+            let built = Command::new(cargo).args(build).current_dir(project()).status().expect("cargo runs");
+            assert!(built.success(), "the guest agent does not build");
+        }
+    });
+    agent
+}
+
+/// Processes that say in their environment that they are this launch's.
+fn processes_of(launch: &Launch) -> Vec<u32> {
+    let marks = [launch.vm_id.to_string().into_bytes(), launch.dir.as_os_str().as_bytes().to_vec()];
+    processes_where(|proc| {
+        let environment = fs::read(proc.join("environ")).unwrap_or_default();
+        let arguments = fs::read(proc.join("cmdline")).unwrap_or_default();
+        marks.iter().any(|mark| contains(&environment, mark) || contains(&arguments, mark))
+    })
+}
+
+fn processes_where(matches: impl Fn(&Path) -> bool) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != std::process::id() && matches(Path::new(&format!("/proc/{pid}")))).collect()
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+fn kill_from_outside(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("not 0");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it runs");
+}
+
+async fn within<T>(deadline: Duration, what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(deadline, future).await.unwrap_or_else(|_| panic!("{what}: not within {deadline:?}"))
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    within(SOON, what, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// Connects and says hello, trying again while the guest boots.
+async fn hello(machine: &Arc<dyn Machine>) -> HelloResponse {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        match try_hello(machine).await {
+            Ok(answer) => return answer,
+            Err(error) if Instant::now() < deadline && !machine.pids().is_empty() => drop(error),
+            Err(error) => panic!("no hello: {error}; console:\n{}", text(&machine.console())),
+        }
+    }
+}
+
+async fn try_hello(machine: &Arc<dyn Machine>) -> Result<HelloResponse, String> {
+    let stream = machine.connect().await.map_err(|error| error.to_string())?;
+    let mut stream = Some(TokioIo::new(stream));
+    let connector = tower::service_fn(move |_| {
+        let stream = stream.take().ok_or_else(|| io::Error::other("one connection only"));
+        async move { stream }
+    });
+    let channel = tonic::transport::Endpoint::from_static("http://guest").connect_with_connector(connector).await;
+    let channel = channel.map_err(|error| format!("{error:?}"))?;
+    let answer = GuestServiceClient::new(channel).hello(HelloRequest {}).await;
+    answer.map(tonic::Response::into_inner).map_err(|status| status.to_string())
+}
+
+fn text(console: &Console) -> String {
+    String::from_utf8_lossy(&console.tail).into_owned()
+}
+
+async fn start(driver: &Arc<dyn Hypervisor>, launch: &Launch) -> Arc<dyn Machine> {
+    within(SOON, "launch", driver.launch(launch)).await.expect("launches")
+}
+
+async fn end(machine: &Arc<dyn Machine>) -> MachineExit {
+    within(SOON, "kill", machine.kill()).await;
+    within(SOON, "wait", machine.wait()).await
+}
+
+/// Runs each of these for each driver.
+macro_rules! conformance {
+    ($($test:ident)*) => {
+        mod process {
+            $(#[tokio::test]
+            async fn $test() {
+                super::$test(super::Bed::process().await.expect("runs anywhere")).await;
+            })*
+        }
+        mod qemu {
+            $(#[tokio::test]
+            async fn $test() {
+                if let Some(bed) = super::Bed::qemu().await {
+                    super::$test(bed).await;
+                }
+            })*
+        }
+    };
+}
+
+conformance! {
+    a_launched_machine_says_hello_on_every_connection
+    kill_leaves_nothing_behind
+    a_death_from_outside_is_reported_with_its_signal_and_takes_the_rest_along
+    a_machine_outlives_its_handle_and_is_adopted
+    a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended
+    sweep_ends_processes_that_were_never_recorded_and_no_others
+    a_directory_is_launched_into_once
+    an_unknown_image_is_refused_and_starts_nothing
+    a_deep_directory_is_no_obstacle
+    processes_are_detached_from_vmhost
+}
+
+async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    assert!(driver.images().contains(&launch.image));
+    let machine = start(&driver, &launch).await;
+    let first = hello(&machine).await;
+    assert!(!first.boot_id.is_empty() && !first.kernel_release.is_empty(), "{first:?}");
+    let second = hello(&machine).await;
+    assert_eq!(first.boot_id, second.boot_id);
+
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").expect("host's kernel");
+    let isolated = bed.choice == DriverChoice::Qemu;
+    assert_eq!(first.kernel_release == host.trim(), !isolated, "{}", first.kernel_release);
+    if isolated {
+        until("the guest's kernel prints to the console", || !machine.console().tail.is_empty()).await;
+    }
+    end(&machine).await;
+}
+
+async fn kill_leaves_nothing_behind(bed: Bed) {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let machine = start(&driver, &launch).await;
+    let pids: BTreeSet<u32> = machine.pids().into_iter().collect();
+    assert!(!pids.is_empty());
+    assert_eq!(processes_of(&launch).into_iter().collect::<BTreeSet<_>>(), pids);
+
+    let exit = end(&machine).await;
+    assert_eq!(exit.status, ProcessExit::Signaled(SIGKILL), "{exit}");
+    assert_eq!(processes_of(&launch), [0; 0]);
+    assert_eq!(machine.pids(), [0; 0]);
+    for pid in pids {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} is a zombie");
+    }
+    assert_eq!(end(&machine).await, exit, "a second kill changes nothing");
+    let error = machine.connect().await.expect_err("nobody is there");
+    assert_eq!(error.kind(), io::ErrorKind::NotConnected);
+    assert!(within(SOON, "adopt", driver.adopt(&launch)).await.expect("adopts").is_none());
+    assert_eq!(within(SOON, "sweep", driver.sweep(&launch)).await.expect("sweeps"), 0);
+}
+
+async fn a_death_from_outside_is_reported_with_its_signal_and_takes_the_rest_along(bed: Bed) {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let machine = start(&driver, &launch).await;
+    for victim in 0..machine.pids().len() {
+        let launch = bed.launch();
+        let machine = start(&driver, &launch).await;
+        let connecting = machine.connect();
+        let (exit, again, connection) = tokio::join!(machine.wait(), machine.wait(), async {
+            kill_from_outside(machine.pids()[victim]);
+            within(SOON, "connect", connecting).await
+        });
+        assert_eq!(exit.status, ProcessExit::Signaled(SIGKILL), "{exit}");
+        assert_eq!(exit, again);
+        assert!(connection.is_err() || bed.choice == DriverChoice::Process);
+        assert_eq!(processes_of(&launch), [0; 0]);
+    }
+    end(&machine).await;
+}
+
+async fn a_machine_outlives_its_handle_and_is_adopted(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    let (before, pids) = (hello(&machine).await, machine.pids());
+    until("the console has something", || !machine.console().tail.is_empty()).await;
+    let console = machine.console();
+    drop(machine);
+
+    let driver = bed.driver();
+    let adopted = within(SOON, "adopt", driver.adopt(&launch)).await.expect("adopts").expect("it lives");
+    assert_eq!(adopted.pids(), pids);
+    assert_eq!(hello(&adopted).await.boot_id, before.boot_id);
+    let kept = adopted.console();
+    assert!(kept.skipped > 0 || kept.tail.starts_with(&console.tail), "{} / {}", text(&console), text(&kept));
+    assert_eq!(end(&adopted).await.status, ProcessExit::Signaled(SIGKILL));
+    assert_eq!(processes_of(&launch), [0; 0]);
+    assert_eq!(Console::of_dir(&launch.dir), adopted.console(), "the console stays on disk");
+}
+
+async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    let main = machine.pids()[0];
+    drop(machine);
+    let mut left = sleeper(&launch.vm_id);
+    kill_from_outside(main);
+
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts");
+    assert!(adopted.is_none());
+    assert_eq!(processes_of(&launch), [0; 0]);
+    left.wait().expect("it was ended");
+}
+
+/// A process that carries a VM's mark, as one does that vmhost started and never got to record.
+fn sleeper(vm_id: &VmId) -> Child {
+    let mut command = Command::new("sleep");
+    command.arg("1000").env("BLIXARD_VM_ID", vm_id.to_string()).stdin(Stdio::null());
+    command.spawn().expect("sleep runs")
+}
+
+async fn sweep_ends_processes_that_were_never_recorded_and_no_others(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    let count = machine.pids().len();
+    drop(machine);
+    fs::remove_file(launch.dir.join("machine.json")).expect("it was recorded");
+    let mut stranger = sleeper(&VmId::random());
+
+    let driver = bed.driver();
+    assert_eq!(within(SOON, "sweep", driver.sweep(&launch)).await.expect("sweeps"), count);
+    assert_eq!(processes_of(&launch), [0; 0]);
+    assert_eq!(within(SOON, "sweep", driver.sweep(&launch)).await.expect("sweeps"), 0);
+    assert!(stranger.try_wait().expect("its status").is_none(), "a stranger was ended");
+    stranger.kill().expect("kills");
+    stranger.wait().expect("ends");
+}
+
+async fn a_directory_is_launched_into_once(bed: Bed) {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let machine = start(&driver, &launch).await;
+    let pids: BTreeSet<u32> = machine.pids().into_iter().collect();
+    let second = within(SOON, "launch", driver.launch(&launch)).await;
+    assert!(matches!(second, Err(LaunchError::Io { .. })), "a second machine in one directory");
+    assert_eq!(processes_of(&launch).into_iter().collect::<BTreeSet<_>>(), pids);
+    end(&machine).await;
+}
+
+async fn an_unknown_image_is_refused_and_starts_nothing(bed: Bed) {
+    let launch = Launch { image: "windows".to_owned(), ..bed.launch() };
+    let Err(error) = within(SOON, "launch", bed.driver().launch(&launch)).await else { panic!("it was launched") };
+    assert!(matches!(error, LaunchError::UnknownImage { .. }), "{error}");
+    assert!(error.to_string().starts_with("there is no image \"windows\"; there are: default"), "{error}");
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn a_deep_directory_is_no_obstacle(bed: Bed) {
+    let launch = bed.launch_in(&format!("{}/{}, and=a comma", "d".repeat(90), "e".repeat(90)));
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    drop(machine);
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives");
+    hello(&adopted).await;
+    end(&adopted).await;
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn processes_are_detached_from_vmhost(bed: Bed) {
+    let _ours = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
+    let own: BTreeSet<PathBuf> = sockets_of(std::process::id());
+    let machine = start(&bed.driver(), &bed.launch()).await;
+    for pid in machine.pids() {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+        let group = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(2)).expect("a group");
+        assert_eq!(group, pid.to_string(), "not a process group of its own");
+        assert!(sockets_of(pid).is_disjoint(&own), "it inherited a socket of ours");
+        let input = fs::read_link(format!("/proc/{pid}/fd/0")).expect("stdin");
+        assert_eq!(input, Path::new("/dev/null"));
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a limit");
+        assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    }
+    end(&machine).await;
+}
+
+fn sockets_of(pid: u32) -> BTreeSet<PathBuf> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
+    let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+    links.filter(|link| link.to_string_lossy().starts_with("socket:")).collect()
+}
+
+#[tokio::test]
+async fn ten_machines_start_and_end_at_once() {
+    let bed = Bed::process().await.expect("runs anywhere");
+    let driver = bed.driver();
+    let machines = (0..10).map(|_| async {
+        let launch = bed.launch();
+        let machine = start(&driver, &launch).await;
+        let boot_id = hello(&machine).await.boot_id;
+        end(&machine).await;
+        assert_eq!(processes_of(&launch), [0; 0]);
+        boot_id
+    });
+    let boot_ids: BTreeSet<String> = futures::future::join_all(machines).await.into_iter().collect();
+    assert_eq!(boot_ids.len(), 10, "two machines are one");
+}
+
+#[tokio::test]
+async fn the_console_is_bounded_in_memory_and_on_disk() {
+    let bed =
+        Bed::script("i=0; while [ $i -lt 20000 ]; do echo line $i of a very chatty guest; i=$((i+1)); done; echo END");
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    let exit = within(SOON, "wait", machine.wait()).await;
+    assert!(exit.is_clean(), "{exit}");
+    let console = machine.console();
+    assert_eq!(console.tail.len(), CONSOLE_TAIL_BYTES);
+    assert!(console.skipped > 0);
+    assert_eq!(Console::of_dir(&launch.dir), console);
+    let files = fs::read_dir(&launch.dir).expect("there").flatten().map(|entry| entry.metadata().expect("there").len());
+    assert!(files.sum::<u64>() < 4 * CONSOLE_TAIL_BYTES as u64);
+}
+
+#[tokio::test]
+async fn what_a_machine_printed_before_it_failed_is_in_its_console() {
+    let bed = Bed::script("echo I cannot go on >&2; exit 3");
+    let machine = start(&bed.driver(), &bed.launch()).await;
+    let exit = within(SOON, "wait", machine.wait()).await;
+    assert_eq!(exit.to_string(), "guest agent exited with status 3");
+    assert_eq!(text(&machine.console()), "I cannot go on\n");
+}
+
+#[tokio::test]
+async fn processes_that_the_agent_started_end_with_it_however_they_hide() {
+    // In a session of its own with the environment wiped, and orphaned before the machine is killed.
+    let mark = format!("9{}", VmId::random().0.as_u128() % 1_000_000_000);
+    let script = format!("env -i setsid sleep {mark} & (setsid sleep {mark} &) ; exec sleep {mark}");
+    let bed = Bed::script(&script);
+    let machine = start(&bed.driver(), &bed.launch()).await;
+    let sleepers = || {
+        processes_where(|proc| {
+            let arguments = fs::read(proc.join("cmdline")).unwrap_or_default();
+            arguments.starts_with(b"sleep") && contains(&arguments, mark.as_bytes())
+        })
+    };
+    until("three processes sleep", || sleepers().len() == 3).await;
+    end(&machine).await;
+    assert_eq!(sleepers(), [0; 0]);
+}
+
+#[tokio::test]
+async fn a_program_that_is_missing_is_named() {
+    let settings = HypervisorSettings { image_dir: "images".into(), agent_command: vec!["/no/such/agent".into()] };
+    let Err(error) = choose(DriverChoice::Process, &settings) else { panic!("it was chosen") };
+    assert!(error.to_string().contains("/no/such/agent is not a program"), "{error}");
+}

@@ -10,6 +10,8 @@
 pub mod admission;
 pub mod client;
 pub mod server;
+pub mod settings;
+pub mod signals;
 pub mod tasks;
 pub mod telemetry;
 

@@ -18,6 +18,7 @@ use crate::{
     Tasks,
     admission::AdmissionLayer,
     client::{CONNECTION_WINDOW, STREAM_WINDOW},
+    signals,
 };
 
 /// How long calls have to end after shutdown began.
@@ -54,6 +55,9 @@ pub enum ServeError {
     /// The transport failed.
     #[error("transport")]
     Transport(#[from] tonic::transport::Error),
+    /// The process can't listen for signals.
+    #[error("signals")]
+    Signals(#[from] std::io::Error),
 }
 
 impl Server {
@@ -111,6 +115,24 @@ impl Server {
     #[must_use]
     pub fn health(&self) -> HealthReporter {
         self.health.clone()
+    }
+
+    /// Serves until the process is asked to end (SIGINT, SIGTERM), then ends the tasks in order.
+    ///
+    /// # Errors
+    /// The transport failed.
+    pub async fn run(self, tasks: &Tasks) -> Result<(), ServeError> {
+        let asked = async {
+            signals::asked_to_end(tasks).await?;
+            tasks.token().cancel();
+            std::future::pending().await
+        };
+        let result = tokio::select! {
+            result = self.serve(tasks) => result,
+            result = asked => result,
+        };
+        tasks.shutdown(SHUTDOWN_GRACE).await;
+        result
     }
 
     /// Serves until the tasks' token is cancelled; then says NOT_SERVING, ends open streams, stops accepting and gives

@@ -1,0 +1,26 @@
+//! How a process is asked to end.
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::Tasks;
+
+/// Waits for SIGINT or SIGTERM. A second one ends the process at once.
+///
+/// # Errors
+/// The signal handlers can't be installed.
+pub async fn asked_to_end(tasks: &Tasks) -> std::io::Result<()> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tasks.spawn("second signal", async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::warn!("asked twice: ending at once");
+        std::process::exit(130);
+    });
+    Ok(())
+}

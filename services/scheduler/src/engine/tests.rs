@@ -1,0 +1,494 @@
+//! The engine against a small world: a registry with compare-and-set, a vmhost that boots, runs and dies, and answers that
+//! arrive in any order. Decisions are checked one by one, then all of them under random interleavings.
+
+use std::collections::VecDeque;
+
+use blixard::{
+    job::{Isolation, JobSpec},
+    node::NodeState,
+    pb::common::v1 as pb,
+};
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+
+const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
+const SETTINGS: Settings = Settings { max_vms: 3, auto_scaling: true, pre_warm_count: 0, defaults: DEFAULTS };
+
+fn job_id(number: u128) -> JobId {
+    JobId(Uuid::from_u128(number))
+}
+
+fn vm_id(number: u128) -> VmId {
+    VmId(Uuid::from_u128(number))
+}
+
+fn node_id() -> NodeId {
+    NodeId::parse("node", "n1").expect("a valid name")
+}
+
+fn node(revision: u64, incarnation: u64) -> Node {
+    Node {
+        id: node_id(),
+        state: NodeState::Ready,
+        endpoint: "http://n1:1".into(),
+        driver: "process".into(),
+        vcpus: 4,
+        memory_mib: 4096,
+        max_vms: 10,
+        images: vec!["default".into()],
+        incarnation,
+        revision,
+        registered_at: Timestamp(0),
+    }
+}
+
+fn spec(change: impl FnOnce(&mut JobSpec)) -> JobSpec {
+    let spec = pb::JobSpec { command: vec!["true".into()], ..Default::default() };
+    let mut spec = JobSpec::parse("spec", spec, DEFAULTS).expect("valid");
+    change(&mut spec);
+    spec
+}
+
+fn queued(id: u128, revision: u64, spec: JobSpec) -> Job {
+    Job {
+        id: job_id(id),
+        spec,
+        state: JobState::Queued,
+        attempt: 0,
+        vm_id: None,
+        node_id: None,
+        assignment: None,
+        cancel_requested: false,
+        exit: None,
+        reason: String::new(),
+        log_bytes: 0,
+        generation: 1,
+        revision,
+        created_at: Timestamp(0),
+        assigned_at: None,
+        started_at: None,
+        finished_at: None,
+    }
+}
+
+fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
+    let labels = BTreeMap::from([(OWNER_LABEL.to_owned(), OWNER.to_owned())]);
+    let config = VmConfig { kind, image: "default".into(), vcpus: 2, memory_mib: 512, labels, node_id: None };
+    Vm {
+        id: vm_id(id),
+        config,
+        state,
+        node_id: node_id(),
+        job_id: None,
+        reason: String::new(),
+        generation: 1,
+        revision,
+        created_at: Timestamp(0),
+        updated_at: Timestamp(0),
+    }
+}
+
+fn engine(settings: Settings) -> Engine {
+    let mut engine = Engine::new(settings);
+    engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
+    engine
+}
+
+fn creations(effects: &[Effect]) -> usize {
+    effects.iter().filter(|effect| matches!(effect, Effect::CreateVm { .. })).count()
+}
+
+#[test]
+fn a_job_without_a_free_vm_gets_a_vm_of_its_own_size() {
+    let mut engine = engine(SETTINGS);
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.memory_mib = 1000))));
+    let [Effect::CreateVm { ticket: 0, vm_id: None, config, .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((config.kind, config.memory_mib), (VmKind::Ephemeral, 1000));
+}
+
+#[test]
+fn a_free_service_vm_is_used_before_a_fresh_one_is_started_unless_isolation_is_maximum() {
+    let mut engine = engine(SETTINGS);
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
+    assert_eq!(creations(&effects), 1);
+    let effects = engine.step(Timestamp(0), Input::Job(queued(2, 4, spec(|_| {}))));
+    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(7), attempt: 1 }]);
+}
+
+#[test]
+fn higher_priority_goes_first_and_equals_go_in_the_order_of_submission() {
+    let mut engine = engine(Settings { max_vms: 1, auto_scaling: false, ..SETTINGS });
+    let service_only = |priority| spec(move |s| (s.isolation, s.priority) = (Isolation::Minimal, priority));
+    for (id, priority) in [(9, 0), (3, 0), (5, 1)] {
+        engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, service_only(priority))));
+    }
+    let mut order = Vec::new();
+    for number in 0..3 {
+        let vm = vm(100 + number, 50 + number as u64, VmKind::Service, VmState::Ready);
+        for effect in engine.step(Timestamp(0), Input::Vm(vm)) {
+            let Effect::Assign { job_id, .. } = effect else { panic!("{effect:?}") };
+            order.push(job_id);
+        }
+    }
+    assert_eq!(order, [job_id(5), job_id(9), job_id(3)]);
+}
+
+#[test]
+fn never_more_vms_than_allowed_and_the_queue_says_what_it_waits_for() {
+    let mut engine = engine(SETTINGS);
+    let effects: Vec<_> = (1..=200)
+        .flat_map(|id| engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, spec(|_| {})))))
+        .collect();
+    assert_eq!(creations(&effects), 3);
+    assert_eq!(engine.waits_for(job_id(200)).as_deref(), Some("one of the 3 VMs to end (max_vms)"));
+}
+
+#[test]
+fn a_shape_that_does_not_fit_now_does_not_hold_up_another() {
+    let mut engine = engine(SETTINGS);
+    let big = spec(|s| s.memory_mib = 4096);
+    engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|_| {}))));
+    assert_eq!(creations(&engine.step(Timestamp(0), Input::Job(queued(2, 3, big)))), 0);
+    assert_eq!(creations(&engine.step(Timestamp(0), Input::Job(queued(3, 4, spec(|_| {}))))), 1);
+}
+
+#[test]
+fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
+    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
+    assert!(matches!(&effects[..], [Effect::DrainVm { vm_id, .. }] if *vm_id == super::tests::vm_id(7)), "{effects:?}");
+}
+
+#[test]
+fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_for_their_jobs() {
+    let mut engine = engine(Settings { max_vms: 2, ..SETTINGS });
+    for (id, kind) in [(7, VmKind::Service), (8, VmKind::Ephemeral)] {
+        let mut theirs = vm(id, id as u64, kind, VmState::Ready);
+        theirs.config.labels.clear();
+        engine.step(Timestamp(0), Input::Vm(theirs));
+    }
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 20, spec(|s| s.isolation = Isolation::Maximum))));
+    assert_eq!(effects, []);
+    let effects = engine.step(Timestamp(0), Input::Job(queued(2, 21, spec(|s| s.target_vm_id = Some(vm_id(8))))));
+    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(8), attempt: 1 }]);
+}
+
+#[test]
+fn a_job_whose_target_vm_has_ended_is_failed_with_the_reason() {
+    let mut engine = engine(SETTINGS);
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.target_vm_id = Some(vm_id(9))))));
+    assert!(matches!(&effects[..], [Effect::FailJob { reason, .. }] if reason.contains("is gone")), "{effects:?}");
+}
+
+#[test]
+fn the_third_vm_in_a_row_that_fails_to_boot_fails_the_job_that_waits_for_it() {
+    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    let mut now = Timestamp(0);
+    let mut effects = engine.step(now, Input::Job(queued(1, 2, spec(|_| {}))));
+    for round in 0..3u64 {
+        let [Effect::CreateVm { ticket, .. }] = effects[..] else { panic!("round {round}: {effects:?}") };
+        let id = 100 + u128::from(round);
+        let starting = vm(id, 10 * (round + 1), VmKind::Ephemeral, VmState::Starting);
+        engine.step(now, Input::Created { ticket, result: Ok(starting) });
+        let mut failed = vm(id, 10 * (round + 1) + 1, VmKind::Ephemeral, VmState::Failed);
+        failed.reason = "no kernel".into();
+        effects = engine.step(now, Input::Vm(failed));
+        if round < 2 {
+            assert_eq!(effects, [], "a pause comes first");
+            now = engine.next_wake().expect("a wake");
+            effects = engine.step(now, Input::Tick);
+        }
+    }
+    assert!(matches!(&effects[..], [Effect::FailJob { reason, .. }] if reason.contains("no kernel")), "{effects:?}");
+}
+
+#[test]
+fn orders_are_given_again_when_the_vmhost_restarts_and_after_a_failure() {
+    let mut engine = engine(SETTINGS);
+    let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
+    let [Effect::Tell { order, .. }] = &effects[..] else { panic!("{effects:?}") };
+    let key = order.key();
+    assert_eq!(key, OrderKey::Start(vm_id(7)));
+
+    let away = Error::new(Reason::PeerUnavailable, "away");
+    assert_eq!(engine.step(Timestamp(0), Input::Told { order: key, result: Err(away) }), []);
+    let again = engine.step(engine.next_wake().expect("a retry"), Input::Tick);
+    assert_eq!(again, effects);
+    assert_eq!(engine.step(Timestamp(1000), Input::Told { order: key, result: Ok(()) }), []);
+    assert_eq!(engine.step(Timestamp(1000), Input::Node(node(9, 2))), effects);
+}
+
+#[test]
+fn a_stop_waits_until_the_start_has_been_answered() {
+    let mut engine = engine(SETTINGS);
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
+    assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
+    let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: Ok(()) });
+    assert!(matches!(&effects[..], [Effect::Tell { order: Order::Stop { .. }, .. }]), "{effects:?}");
+}
+
+#[test]
+fn pre_warmed_vms_are_kept_while_nothing_waits() {
+    let mut engine = Engine::new(Settings { pre_warm_count: 2, ..SETTINGS });
+    let effects = engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
+    assert_eq!(creations(&effects), 2);
+    assert_eq!(engine.step(Timestamp(0), Input::Tick), []);
+}
+
+/// A registry and a vmhost, reduced to their contracts.
+struct World {
+    engine: Engine,
+    now: Timestamp,
+    revision: u64,
+    vms: BTreeMap<VmId, Vm>,
+    jobs: BTreeMap<JobId, Job>,
+    events: VecDeque<Input>,
+    effects: Vec<Effect>,
+    /// Attempts that the vmhost runs.
+    running: BTreeMap<VmId, (JobId, u32)>,
+    started: BTreeSet<VmId>,
+    next_vm: u128,
+    settings: Settings,
+}
+
+impl World {
+    fn new(settings: Settings) -> Self {
+        let mut world = Self {
+            engine: Engine::new(settings.clone()),
+            now: Timestamp(0),
+            revision: 1,
+            vms: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            events: VecDeque::new(),
+            effects: Vec::new(),
+            running: BTreeMap::new(),
+            started: BTreeSet::new(),
+            next_vm: 1000,
+            settings,
+        };
+        world.restart();
+        world
+    }
+
+    fn feed(&mut self, input: Input) {
+        let effects = self.engine.step(self.now, input);
+        self.effects.extend(effects);
+        assert_eq!(self.engine.broken_invariant(), None);
+    }
+
+    /// The scheduler dies and comes back: what was under way is forgotten, what is on record is listed.
+    fn restart(&mut self) {
+        self.engine = Engine::new(self.settings.clone());
+        self.effects.clear();
+        self.events.clear();
+        let vms = self.vms.values().filter(|vm| !vm.state.is_terminal()).cloned().collect();
+        let jobs = self.jobs.values().filter(|job| !job.state.is_terminal()).cloned().collect();
+        self.feed(Input::Snapshot { nodes: vec![node(1, 1)], vms, jobs });
+    }
+
+    fn put_vm(&mut self, id: VmId, change: impl FnOnce(&mut Vm)) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        change(vm);
+        self.revision += 1;
+        vm.revision = self.revision;
+        let vm = vm.clone();
+        let live = self.vms.values().filter(|vm| !vm.state.is_terminal()).count();
+        assert!(live <= self.settings.max_vms as usize, "{live} VMs live");
+        self.events.push_back(Input::Vm(vm));
+    }
+
+    fn put_job(&mut self, id: JobId, change: impl FnOnce(&mut Job)) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        change(job);
+        self.revision += 1;
+        job.revision = self.revision;
+        self.events.push_back(Input::Job(job.clone()));
+    }
+
+    fn transition(&mut self, id: VmId, to: VmState) -> bool {
+        let legal = self.vms.get(&id).is_some_and(|vm| vm.state.may_go_to(to, vm.config.kind));
+        if legal {
+            self.put_vm(id, |vm| vm.state = to);
+        }
+        legal
+    }
+
+    fn finish(&mut self, id: JobId, attempt: u32, to: JobState) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        if job.attempt != attempt || !matches!(job.state, JobState::Assigned | JobState::Running) {
+            return;
+        }
+        let vm_id = job.vm_id.expect("assigned");
+        self.put_job(id, |job| job.state = to);
+        let vm = &self.vms[&vm_id];
+        if vm.state == VmState::Busy {
+            let next = if vm.config.kind == VmKind::Service { VmState::Idle } else { VmState::Draining };
+            self.put_vm(vm_id, |vm| (vm.state, vm.job_id) = (next, None));
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::CreateVm { ticket, vm_id: _, config, node_id } => {
+                let id = vm_id(self.next_vm);
+                self.next_vm += 1;
+                let mut new = vm(0, 0, config.kind, VmState::Starting);
+                (new.id, new.config, new.node_id) = (id, config, node_id);
+                self.vms.insert(id, new);
+                self.put_vm(id, |_| {});
+                let result = Ok(self.vms[&id].clone());
+                self.feed(Input::Created { ticket, result });
+            }
+            Effect::Assign { job_id, vm_id, attempt } => {
+                let result = self.assign(job_id, vm_id, attempt);
+                self.feed(Input::Assigned { job_id, vm_id, result });
+            }
+            Effect::FailJob { job_id, .. } => {
+                if self.jobs[&job_id].state == JobState::Queued {
+                    self.put_job(job_id, |job| job.state = JobState::Failed);
+                }
+            }
+            Effect::LoseAttempt { job_id, attempt, started, .. } => {
+                let to = if started { JobState::Failed } else { JobState::Queued };
+                self.finish(job_id, attempt, to);
+            }
+            Effect::FailVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Failed)),
+            Effect::DrainVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Draining)),
+            Effect::RefuseVm { .. } => {}
+            Effect::Tell { order, .. } => {
+                let key = order.key();
+                self.obey(order);
+                self.feed(Input::Told { order: key, result: Ok(()) });
+            }
+        }
+    }
+
+    fn assign(&mut self, job_id: JobId, vm_id: VmId, attempt: u32) -> Result<Job, Error> {
+        let job = &self.jobs[&job_id];
+        if job.state != JobState::Queued || job.attempt + 1 != attempt || !self.vms[&vm_id].state.takes_jobs() {
+            return Err(Error::new(Reason::StaleAttempt, "refused"));
+        }
+        self.put_job(job_id, |job| {
+            (job.state, job.attempt, job.vm_id, job.node_id) =
+                (JobState::Assigned, attempt, Some(vm_id), Some(node_id()));
+        });
+        self.put_vm(vm_id, |vm| (vm.state, vm.job_id) = (VmState::Busy, Some(job_id)));
+        Ok(self.jobs[&job_id].clone())
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start { vm_id, .. } => drop(self.started.insert(vm_id)),
+            Order::Stop { vm_id, .. } => self.end(vm_id, VmState::Terminated),
+            Order::Run(job) => {
+                let vm_id = job.vm_id.expect("assigned");
+                let current = self.jobs[&job.id].attempt == job.attempt && !self.jobs[&job.id].state.is_terminal();
+                if current && !self.running.contains_key(&vm_id) {
+                    let twice = self.running.values().any(|(id, _)| *id == job.id);
+                    assert!(!twice, "two live attempts of {}", job.id);
+                    self.running.insert(vm_id, (job.id, job.attempt));
+                }
+            }
+            Order::Cancel { job_id, attempt } => {
+                self.running.retain(|_, running| *running != (job_id, attempt));
+                self.finish(job_id, attempt, JobState::Cancelled);
+            }
+        }
+    }
+
+    /// The vmhost reports the attempt first, then the VM.
+    fn end(&mut self, vm_id: VmId, to: VmState) {
+        let held = self.running.remove(&vm_id);
+        let assigned = self.vms.get(&vm_id).and_then(|vm| vm.job_id).map(|job_id| (job_id, self.jobs[&job_id].attempt));
+        if let Some((job_id, attempt)) = held.or(assigned) {
+            let to = if held.is_some() { JobState::Failed } else { JobState::Queued };
+            self.finish(job_id, attempt, to);
+        }
+        if !self.transition(vm_id, to) {
+            self.transition(vm_id, VmState::Failed);
+        }
+    }
+
+    /// One thing happens; `choice` says which. False when there was nothing to do.
+    fn happen(&mut self, kind: u8, choice: usize) -> bool {
+        match kind {
+            0..=2 => self.events.pop_front().map(|event| self.feed(event)).is_some(),
+            3..=5 if !self.effects.is_empty() => {
+                let effect = self.effects.remove(choice % self.effects.len());
+                self.perform(effect);
+                true
+            }
+            6 => {
+                let booting: Vec<_> = self.started.iter().copied().collect();
+                let Some(&vm_id) = booting.get(choice % booting.len().max(1)) else { return false };
+                self.started.remove(&vm_id);
+                let to = if choice.is_multiple_of(5) { VmState::Failed } else { VmState::Ready };
+                self.transition(vm_id, to)
+            }
+            7 | 8 => {
+                let held: Vec<_> = self.running.iter().map(|(vm, job)| (*vm, *job)).collect();
+                let Some(&(vm_id, (job_id, attempt))) = held.get(choice % held.len().max(1)) else { return false };
+                if choice.is_multiple_of(7) {
+                    self.end(vm_id, VmState::Failed);
+                } else {
+                    self.running.remove(&vm_id);
+                    self.finish(job_id, attempt, JobState::Succeeded);
+                }
+                true
+            }
+            _ => match self.engine.next_wake() {
+                Some(at) => {
+                    self.now = at.max(self.now);
+                    self.feed(Input::Tick);
+                    true
+                }
+                None => false,
+            },
+        }
+    }
+
+    fn settle(&mut self) {
+        for round in 0..20_000usize {
+            // Many boots succeed here, so that every job can end.
+            let idle = !(0..=9).any(|kind| self.happen(kind, round * 5 + 1));
+            if idle && self.effects.is_empty() && self.events.is_empty() {
+                return;
+            }
+        }
+        panic!("the world never comes to rest: {:?}", self.jobs);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_order_of_events_every_job_ends_and_no_limit_is_broken(
+        jobs in prop::collection::vec((0u8..3, -1i32..2, any::<bool>()), 1..12),
+        steps in prop::collection::vec((0u8..12, 0usize..1000), 0..300),
+    ) {
+        let mut world = World::new(SETTINGS);
+        let mut waiting: VecDeque<_> = jobs.iter().enumerate().collect();
+        for (kind, choice) in steps {
+            match kind {
+                10 => if let Some((number, (isolation, priority, cancel))) = waiting.pop_front() {
+                    let isolation = [Isolation::Maximum, Isolation::Standard, Isolation::Minimal][usize::from(*isolation)];
+                    let id = number as u128 + 1;
+                    world.jobs.insert(job_id(id), queued(id, 0, spec(|s| (s.isolation, s.priority) = (isolation, *priority))));
+                    world.put_job(job_id(id), |job| job.cancel_requested = *cancel && choice % 2 == 0);
+                },
+                11 if choice % 10 == 0 => world.restart(),
+                kind => drop(world.happen(kind, choice)),
+            }
+        }
+        world.settle();
+        for job in world.jobs.values() {
+            prop_assert!(job.state.is_terminal(), "{job:?} waits for {:?}", world.engine.waits_for(job.id));
+        }
+        prop_assert!(world.running.is_empty());
+    }
+}

@@ -1,0 +1,344 @@
+//! The RPCs: parse, one call, encode. What is on record comes from the registry; what runs comes from the node it runs on.
+
+use std::{collections::BTreeMap, pin::Pin, time::Duration};
+
+use blixard::{
+    error::{Error, Reason, invalid},
+    id::{JobId, VmId},
+    job::{Job, JobSpec, JobState},
+    limits,
+    node::NodeState,
+    pb::{
+        registry::v1 as registry,
+        scheduler::v1::{self as pb, scheduler_service_server::SchedulerService},
+        vmhost::v1 as vmhost,
+    },
+    vm::{Vm, VmConfig, VmKind, VmState},
+};
+use blixard_chassis::{Tasks, client::forward};
+use futures::Stream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    SchedulerConfig,
+    engine::{OWNER_LABEL, could_ever_fit},
+    feed::{Feed, Subscription},
+    logs,
+    peers::{Peers, missing, peer_error},
+    shell::ShellHandle,
+};
+
+/// How often the reason why a queued job waits is looked at for those who watch it.
+const WAIT_REASON_EVERY: Duration = Duration::from_secs(1);
+
+/// Implements `SchedulerService`.
+#[derive(Clone)]
+pub struct SchedulerApi {
+    config: SchedulerConfig,
+    peers: Peers,
+    feed: Feed,
+    shell: ShellHandle,
+    tasks: Tasks,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn refused(status: Status) -> Status {
+    peer_error("registry", &status).into()
+}
+
+impl SchedulerApi {
+    pub(crate) fn new(config: SchedulerConfig, peers: Peers, feed: Feed, shell: ShellHandle, tasks: Tasks) -> Self {
+        Self { config, peers, feed, shell, tasks }
+    }
+
+    /// Follows a job: the subscription comes before the read, so that nothing falls between them.
+    async fn watch(&self, job_id: JobId) -> Result<Subscription, Status> {
+        let subscription = self.feed.subscribe(job_id);
+        let message = registry::GetJobRequest { job_id: job_id.to_string() };
+        let answer = self.peers.registry().get_job(message).await.map_err(refused)?;
+        let job = Job::try_from(answer.into_inner().job.ok_or_else(|| missing("job"))?)?;
+        self.feed.publish(&job);
+        Ok(subscription)
+    }
+
+    async fn find_vm(&self, vm_id: VmId) -> Result<Vm, Error> {
+        let message = registry::GetVmRequest { vm_id: vm_id.to_string() };
+        let answer = self.peers.registry().get_vm(message).await.map_err(|status| peer_error("registry", &status))?;
+        Vm::try_from(answer.into_inner().vm.ok_or_else(|| missing("vm"))?)
+    }
+
+    /// Refuses what could never run, with the field that is why.
+    async fn check_fit(&self, spec: &JobSpec) -> Result<(), Error> {
+        if let Some(vm_id) = spec.target_vm_id {
+            let vm = self.find_vm(vm_id).await?;
+            if vm.state.is_terminal() || vm.state == VmState::Draining {
+                let message = format!("spec.target_vm_id: VM {vm_id} is {} and takes no more jobs", vm.state);
+                return Err(Error::new(Reason::VmNotAccepting, message).with("vm_id", vm_id).with("state", vm.state));
+            }
+            return Ok(());
+        }
+        let config = VmConfig {
+            kind: VmKind::Ephemeral,
+            image: spec.image.clone(),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            labels: BTreeMap::new(),
+            node_id: spec.node_id.clone(),
+        };
+        could_ever_fit(&self.peers.nodes(), "spec", &config)
+    }
+}
+
+fn request_id(value: &str) -> Result<uuid::Uuid, Error> {
+    if value.is_empty() {
+        return Ok(uuid::Uuid::new_v4());
+    }
+    uuid::Uuid::parse_str(value).map_err(|_| invalid("request_id", value, "a UUID, or empty"))
+}
+
+fn check_reason(reason: &str) -> Result<(), Error> {
+    if reason.len() > limits::MAX_REASON_BYTES {
+        return Err(invalid("reason", reason, &format!("at most {} bytes", limits::MAX_REASON_BYTES)));
+    }
+    Ok(())
+}
+
+fn parse_grace(grace_ms: Option<u64>) -> Result<Duration, Error> {
+    let grace = grace_ms.map_or(limits::DEFAULT_STOP_GRACE, Duration::from_millis);
+    if grace > limits::MAX_STOP_GRACE {
+        let allowed = format!("at most {} (ms)", limits::MAX_STOP_GRACE.as_millis());
+        return Err(invalid("grace_ms", grace.as_millis(), &allowed));
+    }
+    Ok(grace)
+}
+
+#[tonic::async_trait]
+impl SchedulerService for SchedulerApi {
+    async fn submit_job(&self, request: Request<pb::SubmitJobRequest>) -> Answer<pb::SubmitJobResponse> {
+        let message = request.get_ref().clone();
+        let job_id = JobId(request_id(&message.request_id)?);
+        let spec = message.spec.ok_or_else(|| invalid("spec", "", "required"))?;
+        let spec = JobSpec::parse("spec", spec, self.config.defaults)?;
+        if let Err(error) = self.check_fit(&spec).await {
+            // A repeated request is answered as the first one was, whatever has changed since.
+            let known = registry::GetJobRequest { job_id: job_id.to_string() };
+            if message.request_id.is_empty() || self.peers.registry().get_job(known).await.is_err() {
+                return Err(error.into());
+            }
+        }
+        let create = registry::CreateJobRequest { job_id: job_id.to_string(), spec: Some(spec.into()) };
+        let answer = self.peers.registry().create_job(forward(&request, create)).await.map_err(refused)?;
+        Ok(Response::new(pb::SubmitJobResponse { job: answer.into_inner().job }))
+    }
+
+    async fn get_job(&self, request: Request<pb::GetJobRequest>) -> Answer<pb::GetJobResponse> {
+        let get = registry::GetJobRequest { job_id: request.get_ref().job_id.clone() };
+        let answer = self.peers.registry().get_job(forward(&request, get)).await.map_err(refused)?;
+        Ok(Response::new(pb::GetJobResponse { job: answer.into_inner().job }))
+    }
+
+    async fn list_jobs(&self, request: Request<pb::ListJobsRequest>) -> Answer<pb::ListJobsResponse> {
+        let asked = request.get_ref().clone();
+        let list = registry::ListJobsRequest {
+            page_size: asked.page_size,
+            page_token: asked.page_token,
+            states: asked.states,
+            labels: asked.labels,
+            node_id: asked.node_id,
+        };
+        let answer = self.peers.registry().list_jobs(forward(&request, list)).await.map_err(refused)?.into_inner();
+        Ok(Response::new(pb::ListJobsResponse { jobs: answer.jobs, next_page_token: answer.next_page_token }))
+    }
+
+    async fn cancel_job(&self, request: Request<pb::CancelJobRequest>) -> Answer<pb::CancelJobResponse> {
+        let asked = request.get_ref().clone();
+        check_reason(&asked.reason)?;
+        let cancel = registry::CancelJobRequest { job_id: asked.job_id, reason: asked.reason };
+        let answer = self.peers.registry().cancel_job(forward(&request, cancel)).await.map_err(refused)?;
+        Ok(Response::new(pb::CancelJobResponse { job: answer.into_inner().job }))
+    }
+
+    type WatchJobStream = Streamed<pb::WatchJobResponse>;
+
+    async fn watch_job(&self, request: Request<pb::WatchJobRequest>) -> Answer<Self::WatchJobStream> {
+        let job_id = JobId::parse("job_id", &request.get_ref().job_id)?;
+        let subscription = self.watch(job_id).await?;
+        let (sender, receiver) = mpsc::channel(4);
+        self.tasks.spawn("watch job", watch_job(self.shell.clone(), job_id, subscription, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type StreamJobLogsStream = Streamed<pb::StreamJobLogsResponse>;
+
+    async fn stream_job_logs(&self, request: Request<pb::StreamJobLogsRequest>) -> Answer<Self::StreamJobLogsStream> {
+        let asked = request.get_ref();
+        let job_id = JobId::parse("job_id", &asked.job_id)?;
+        let subscription = self.watch(job_id).await?;
+        let wanted = logs::Wanted {
+            job_id,
+            attempt: (asked.attempt > 0).then_some(asked.attempt),
+            offset: asked.offset,
+            follow: asked.follow,
+        };
+        let (sender, receiver) = mpsc::channel(logs::BUFFER);
+        self.tasks.spawn("stream job logs", logs::stream(self.peers.clone(), subscription, wanted, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn start_vm(&self, request: Request<pb::StartVmRequest>) -> Answer<pb::StartVmResponse> {
+        let message = request.into_inner();
+        let vm_id = VmId(request_id(&message.request_id)?);
+        let config = message.config.ok_or_else(|| invalid("config", "", "required"))?;
+        let config = VmConfig::parse("config", config, self.config.defaults)?;
+        if config.labels.contains_key(OWNER_LABEL) {
+            return Err(invalid("config.labels", OWNER_LABEL, "any key but this one: it is the scheduler's").into());
+        }
+        let repeated = if message.request_id.is_empty() { None } else { self.find_vm(vm_id).await.ok() };
+        let vm = match repeated {
+            // The registry compares the bodies and gives the first answer, or REQUEST_ID_REUSED.
+            Some(vm) => {
+                let node_id = vm.node_id.to_string();
+                let create =
+                    registry::CreateVmRequest { vm_id: vm_id.to_string(), config: Some(config.into()), node_id };
+                self.peers.registry().create_vm(create).await.map_err(refused)?.into_inner().vm
+            }
+            None => {
+                could_ever_fit(&self.peers.nodes(), "config", &config)?;
+                Some(self.shell.start_vm(vm_id, config).await?.into())
+            }
+        };
+        Ok(Response::new(pb::StartVmResponse { vm }))
+    }
+
+    async fn stop_vm(&self, request: Request<pb::StopVmRequest>) -> Answer<pb::StopVmResponse> {
+        let asked = request.get_ref();
+        let vm_id = VmId::parse("vm_id", &asked.vm_id)?;
+        let grace = parse_grace(asked.grace_ms)?;
+        check_reason(&asked.reason)?;
+        let vm = self.find_vm(vm_id).await?;
+        if vm.state.is_terminal() {
+            return Ok(Response::new(pb::StopVmResponse { vm: Some(vm.into()) }));
+        }
+        self.shell.stop_requested(vm_id, grace).await?;
+        let drain = registry::TransitionVmRequest {
+            vm_id: vm_id.to_string(),
+            to_state: VmState::Draining.to_pb().into(),
+            expected_generation: 0,
+            reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
+        };
+        let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {
+            Ok(answer) => answer.into_inner().vm,
+            // It ended in this moment.
+            Err(status) if Error::from_status(&status).reason == Reason::IllegalTransition => {
+                Some(self.find_vm(vm_id).await?.into())
+            }
+            Err(status) => return Err(refused(status)),
+        };
+        Ok(Response::new(pb::StopVmResponse { vm }))
+    }
+
+    async fn get_vm(&self, request: Request<pb::GetVmRequest>) -> Answer<pb::GetVmResponse> {
+        let get = registry::GetVmRequest { vm_id: request.get_ref().vm_id.clone() };
+        let answer = self.peers.registry().get_vm(forward(&request, get)).await.map_err(refused)?;
+        Ok(Response::new(pb::GetVmResponse { vm: answer.into_inner().vm }))
+    }
+
+    async fn list_vms(&self, request: Request<pb::ListVmsRequest>) -> Answer<pb::ListVmsResponse> {
+        let asked = request.get_ref().clone();
+        let list = registry::ListVmsRequest {
+            page_size: asked.page_size,
+            page_token: asked.page_token,
+            states: asked.states,
+            kind: asked.kind,
+            node_id: asked.node_id,
+            labels: asked.labels,
+        };
+        let answer = self.peers.registry().list_vms(forward(&request, list)).await.map_err(refused)?.into_inner();
+        Ok(Response::new(pb::ListVmsResponse { vms: answer.vms, next_page_token: answer.next_page_token }))
+    }
+
+    async fn list_vm_events(&self, request: Request<pb::ListVmEventsRequest>) -> Answer<pb::ListVmEventsResponse> {
+        let asked = request.get_ref().clone();
+        let list = registry::ListVmEventsRequest {
+            vm_id: asked.vm_id,
+            page_size: asked.page_size,
+            page_token: asked.page_token,
+        };
+        let answer = self.peers.registry().list_vm_events(forward(&request, list)).await.map_err(refused)?.into_inner();
+        Ok(Response::new(pb::ListVmEventsResponse { events: answer.events, next_page_token: answer.next_page_token }))
+    }
+
+    async fn purge_vms(&self, request: Request<pb::PurgeVmsRequest>) -> Answer<pb::PurgeVmsResponse> {
+        let asked = request.get_ref().clone();
+        let purge = registry::PurgeVmsRequest { states: asked.states, vm_ids: asked.vm_ids };
+        let answer = self.peers.registry().purge_vms(forward(&request, purge)).await.map_err(refused)?;
+        Ok(Response::new(pb::PurgeVmsResponse { purged: answer.into_inner().purged }))
+    }
+
+    async fn get_vm_console(&self, request: Request<pb::GetVmConsoleRequest>) -> Answer<pb::GetVmConsoleResponse> {
+        let vm_id = VmId::parse("vm_id", &request.get_ref().vm_id)?;
+        let vm = self.find_vm(vm_id).await?;
+        let get = vmhost::GetConsoleRequest { vm_id: vm_id.to_string() };
+        let answer = self.peers.vmhost(&vm.node_id)?.get_console(forward(&request, get)).await;
+        let console = answer.map_err(|status| peer_error("vmhost", &status))?.into_inner();
+        Ok(Response::new(pb::GetVmConsoleResponse { data: console.data, skipped: console.skipped }))
+    }
+
+    async fn get_stats(&self, request: Request<pb::GetStatsRequest>) -> Answer<pb::GetStatsResponse> {
+        let counts = registry::GetCountsRequest {};
+        let counts = self.peers.registry().get_counts(forward(&request, counts)).await.map_err(refused)?.into_inner();
+        let is_running = |state| VmState::from_pb("state", state).is_ok_and(VmState::is_running);
+        let ready = self.peers.nodes().values().filter(|entry| entry.node.state == NodeState::Ready).count();
+        Ok(Response::new(pb::GetStatsResponse {
+            total_vms: counts.vms.iter().map(|row| row.count).sum(),
+            running_vms: counts.vms.iter().filter(|row| is_running(row.state)).map(|row| row.count).sum(),
+            vm_states: counts.vms.iter().map(|row| pb::VmStateCount { state: row.state, count: row.count }).collect(),
+            job_states: counts
+                .jobs
+                .iter()
+                .map(|row| pb::JobStateCount { state: row.state, count: row.count })
+                .collect(),
+            ready_nodes: u32::try_from(ready).unwrap_or(u32::MAX),
+            max_vms: self.config.max_vms,
+            revision: counts.revision,
+        }))
+    }
+}
+
+/// Sends the job after each change, and when the reason for its waiting changes, until it has ended.
+async fn watch_job(
+    shell: ShellHandle,
+    job_id: JobId,
+    mut subscription: Subscription,
+    sender: mpsc::Sender<Result<pb::WatchJobResponse, Status>>,
+) {
+    let mut sent: Option<(u64, String)> = None;
+    loop {
+        let Some(job) = subscription.changes.borrow_and_update().job.clone() else { return };
+        let waiting_for = match job.state {
+            JobState::Queued => shell.explain(job_id).await.ok().flatten().unwrap_or_default(),
+            _ => String::new(),
+        };
+        let (ended, waits) = (job.state.is_terminal(), job.state == JobState::Queued);
+        let news = (job.revision, waiting_for.clone());
+        if sent.as_ref() != Some(&news) {
+            sent = Some(news);
+            let response = pb::WatchJobResponse { job: Some(job.into()), waiting_for };
+            if sender.send(Ok(response)).await.is_err() {
+                return;
+            }
+        }
+        if ended {
+            return;
+        }
+        tokio::select! {
+            changed = subscription.changes.changed() => if changed.is_err() { return },
+            () = sender.closed() => return,
+            () = tokio::time::sleep(WAIT_REASON_EVERY), if waits => {}
+        }
+    }
+}

@@ -5,13 +5,14 @@ use std::{convert::Infallible, net::SocketAddr, time::Duration};
 use blixard::{limits, pb};
 use http::{Request, Response};
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
     server::NamedService,
     service::{Routes, RoutesBuilder},
     transport::server::TcpIncoming,
 };
-use tonic_health::server::HealthReporter;
+use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::Service;
 
 use crate::{
@@ -33,6 +34,7 @@ pub struct Server {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
     health: HealthReporter,
+    ready: Option<CancellationToken>,
 }
 
 /// The address can't be had.
@@ -71,7 +73,7 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         let mut routes = Routes::builder();
         routes.add_service(health_service);
-        Ok(Self { listener, address, routes, names: Vec::new(), health })
+        Ok(Self { listener, address, routes, names: Vec::new(), health, ready: None })
     }
 
     /// Where it listens.
@@ -108,6 +110,14 @@ impl Server {
     {
         self.routes.add_service(service);
         self.names.push(S::NAME);
+        self
+    }
+
+    /// Health says NOT_SERVING until `ready` is cancelled, although calls are answered: for a server whose services need
+    /// each other, through it, to start.
+    #[must_use]
+    pub fn serving_after(mut self, ready: CancellationToken) -> Self {
+        self.ready = Some(ready);
         self
     }
 
@@ -148,18 +158,20 @@ impl Server {
         };
         self.routes.add_service(reflection().build_v1()?);
         self.routes.add_service(reflection().build_v1alpha()?);
-        for name in self.names.iter().chain([&""]) {
-            self.health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
-        }
+        let first = if self.ready.is_some() { ServingStatus::NotServing } else { ServingStatus::Serving };
+        announce(&self.health, &self.names, first).await;
 
         let stop = tasks.token().clone();
-        let announce = {
+        let until_stopped = {
             let (stop, health, names) = (stop.clone(), self.health.clone(), self.names.clone());
             async move {
-                stop.cancelled().await;
-                for name in names.iter().chain([&""]) {
-                    health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+                if let Some(ready) = self.ready
+                    && stop.run_until_cancelled(ready.cancelled()).await.is_some()
+                {
+                    announce(&health, &names, ServingStatus::Serving).await;
                 }
+                stop.cancelled().await;
+                announce(&health, &names, ServingStatus::NotServing).await;
             }
         };
         let serving = tonic::transport::Server::builder()
@@ -169,10 +181,17 @@ impl Server {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
             .add_routes(self.routes.routes())
-            .serve_with_incoming_shutdown(TcpIncoming::from(self.listener).with_nodelay(Some(true)), announce);
+            .serve_with_incoming_shutdown(TcpIncoming::from(self.listener).with_nodelay(Some(true)), until_stopped);
         tokio::select! {
             result = serving => Ok(result?),
             () = async { stop.cancelled().await; tokio::time::sleep(SHUTDOWN_GRACE).await } => Ok(()),
         }
+    }
+}
+
+/// Sets the health of every service and of the server as a whole.
+async fn announce(health: &HealthReporter, names: &[&'static str], status: ServingStatus) {
+    for name in names.iter().chain([&""]) {
+        health.set_service_status(name, status).await;
     }
 }

@@ -55,7 +55,7 @@ check_tools() {
     need sha256sum coreutils
     busybox=$(command -v busybox || true)
     # The dynamic busybox would find no libraries in the guest.
-    if [ -z "$busybox" ] || ! ldd "$busybox" 2>&1 | grep -q 'not a dynamic'; then
+    if [ -z "$busybox" ] || [[ $(ldd "$busybox" 2>&1 || true) != *'not a dynamic'* ]]; then
         missing+=' busybox-static'
     fi
     [ -n "${GUEST_AGENT:-}" ] || command -v cargo > /dev/null || die "cargo is missing: install Rust from https://rustup.rs"

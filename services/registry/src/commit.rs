@@ -1,0 +1,324 @@
+//! Group commit: one task takes every mutation that waits and commits them as one Raft entry with one fsync.
+//!
+//! ```text
+//!   callers ─► queue (bounded) ─► batch ─► txn ─► rows and events after it ─► each caller's own answer
+//!                 full: OVERLOADED                      └─► newest revision, which wakes the watchers
+//! ```
+//! A caller that is alone waits for nobody. Mutations of the same row go into one commit after the other, in the order
+//! they came. A batch that SQLite refuses is rolled back whole and replayed one by one, so that nobody pays for a
+//! neighbour.
+
+use std::{
+    collections::{BTreeSet, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use blixard::{
+    error::{Error, Reason},
+    job::JobState,
+    time::Timestamp,
+};
+use hiqlite::{Client, Param, rusqlite};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    mutation::{Key, Mutation, Statement},
+    read::{Readers, newest_revision},
+    rows::{JobRow, VmRow, find_node, text},
+    verdict::{After, Answer, Verdict, judge},
+};
+
+/// Mutations that may wait: as many as there may be requests.
+const QUEUE: usize = blixard::limits::MAX_CONCURRENT_REQUESTS;
+/// Mutations in one commit: about 20 ms of SQLite's time, so that a caller never waits long behind others.
+const BATCH_MUTATIONS: usize = 1024;
+/// Bytes in one commit, far below what the Raft log can hold in one entry.
+const BATCH_BYTES: usize = 1024 * 1024;
+/// How long a commit may take. A snapshot of a large database stalls one for a second.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(20);
+/// How often a mutation whose guard was overtaken in its own commit is tried again.
+const TRIES: u32 = 5;
+
+/// A mutation and who waits for it.
+struct Unit {
+    mutation: Mutation,
+    reply: oneshot::Sender<Result<Answer, Error>>,
+    tries: u32,
+}
+
+/// Hands mutations to the committer.
+#[derive(Clone)]
+pub(crate) struct CommitHandle {
+    queue: mpsc::Sender<Unit>,
+    newest: watch::Receiver<u64>,
+}
+
+impl CommitHandle {
+    /// Commits a mutation: when this returns, the change and its event are on the disk.
+    pub(crate) async fn submit(&self, mutation: Mutation) -> Result<Answer, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.queue.try_send(Unit { mutation, reply, tries: 0 }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Error::new(Reason::Overloaded, format!("{QUEUE} changes are waiting already")).with("limit", QUEUE)
+            }
+            mpsc::error::TrySendError::Closed(_) => shutting_down(),
+        })?;
+        answer.await.unwrap_or_else(|_| Err(shutting_down()))
+    }
+
+    /// The newest revision; changes with each commit.
+    pub(crate) fn newest(&self) -> watch::Receiver<u64> {
+        self.newest.clone()
+    }
+}
+
+/// The task that commits.
+pub(crate) struct CommitDriver {
+    client: Client,
+    readers: Arc<Readers>,
+    queue: mpsc::Receiver<Unit>,
+    newest: watch::Sender<u64>,
+    waiting: VecDeque<Unit>,
+}
+
+/// Why a commit did not take place, or may not have.
+enum Fault {
+    /// SQLite refused it; nothing of it took place.
+    RolledBack(hiqlite::Error),
+    /// Nobody knows.
+    Unknown(Error),
+}
+
+impl CommitDriver {
+    /// A driver to run and the handle to it. `revision` is the newest one in the database.
+    pub(crate) fn new(client: Client, readers: Arc<Readers>, revision: u64) -> (Self, CommitHandle) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let (newest, watch) = watch::channel(revision);
+        let driver = Self { client, readers, queue, newest, waiting: VecDeque::new() };
+        (driver, CommitHandle { queue: sender, newest: watch })
+    }
+
+    /// Commits until `stop` is cancelled; who waits then is told SHUTTING_DOWN.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        loop {
+            if self.waiting.is_empty() {
+                let first = tokio::select! {
+                    first = self.queue.recv() => first,
+                    () = stop.cancelled() => None,
+                };
+                let Some(first) = first else { break };
+                self.waiting.push_back(first);
+            } else if stop.is_cancelled() {
+                break;
+            }
+            while self.waiting.len() < QUEUE
+                && let Ok(unit) = self.queue.try_recv()
+            {
+                self.waiting.push_back(unit);
+            }
+            let now = Timestamp::now();
+            let batch = take_batch(&mut self.waiting, now);
+            self.commit(batch).await;
+        }
+        self.queue.close();
+        while let Some(unit) = self.waiting.pop_front().or_else(|| self.queue.try_recv().ok()) {
+            let _ = unit.reply.send(Err(shutting_down()));
+        }
+    }
+
+    async fn commit(&mut self, mut batch: Batch) {
+        match self.propose(std::mem::take(&mut batch.statements)).await {
+            Ok(counts) => self.settle(batch.units, &counts).await,
+            Err(Fault::Unknown(error)) => batch.refuse(&error),
+            Err(Fault::RolledBack(error)) if batch.units.len() == 1 => {
+                batch
+                    .refuse(&Error::internal(|id| tracing::error!(error_id = id, %error, "registry refused a change")));
+            }
+            Err(Fault::RolledBack(error)) => {
+                tracing::warn!(%error, changes = batch.units.len(), "a group commit was rolled back; replaying its changes");
+                self.replay(batch.units).await;
+            }
+        }
+    }
+
+    /// Commits units one by one.
+    async fn replay(&mut self, units: Vec<(Unit, usize)>) {
+        for (unit, _) in units {
+            let statements = unit.mutation.statements(Timestamp::now());
+            let last = statements.len() - 1;
+            match self.propose(statements).await {
+                Ok(counts) => self.settle(vec![(unit, last)], &counts).await,
+                Err(Fault::Unknown(error)) => drop(unit.reply.send(Err(error))),
+                Err(Fault::RolledBack(error)) => {
+                    let log = |id: &str| tracing::error!(error_id = id, %error, "registry refused a change");
+                    let _ = unit.reply.send(Err(Error::internal(log)));
+                }
+            }
+        }
+    }
+
+    /// One Raft entry. Returns the number of rows that each statement changed.
+    async fn propose(&self, statements: Vec<Statement>) -> Result<Vec<usize>, Fault> {
+        let Ok(result) = tokio::time::timeout(COMMIT_DEADLINE, self.client.txn(statements)).await else {
+            let message = "the commit did not end in time; the outcome is unknown";
+            return Err(Fault::Unknown(Error::new(Reason::DeadlineExceeded, message)));
+        };
+        use hiqlite::Error as Hiqlite;
+        let counts = result.and_then(|counts| counts.into_iter().collect());
+        counts.map_err(|error: Hiqlite| match error {
+            Hiqlite::Transaction(_)
+            | Hiqlite::Sqlite(_)
+            | Hiqlite::ConstraintViolation(_)
+            | Hiqlite::PrepareStatement(_)
+            | Hiqlite::QueryParams(_) => Fault::RolledBack(error),
+            error => {
+                tracing::error!(%error, "registry commit failed");
+                let message = "the registry's log takes no changes now; the outcome is unknown, try again";
+                Fault::Unknown(Error::new(Reason::PeerUnavailable, message).with("peer", "registry"))
+            }
+        })
+    }
+
+    /// Reads what a commit left, tells the log and the watchers, and answers.
+    async fn settle(&mut self, units: Vec<(Unit, usize)>, counts: &[usize]) {
+        let keys: BTreeSet<_> = units.iter().flat_map(|(unit, _)| unit.mutation.keys()).collect();
+        let seen = *self.newest.borrow();
+        let (after, events, newest) =
+            match self.readers.read(move |connection| read_after(connection, keys, seen)).await {
+                Ok(read) => read,
+                Err(error) => {
+                    units.into_iter().for_each(|(unit, _)| drop(unit.reply.send(Err(error.clone()))));
+                    return;
+                }
+            };
+        events.iter().for_each(Event::log);
+        self.newest.send_replace(newest);
+        for (mut unit, last) in units.into_iter().rev() {
+            match judge(&unit.mutation, counts.get(last).copied().unwrap_or(0), &after) {
+                Verdict::Accepted(answer) => drop(unit.reply.send(Ok(answer))),
+                Verdict::Denied(error) => drop(unit.reply.send(Err(error))),
+                Verdict::Again if unit.tries < TRIES => {
+                    unit.tries += 1;
+                    self.waiting.push_front(unit);
+                }
+                Verdict::Again => {
+                    let log = |id: &str| tracing::error!(error_id = id, mutation = ?unit.mutation, "a change stays undecided");
+                    let _ = unit.reply.send(Err(Error::internal(log)));
+                }
+            }
+        }
+    }
+}
+
+/// What one commit holds: each unit with the index of its last statement.
+struct Batch {
+    units: Vec<(Unit, usize)>,
+    statements: Vec<Statement>,
+}
+
+impl Batch {
+    fn refuse(self, error: &Error) {
+        self.units.into_iter().for_each(|(unit, _)| drop(unit.reply.send(Err(error.clone()))));
+    }
+}
+
+/// Takes as much as one commit may hold, leaving behind what shares a row with something before it.
+fn take_batch(waiting: &mut VecDeque<Unit>, now: Timestamp) -> Batch {
+    let mut batch = Batch { units: Vec::new(), statements: Vec::new() };
+    let mut taken: HashSet<Key> = HashSet::new();
+    let mut bytes = 0;
+    let mut left = VecDeque::new();
+    while let Some(unit) = waiting.pop_front() {
+        let keys = unit.mutation.keys();
+        let free = keys.iter().all(|key| !taken.contains(key));
+        // The rows of one that stays behind are taken too: what comes later must not overtake it.
+        taken.extend(keys);
+        if !free {
+            left.push_back(unit);
+            continue;
+        }
+        let statements = unit.mutation.statements(now);
+        bytes += statements.iter().map(size).sum::<usize>();
+        if bytes > BATCH_BYTES && !batch.units.is_empty() {
+            left.push_back(unit);
+            break;
+        }
+        batch.statements.extend(statements);
+        batch.units.push((unit, batch.statements.len() - 1));
+        if batch.units.len() == BATCH_MUTATIONS {
+            break;
+        }
+    }
+    left.append(waiting);
+    *waiting = left;
+    batch
+}
+
+fn size((sql, params): &Statement) -> usize {
+    let param = |param: &Param| match param {
+        Param::Text(text) => text.len(),
+        Param::Blob(bytes) => bytes.len(),
+        Param::Null | Param::Integer(_) | Param::Real(_) => 8,
+        Param::StmtOutputIndexed(..) | Param::StmtOutputNamed(..) => 16,
+    };
+    sql.len() + params.iter().map(param).sum::<usize>()
+}
+
+/// An event of a commit, as far as the log tells of it.
+struct Event {
+    entity: String,
+    from: String,
+    to: String,
+    job_id: String,
+    vm_id: String,
+}
+
+impl Event {
+    /// The lines that the usage guide promises.
+    fn log(&self) {
+        let Self { entity, from, to, job_id, vm_id } = self;
+        match (entity.as_str(), from.as_str(), to.as_str()) {
+            ("vm", "", state) => tracing::info!(%vm_id, %state, "VM registered"),
+            ("vm", _, "") => tracing::info!(%vm_id, "VM purged"),
+            ("vm", from, to) => tracing::info!("VM state changed vm_id={vm_id} {from} -> {to}"),
+            ("job", from, to) if from != to && to == JobState::Assigned.as_str() => {
+                tracing::info!(%job_id, %vm_id, "Job assigned to VM");
+            }
+            _ => {}
+        }
+    }
+}
+
+fn read_after(
+    connection: &rusqlite::Connection,
+    keys: BTreeSet<Key>,
+    seen: u64,
+) -> rusqlite::Result<(After, Vec<Event>, u64)> {
+    let mut after = After::default();
+    for key in keys {
+        match key {
+            Key::Vm(id) => drop(VmRow::find(connection, &id.to_string())?.map(|row| after.vms.insert(id, row))),
+            Key::Job(id) => drop(JobRow::find(connection, &id.to_string())?.map(|row| after.jobs.insert(id, row))),
+            Key::Node(id) => drop(find_node(connection, id.as_str())?.map(|node| after.nodes.insert(id, node))),
+        }
+    }
+    let sql = "SELECT entity, from_state, to_state, job_id, vm_id FROM events WHERE revision > ?1 ORDER BY revision";
+    let mut statement = connection.prepare_cached(sql)?;
+    let event = |row: &rusqlite::Row<'_>| {
+        Ok(Event {
+            entity: row.get(0)?,
+            from: text(row, 1)?,
+            to: text(row, 2)?,
+            job_id: text(row, 3)?,
+            vm_id: text(row, 4)?,
+        })
+    };
+    let events = statement.query_map([i64::try_from(seen).unwrap_or(i64::MAX)], event)?.collect::<Result<_, _>>()?;
+    Ok((after, events, newest_revision(connection)?))
+}
+
+fn shutting_down() -> Error {
+    Error::new(Reason::ShuttingDown, "the registry is shutting down; try again")
+}

@@ -1,0 +1,470 @@
+//! Every change as a typed operation that compiles to statements which cannot fail.
+//!
+//! The precondition stands inside the SQL (compare-and-set), so that neighbours in a group commit never see each other's
+//! failures: a statement whose guard does not hold changes no row. What that means is for [`crate::verdict`] to say.
+//! The guards come from the state tables of the root package; no state is listed here by hand.
+//!
+//! It must not know how or when statements are committed.
+
+use std::{borrow::Cow, sync::LazyLock};
+
+use blixard::{
+    id::{JobId, NodeId, VmId},
+    job::{ExitKind, ExitStatus, JobState},
+    node::{Node, NodeState},
+    pb::common::v1 as pb,
+    time::Timestamp,
+    vm::{VmConfig, VmKind, VmState},
+};
+use hiqlite::{Param, Params};
+use prost::Message as _;
+
+use crate::{schema::NEXT_REVISION, time};
+
+/// The longest command that `jobs.command` shows to people; the whole one is in `spec`.
+const SHOWN_COMMAND_BYTES: usize = 200;
+
+/// A change.
+#[derive(Debug, Clone)]
+pub(crate) enum Mutation {
+    CreateVm { id: VmId, config: VmConfig, node_id: NodeId },
+    TransitionVm { id: VmId, to: VmState, expected_generation: u64, reason: String },
+    PurgeVms { states: Vec<VmState>, ids: Vec<VmId>, at_most: u32 },
+    CreateJob { id: JobId, spec: pb::JobSpec },
+    AssignJob { job_id: JobId, vm_id: VmId, attempt: u32 },
+    StartAttempt { job_id: JobId, attempt: u32, started_at: Timestamp },
+    FinishAttempt { job_id: JobId, attempt: u32, outcome: Outcome },
+    CancelJob { id: JobId, reason: String },
+    FailQueuedJob { id: JobId, reason: String },
+    RegisterNode { node: Node },
+}
+
+/// What an attempt came to.
+#[derive(Debug, Clone)]
+pub(crate) enum Outcome {
+    Result { state: JobState, exit: Option<ExitStatus>, reason: String, log_bytes: u64, finished_at: Timestamp },
+    Lost { started: bool, reason: String },
+}
+
+/// The rows that a mutation's answer shows. Mutations that share one are not committed together, so that each answer
+/// shows exactly the row that its mutation left.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Key {
+    Vm(VmId),
+    Job(JobId),
+    Node(NodeId),
+}
+
+/// A statement and its parameters.
+pub(crate) type Statement = (Cow<'static, str>, Params);
+
+impl Mutation {
+    /// See [`Key`].
+    pub(crate) fn keys(&self) -> Vec<Key> {
+        match self {
+            Self::CreateVm { id, .. } | Self::TransitionVm { id, .. } => vec![Key::Vm(*id)],
+            Self::PurgeVms { ids, .. } => ids.iter().copied().map(Key::Vm).collect(),
+            Self::CreateJob { id, .. } | Self::CancelJob { id, .. } | Self::FailQueuedJob { id, .. } => {
+                vec![Key::Job(*id)]
+            }
+            Self::AssignJob { job_id, vm_id, .. } => vec![Key::Job(*job_id), Key::Vm(*vm_id)],
+            Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
+            Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
+        }
+    }
+
+    /// The statements. The number of rows that the *last* one changes tells whether the mutation took place.
+    pub(crate) fn statements(&self, now: Timestamp) -> Vec<Statement> {
+        let now = time::to_text(now);
+        match self {
+            Self::CreateVm { id, config, node_id } => vec![create_vm(*id, config, node_id, now)],
+            Self::TransitionVm { id, to, expected_generation, reason } => {
+                let generation = integer(*expected_generation);
+                vec![(sql(&TRANSITION_VM[index(*to)]), vec![id.text(), generation, reason.into(), now.into()])]
+            }
+            Self::PurgeVms { states, ids, at_most } => purge_vms(states, ids, *at_most, now),
+            Self::CreateJob { id, spec } => vec![create_job(*id, spec, now)],
+            Self::AssignJob { job_id, vm_id, attempt } => {
+                let params = vec![job_id.text(), vm_id.text(), (*attempt).into(), now.into()];
+                vec![(sql(&ASSIGN_VM), params.clone()), (sql(&ASSIGN_JOB), params)]
+            }
+            Self::StartAttempt { job_id, attempt, started_at } => {
+                let started_at = time::to_text(*started_at);
+                vec![(sql(&START), vec![job_id.text(), (*attempt).into(), started_at.into(), now.into()])]
+            }
+            Self::FinishAttempt { job_id, attempt, outcome } => {
+                let release = vec![job_id.text(), (*attempt).into(), now.clone().into()];
+                vec![(sql(&RELEASE_VM), release), finish(*job_id, *attempt, outcome, now)]
+            }
+            Self::CancelJob { id, reason } => vec![(sql(&CANCEL), vec![id.text(), reason.into(), now.into()])],
+            Self::FailQueuedJob { id, reason } => {
+                vec![(sql(&FAIL_QUEUED), vec![id.text(), reason.into(), now.into()])]
+            }
+            Self::RegisterNode { node } => vec![register_node(node, now)],
+        }
+    }
+}
+
+/// The text in `vms.config`.
+pub(crate) fn config_text(config: &VmConfig) -> String {
+    json(config)
+}
+
+static CREATE_VM: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "INSERT INTO vms (id, kind, state, node_id, image, vcpus, memory_mib, labels, config, reason, generation,
+             revision, created_at, updated_at, created_revision)
+         SELECT ?1, ?2, '{}', ?3, ?4, ?5, ?6, ?7, ?8, '', 1, next, ?9, ?9, next FROM (SELECT {NEXT_REVISION} AS next)
+         WHERE true ON CONFLICT (id) DO NOTHING",
+        VmState::Starting
+    )
+});
+
+fn create_vm(id: VmId, config: &VmConfig, node_id: &NodeId, now: String) -> Statement {
+    let params = vec![
+        id.text(),
+        config.kind.as_str().into(),
+        node_id.as_str().into(),
+        config.image.as_str().into(),
+        config.vcpus.into(),
+        config.memory_mib.into(),
+        json(&config.labels).into(),
+        config_text(config).into(),
+        now.into(),
+    ];
+    (sql(&CREATE_VM), params)
+}
+
+/// One statement for each state to reach, in the order of `VmState::ALL`.
+static TRANSITION_VM: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let statement = |to: VmState| {
+        // A VM that is draining may still run its job; in any other state it reaches here it runs none.
+        let job = if to == VmState::Draining { "" } else { "job_id = NULL, " };
+        format!(
+            "UPDATE vms SET state = '{to}', {job}reason = ?3, generation = generation + 1,
+                 revision = {NEXT_REVISION}, updated_at = ?4
+             WHERE id = ?1 AND (?2 = 0 OR generation = ?2) AND {}",
+            may_reach(to)
+        )
+    };
+    VmState::ALL.into_iter().map(statement).collect()
+});
+
+fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec<Statement> {
+    let states = names(states.iter().map(|state| state.as_str()));
+    let chosen = if ids.is_empty() { "" } else { "AND id IN (SELECT value FROM json_each(?2))" };
+    let delete = format!(
+        "DELETE FROM vms WHERE id IN (SELECT id FROM vms WHERE state IN ({states}) {chosen}
+         ORDER BY created_revision LIMIT ?1)"
+    );
+    let mut params = vec![at_most.into()];
+    if !ids.is_empty() {
+        params.push(json(ids).into());
+    }
+    vec![("UPDATE purge_clock SET at = ?1".into(), vec![now.into()]), (delete.into(), params)]
+}
+
+static CREATE_JOB: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
+             attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes,
+             generation, revision, created_at, updated_at, created_revision, spec)
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0, 0, 0, 0, 0, 0, '', 0, 1, next, ?9, ?9, next, ?10
+         FROM (SELECT {NEXT_REVISION} AS next) WHERE true ON CONFLICT (id) DO NOTHING",
+        JobState::Queued
+    )
+});
+
+fn create_job(id: JobId, spec: &pb::JobSpec, now: String) -> Statement {
+    let mut command = spec.command.join(" ");
+    if command.len() > SHOWN_COMMAND_BYTES {
+        let end = (0..=SHOWN_COMMAND_BYTES).rev().find(|&at| command.is_char_boundary(at)).unwrap_or(0);
+        command.truncate(end);
+        command.push('…');
+    }
+    let params = vec![
+        id.text(),
+        command.into(),
+        spec.image.as_str().into(),
+        spec.vcpus().into(),
+        spec.memory_mib().into(),
+        spec.priority.into(),
+        spec.max_attempts.into(),
+        json(&spec.labels).into(),
+        now.into(),
+        Param::Blob(spec.encode_to_vec()),
+    ];
+    (sql(&CREATE_JOB), params)
+}
+
+/// First the VM, if the job can be assigned …
+static ASSIGN_VM: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "UPDATE vms SET state = '{}', job_id = ?1, reason = '', generation = generation + 1,
+             revision = {NEXT_REVISION}, updated_at = ?4
+         WHERE id = ?2 AND state IN ({}) AND EXISTS (SELECT 1 FROM jobs WHERE id = ?1 AND attempt = ?3 - 1
+             AND state IN ({}))",
+        VmState::Busy,
+        names(VmState::ALL.into_iter().filter(|state| state.takes_jobs()).map(VmState::as_str)),
+        job_sources(JobState::Assigned),
+    )
+});
+
+/// … then the job, if the change before this one was that VM's.
+static ASSIGN_JOB: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "UPDATE jobs SET state = '{}', attempt = ?3, attempt_end = NULL, vm_id = ?2, node_id = vm.node_id,
+             assignment = vm.kind, exit_code = NULL, signal = NULL, user_time_ms = 0, system_time_ms = 0,
+             max_rss_kib = 0, reason = '', log_bytes = 0, generation = jobs.generation + 1,
+             revision = {NEXT_REVISION}, updated_at = ?4, assigned_at = ?4, started_at = NULL
+         FROM (SELECT node_id, kind FROM vms WHERE id = ?2 AND job_id = ?1 AND state = '{}'
+             AND revision = {NEXT_REVISION} - 1) AS vm
+         WHERE jobs.id = ?1 AND jobs.attempt = ?3 - 1 AND jobs.state IN ({})",
+        JobState::Assigned,
+        VmState::Busy,
+        job_sources(JobState::Assigned),
+    )
+});
+
+static START: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "UPDATE jobs SET state = '{}', attempts_started = attempts_started + 1, started_at = ?3,
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?4
+         WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
+        JobState::Running,
+        job_sources(JobState::Running),
+    )
+});
+
+/// Takes the job from its Busy VM, if its attempt can be finished.
+static RELEASE_VM: LazyLock<String> = LazyLock::new(|| {
+    // Where the state table lets a Busy VM go when its job is over.
+    let next = |kind| if VmState::Busy.may_go_to(VmState::Idle, kind) { VmState::Idle } else { VmState::Draining };
+    format!(
+        "UPDATE vms SET state = iif(kind = '{}', '{}', '{}'), job_id = NULL, reason = '', generation = generation + 1,
+             revision = {NEXT_REVISION}, updated_at = ?3
+         WHERE id = (SELECT vm_id FROM jobs WHERE id = ?1 AND attempt = ?2 AND state IN ({}))
+             AND state = '{}' AND job_id = ?1",
+        VmKind::Service,
+        next(VmKind::Service),
+        next(VmKind::Ephemeral),
+        with_attempt(),
+        VmState::Busy,
+    )
+});
+
+static FINISH: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "UPDATE jobs SET state = ?3, attempt_end = 'result',
+             attempts_started = attempts_started + (started_at IS NULL AND ?4), exit_code = ?5, signal = ?6,
+             user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10,
+             reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, finished_at = ?12,
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13
+         WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
+        with_attempt()
+    )
+});
+
+static LOSE: LazyLock<String> = LazyLock::new(|| {
+    let assigned = JobState::Assigned;
+    let started = format!("(attempts_started + (state = '{assigned}' AND ?3))");
+    let never_started = format!("(state = '{assigned}' AND NOT ?3)");
+    let requeued = format!("(NOT cancel_requested AND ({never_started} OR {started} < max_attempts))");
+    format!(
+        "UPDATE jobs SET
+             state = CASE WHEN {requeued} THEN '{}' WHEN cancel_requested THEN '{}' ELSE '{}' END,
+             attempt_end = 'lost', attempts_started = {started},
+             reason = iif(cancel_requested AND reason <> '', reason, ?4),
+             finished_at = iif({requeued}, NULL, ?5), cancel_requested = 0,
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?5
+         WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
+        JobState::Queued,
+        JobState::Cancelled,
+        JobState::Failed,
+        with_attempt()
+    )
+});
+
+fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, now: String) -> Statement {
+    match outcome {
+        Outcome::Result { state, exit, reason, log_bytes, finished_at } => {
+            let (code, signal) = match exit.map(|exit| exit.kind) {
+                Some(ExitKind::Code(code)) => (Some(code), None),
+                Some(ExitKind::Signal(signal)) => (None, Some(signal)),
+                None => (None, None),
+            };
+            let params = vec![
+                job_id.text(),
+                attempt.into(),
+                state.as_str().into(),
+                exit.is_some().into(),
+                code.into(),
+                signal.into(),
+                integer(exit.map_or(0, |exit| exit.user_time_ms)),
+                integer(exit.map_or(0, |exit| exit.system_time_ms)),
+                integer(exit.map_or(0, |exit| exit.max_rss_kib)),
+                integer(*log_bytes),
+                reason.into(),
+                time::to_text(*finished_at).into(),
+                now.into(),
+            ];
+            (sql(&FINISH), params)
+        }
+        Outcome::Lost { started, reason } => {
+            (sql(&LOSE), vec![job_id.text(), attempt.into(), (*started).into(), reason.into(), now.into()])
+        }
+    }
+}
+
+static CANCEL: LazyLock<String> = LazyLock::new(|| {
+    let queued = JobState::Queued;
+    format!(
+        "UPDATE jobs SET state = iif(state = '{queued}', '{}', state), cancel_requested = (state <> '{queued}'),
+             reason = ?2, finished_at = iif(state = '{queued}', ?3, NULL), generation = generation + 1,
+             revision = {NEXT_REVISION}, updated_at = ?3
+         WHERE id = ?1 AND NOT cancel_requested AND state IN ({})",
+        JobState::Cancelled,
+        job_sources(JobState::Cancelled)
+    )
+});
+
+static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "UPDATE jobs SET state = '{}', reason = ?2, finished_at = ?3, generation = generation + 1,
+             revision = {NEXT_REVISION}, updated_at = ?3
+         WHERE id = ?1 AND state = '{}'",
+        JobState::Failed,
+        JobState::Queued
+    )
+});
+
+static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision,
+             registered_at)
+         VALUES (?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8)
+         ON CONFLICT (id) DO UPDATE SET state = excluded.state, endpoint = excluded.endpoint,
+             driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib,
+             max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1,
+             revision = excluded.revision, registered_at = excluded.registered_at",
+        NodeState::Ready
+    )
+});
+
+fn register_node(node: &Node, now: String) -> Statement {
+    let params = vec![
+        node.id.as_str().into(),
+        node.endpoint.as_str().into(),
+        node.driver.as_str().into(),
+        node.vcpus.into(),
+        integer(node.memory_mib),
+        node.max_vms.into(),
+        json(&node.images).into(),
+        now.into(),
+    ];
+    (sql(&REGISTER_NODE), params)
+}
+
+/// The condition under which the state table lets a VM go to `to`.
+fn may_reach(to: VmState) -> String {
+    let of_kind = |kind: VmKind| {
+        let sources = VmState::ALL.into_iter().filter(|from| from.may_go_to(to, kind));
+        format!("(kind = '{kind}' AND state IN ({}))", names(sources.map(VmState::as_str)))
+    };
+    format!("({} OR {})", of_kind(VmKind::Ephemeral), of_kind(VmKind::Service))
+}
+
+/// The states from which the state table lets a job go to `to`.
+fn job_sources(to: JobState) -> String {
+    names(JobState::ALL.into_iter().filter(|from| from.may_go_to(to)).map(JobState::as_str))
+}
+
+/// The states of a job whose attempt can still end: those that can be lost.
+fn with_attempt() -> String {
+    job_sources(JobState::Queued)
+}
+
+/// A list of constants for `IN (…)`.
+pub(crate) fn names(names: impl Iterator<Item = &'static str>) -> String {
+    names.map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+}
+
+fn index(state: VmState) -> usize {
+    VmState::ALL.into_iter().position(|other| other == state).unwrap_or(0)
+}
+
+fn sql(statement: &'static str) -> Cow<'static, str> {
+    Cow::Borrowed(statement)
+}
+
+/// SQLite's integers are signed.
+fn integer(number: u64) -> Param {
+    Param::Integer(i64::try_from(number).unwrap_or(i64::MAX))
+}
+
+/// Strings, lists and maps of strings always have a JSON form.
+fn json(value: &(impl serde::Serialize + ?Sized)) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+trait Text {
+    fn text(&self) -> Param;
+}
+
+impl Text for VmId {
+    fn text(&self) -> Param {
+        Param::Text(self.to_string())
+    }
+}
+
+impl Text for JobId {
+    fn text(&self) -> Param {
+        Param::Text(self.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_finish_guard_fits_every_final_state() {
+        for state in JobState::ALL.into_iter().filter(|state| state.is_terminal()) {
+            for from in JobState::ALL.into_iter().filter(|from| from.may_go_to(JobState::Queued)) {
+                assert!(from.may_go_to(state), "{from} -> {state}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_statement_reads_a_clock_or_randomness() {
+        let node = Node {
+            id: NodeId::parse("", "n").unwrap(),
+            state: NodeState::Ready,
+            endpoint: String::new(),
+            driver: String::new(),
+            vcpus: 1,
+            memory_mib: 1,
+            max_vms: 1,
+            images: vec![],
+            incarnation: 0,
+            revision: 0,
+            registered_at: Timestamp(0),
+        };
+        let id = JobId::random();
+        let lost = Outcome::Lost { started: true, reason: String::new() };
+        let mutations = [
+            Mutation::RegisterNode { node },
+            Mutation::FinishAttempt { job_id: id, attempt: 1, outcome: lost },
+            Mutation::CancelJob { id, reason: String::new() },
+            Mutation::AssignJob { job_id: id, vm_id: VmId::random(), attempt: 1 },
+            Mutation::CreateJob { id, spec: pb::JobSpec::default() },
+        ];
+        for (sql, _) in mutations.iter().flat_map(|mutation| mutation.statements(Timestamp(0))) {
+            let sql = sql.to_lowercase();
+            for banned in ["current_", "random", "now", "date(", "strftime", "datetime", "unixepoch"] {
+                assert!(!sql.contains(banned), "{banned} in {sql}");
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Rows of the tables as the contract's messages. What was checked when it was written is not checked again.
+
+use blixard::{
+    job::JobState,
+    node::NodeState,
+    pb::common::v1 as pb,
+    vm::{VmConfig, VmKind, VmState},
+};
+use hiqlite::rusqlite::{Connection, OptionalExtension as _, Result, Row, types::Type};
+use prost::Message as _;
+
+use crate::time;
+
+/// The columns that [`VmRow::read`] expects.
+pub(crate) const VM_COLUMNS: &str =
+    "id, config, state, node_id, job_id, reason, generation, revision, created_at, updated_at, created_revision";
+/// The columns that [`JobRow::read`] expects.
+pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, assignment, cancel_requested, exit_code, \
+     signal, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, generation, revision, created_at, assigned_at, \
+     started_at, finished_at, created_revision, attempt_end";
+/// The columns that [`node`] expects.
+pub(crate) const NODE_COLUMNS: &str =
+    "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at";
+
+/// How an attempt ended: the value of `jobs.attempt_end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AttemptEnd {
+    Result,
+    Lost,
+}
+
+/// A row of `vms`.
+#[derive(Debug, Clone)]
+pub(crate) struct VmRow {
+    pub(crate) vm: pb::Vm,
+    pub(crate) state: VmState,
+    /// The text in `config`.
+    pub(crate) config: String,
+    /// Orders rows by when they were made.
+    pub(crate) created_revision: u64,
+}
+
+/// A row of `jobs`.
+#[derive(Debug, Clone)]
+pub(crate) struct JobRow {
+    pub(crate) job: pb::Job,
+    pub(crate) state: JobState,
+    /// The bytes in `spec`.
+    pub(crate) spec: Vec<u8>,
+    /// How the latest attempt ended.
+    pub(crate) attempt_end: Option<AttemptEnd>,
+    /// Orders rows by when they were made.
+    pub(crate) created_revision: u64,
+}
+
+impl VmRow {
+    /// Reads [`VM_COLUMNS`].
+    pub(crate) fn read(row: &Row<'_>) -> Result<Self> {
+        let config: String = row.get(1)?;
+        let parsed: VmConfig = serde_json::from_str(&config).map_err(|error| damaged(1, error))?;
+        let state = vm_state(row, 2)?;
+        let vm = pb::Vm {
+            id: row.get(0)?,
+            config: Some(parsed.into()),
+            state: state.to_pb().into(),
+            node_id: row.get(3)?,
+            job_id: text(row, 4)?,
+            reason: row.get(5)?,
+            generation: number(row, 6)?,
+            revision: number(row, 7)?,
+            created_at: Some(when(row, 8)?),
+            updated_at: Some(when(row, 9)?),
+        };
+        Ok(Self { vm, state, config, created_revision: number(row, 10)? })
+    }
+
+    /// The VM with this id.
+    pub(crate) fn find(connection: &Connection, id: &str) -> Result<Option<Self>> {
+        let sql = format!("SELECT {VM_COLUMNS} FROM vms WHERE id = ?1");
+        connection.prepare_cached(&sql)?.query_row([id], Self::read).optional()
+    }
+}
+
+impl JobRow {
+    /// Reads [`JOB_COLUMNS`].
+    pub(crate) fn read(row: &Row<'_>) -> Result<Self> {
+        let spec: Vec<u8> = row.get(1)?;
+        let state = from_name(row, 2, JobState::from_name)?;
+        let (exit_code, signal): (Option<i32>, Option<i32>) = (row.get(8)?, row.get(9)?);
+        let exit = pb::ExitStatus {
+            exit_code,
+            signal,
+            user_time_ms: number(row, 10)?,
+            system_time_ms: number(row, 11)?,
+            max_rss_kib: number(row, 12)?,
+        };
+        let assignment = match row.get_ref(6)?.as_str_or_null()? {
+            None => pb::AssignmentKind::Unspecified,
+            Some(_) => match from_name(row, 6, VmKind::from_name)? {
+                VmKind::Ephemeral => pb::AssignmentKind::Ephemeral,
+                VmKind::Service => pb::AssignmentKind::Service,
+            },
+        };
+        let job = pb::Job {
+            id: row.get(0)?,
+            spec: Some(pb::JobSpec::decode(spec.as_slice()).map_err(|error| damaged(1, error))?),
+            state: state.to_pb().into(),
+            attempt: row.get(3)?,
+            vm_id: text(row, 4)?,
+            node_id: text(row, 5)?,
+            assignment: assignment.into(),
+            cancel_requested: row.get(7)?,
+            exit: (exit_code.is_some() || signal.is_some()).then_some(exit),
+            reason: row.get(13)?,
+            log_bytes: number(row, 14)?,
+            generation: number(row, 15)?,
+            revision: number(row, 16)?,
+            created_at: Some(when(row, 17)?),
+            assigned_at: maybe_when(row, 18)?,
+            started_at: maybe_when(row, 19)?,
+            finished_at: maybe_when(row, 20)?,
+        };
+        let attempt_end = match row.get_ref(22)?.as_str_or_null()? {
+            Some("result") => Some(AttemptEnd::Result),
+            Some(_) => Some(AttemptEnd::Lost),
+            None => None,
+        };
+        Ok(Self { job, state, spec, attempt_end, created_revision: number(row, 21)? })
+    }
+
+    /// The job with this id.
+    pub(crate) fn find(connection: &Connection, id: &str) -> Result<Option<Self>> {
+        let sql = format!("SELECT {JOB_COLUMNS} FROM jobs WHERE id = ?1");
+        connection.prepare_cached(&sql)?.query_row([id], Self::read).optional()
+    }
+}
+
+/// Reads [`NODE_COLUMNS`].
+pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
+    let images: String = row.get(7)?;
+    Ok(pb::Node {
+        id: row.get(0)?,
+        state: from_name(row, 1, NodeState::from_name)?.to_pb().into(),
+        endpoint: row.get(2)?,
+        driver: row.get(3)?,
+        vcpus: row.get(4)?,
+        memory_mib: number(row, 5)?,
+        max_vms: row.get(6)?,
+        images: serde_json::from_str(&images).map_err(|error| damaged(7, error))?,
+        incarnation: number(row, 8)?,
+        revision: number(row, 9)?,
+        registered_at: Some(when(row, 10)?),
+    })
+}
+
+/// The node with this id.
+pub(crate) fn find_node(connection: &Connection, id: &str) -> Result<Option<pb::Node>> {
+    let sql = format!("SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?1");
+    connection.prepare_cached(&sql)?.query_row([id], node).optional()
+}
+
+/// Reads the state of a VM; NULL is an error.
+pub(crate) fn vm_state(row: &Row<'_>, column: usize) -> Result<VmState> {
+    from_name(row, column, VmState::from_name)
+}
+
+/// Reads the state of a VM that may be NULL.
+pub(crate) fn maybe_vm_state(row: &Row<'_>, column: usize) -> Result<Option<VmState>> {
+    match row.get_ref(column)?.as_str_or_null()? {
+        None => Ok(None),
+        Some(_) => vm_state(row, column).map(Some),
+    }
+}
+
+/// Reads text; NULL is empty.
+pub(crate) fn text(row: &Row<'_>, column: usize) -> Result<String> {
+    Ok(row.get::<_, Option<String>>(column)?.unwrap_or_default())
+}
+
+/// Reads a number that is never negative.
+pub(crate) fn number(row: &Row<'_>, column: usize) -> Result<u64> {
+    let number: i64 = row.get(column)?;
+    u64::try_from(number).map_err(|error| damaged(column, error))
+}
+
+/// Reads a time.
+pub(crate) fn when(row: &Row<'_>, column: usize) -> Result<prost_types::Timestamp> {
+    from_name(row, column, time::from_text).map(Into::into)
+}
+
+fn maybe_when(row: &Row<'_>, column: usize) -> Result<Option<prost_types::Timestamp>> {
+    match row.get_ref(column)?.as_str_or_null()? {
+        None => Ok(None),
+        Some(_) => when(row, column).map(Some),
+    }
+}
+
+/// Reads text and parses it.
+fn from_name<T>(row: &Row<'_>, column: usize, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
+    let value = row.get_ref(column)?;
+    let text = value.as_str().map_err(|error| damaged(column, error))?;
+    parse(text).ok_or_else(|| damaged(column, format!("unknown value {text:?}")))
+}
+
+/// A value that this program did not write.
+fn damaged(column: usize, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> hiqlite::rusqlite::Error {
+    hiqlite::rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into())
+}

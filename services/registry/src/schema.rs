@@ -1,0 +1,177 @@
+//! The tables, as a list of migrations that only ever grows.
+//!
+//! ```text
+//!   vms ──┐  a trigger on each table writes one row of `events` for each change, in the same transaction:
+//!   jobs ─┼─► events(revision, …) ──► vm_events (a view: what users query)
+//!   nodes ┘
+//! ```
+//! A row's `revision` is that of its latest event. The statement that changes a row sets it to [`NEXT_REVISION`] and the
+//! trigger inserts the event under it, so a change that forgets to take a revision fails on the primary key of `events`
+//! instead of going unseen. Times are passed in and rowids carry no meaning but `created_revision`, so that every replica
+//! computes the same rows.
+
+use hiqlite::{Client, Param};
+
+use crate::StartError;
+
+/// The revision of the change that a statement makes.
+pub(crate) const NEXT_REVISION: &str = "(SELECT seq + 1 FROM sqlite_sequence WHERE name = 'events')";
+
+/// One step of the schema: applied whole or not at all, once.
+struct Migration {
+    version: i64,
+    statements: &'static [&'static str],
+}
+
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    statements: &[
+        "CREATE TABLE events (
+            revision   INTEGER PRIMARY KEY AUTOINCREMENT,
+            timestamp  TEXT NOT NULL,
+            entity     TEXT NOT NULL,
+            entity_id  TEXT NOT NULL,
+            from_state TEXT,
+            to_state   TEXT,
+            reason     TEXT NOT NULL,
+            job_id     TEXT,
+            vm_id      TEXT,
+            node_id    TEXT,
+            attempt    INTEGER
+        ) STRICT",
+        // `NEXT_REVISION` reads it, before the first event too.
+        "INSERT INTO sqlite_sequence (name, seq) VALUES ('events', 0)",
+        "CREATE INDEX events_of_vms ON events (entity_id, revision) WHERE entity = 'vm'",
+        "CREATE VIEW vm_events AS
+            SELECT entity_id AS vm_id, timestamp, from_state, to_state, reason, job_id, revision
+            FROM events WHERE entity = 'vm'",
+        "CREATE TABLE vms (
+            id               TEXT NOT NULL UNIQUE,
+            kind             TEXT NOT NULL,
+            state            TEXT NOT NULL,
+            node_id          TEXT NOT NULL,
+            image            TEXT NOT NULL,
+            vcpus            INTEGER NOT NULL,
+            memory_mib       INTEGER NOT NULL,
+            labels           TEXT NOT NULL,
+            config           TEXT NOT NULL,
+            job_id           TEXT,
+            reason           TEXT NOT NULL,
+            generation       INTEGER NOT NULL,
+            revision         INTEGER NOT NULL,
+            created_at       TEXT NOT NULL,
+            updated_at       TEXT NOT NULL,
+            created_revision INTEGER PRIMARY KEY
+        ) STRICT",
+        "CREATE INDEX vms_by_state ON vms (state)",
+        "CREATE TRIGGER vms_created AFTER INSERT ON vms BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, to_state, reason, job_id, vm_id, node_id)
+            VALUES (NEW.revision, NEW.created_at, 'vm', NEW.id, NEW.state, NEW.reason, NEW.job_id, NEW.id, NEW.node_id);
+        END",
+        "CREATE TRIGGER vms_changed AFTER UPDATE ON vms BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, from_state, to_state, reason, job_id, vm_id,
+                node_id)
+            VALUES (NEW.revision, NEW.updated_at, 'vm', NEW.id, OLD.state, NEW.state, NEW.reason,
+                coalesce(NEW.job_id, OLD.job_id), NEW.id, NEW.node_id);
+        END",
+        // A DELETE has no new row to carry its time.
+        "CREATE TABLE purge_clock (at TEXT NOT NULL) STRICT",
+        "INSERT INTO purge_clock (at) VALUES ('')",
+        "CREATE TRIGGER vms_purged AFTER DELETE ON vms BEGIN
+            INSERT INTO events (timestamp, entity, entity_id, from_state, reason, vm_id, node_id)
+            VALUES (max(OLD.updated_at, (SELECT at FROM purge_clock)), 'vm', OLD.id, OLD.state, 'purged', OLD.id,
+                OLD.node_id);
+        END",
+        "CREATE TABLE jobs (
+            id               TEXT NOT NULL UNIQUE,
+            state            TEXT NOT NULL,
+            command          TEXT NOT NULL,
+            image            TEXT NOT NULL,
+            vcpus            INTEGER NOT NULL,
+            memory_mib       INTEGER NOT NULL,
+            priority         INTEGER NOT NULL,
+            max_attempts     INTEGER NOT NULL,
+            labels           TEXT NOT NULL,
+            attempt          INTEGER NOT NULL,
+            attempts_started INTEGER NOT NULL,
+            attempt_end      TEXT,
+            vm_id            TEXT,
+            node_id          TEXT,
+            assignment       TEXT,
+            cancel_requested INTEGER NOT NULL,
+            exit_code        INTEGER,
+            signal           INTEGER,
+            user_time_ms     INTEGER NOT NULL,
+            system_time_ms   INTEGER NOT NULL,
+            max_rss_kib      INTEGER NOT NULL,
+            reason           TEXT NOT NULL,
+            log_bytes        INTEGER NOT NULL,
+            generation       INTEGER NOT NULL,
+            revision         INTEGER NOT NULL,
+            created_at       TEXT NOT NULL,
+            updated_at       TEXT NOT NULL,
+            assigned_at      TEXT,
+            started_at       TEXT,
+            finished_at      TEXT,
+            created_revision INTEGER PRIMARY KEY,
+            spec             BLOB NOT NULL
+        ) STRICT",
+        "CREATE INDEX jobs_by_state ON jobs (state)",
+        "CREATE TRIGGER jobs_created AFTER INSERT ON jobs BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, to_state, reason, job_id, attempt)
+            VALUES (NEW.revision, NEW.created_at, 'job', NEW.id, NEW.state, NEW.reason, NEW.id, NEW.attempt);
+        END",
+        "CREATE TRIGGER jobs_changed AFTER UPDATE ON jobs BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, from_state, to_state, reason, job_id, vm_id,
+                node_id, attempt)
+            VALUES (NEW.revision, NEW.updated_at, 'job', NEW.id, OLD.state, NEW.state, NEW.reason, NEW.id, NEW.vm_id,
+                NEW.node_id, NEW.attempt);
+        END",
+        "CREATE TABLE nodes (
+            id            TEXT NOT NULL PRIMARY KEY,
+            state         TEXT NOT NULL,
+            endpoint      TEXT NOT NULL,
+            driver        TEXT NOT NULL,
+            vcpus         INTEGER NOT NULL,
+            memory_mib    INTEGER NOT NULL,
+            max_vms       INTEGER NOT NULL,
+            images        TEXT NOT NULL,
+            incarnation   INTEGER NOT NULL,
+            revision      INTEGER NOT NULL,
+            registered_at TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID",
+        "CREATE TRIGGER nodes_created AFTER INSERT ON nodes BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, to_state, reason, node_id)
+            VALUES (NEW.revision, NEW.registered_at, 'node', NEW.id, NEW.state, '', NEW.id);
+        END",
+        "CREATE TRIGGER nodes_changed AFTER UPDATE ON nodes BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, from_state, to_state, reason, node_id)
+            VALUES (NEW.revision, NEW.registered_at, 'node', NEW.id, OLD.state, NEW.state, '', NEW.id);
+        END",
+    ],
+}];
+
+/// The version of the schema that this program writes.
+pub(crate) fn newest() -> i64 {
+    MIGRATIONS.last().map_or(0, |migration| migration.version)
+}
+
+/// Where the applied migrations are recorded.
+pub(crate) const CREATE_MIGRATIONS: &str =
+    "CREATE TABLE IF NOT EXISTS schema_migrations (version INTEGER PRIMARY KEY) STRICT";
+
+/// Brings the database to [`newest`]; refuses one that a newer program has written.
+pub(crate) async fn migrate(client: &Client) -> Result<(), StartError> {
+    let applied = "SELECT coalesce(max(version), 0) AS version FROM schema_migrations";
+    let applied: i64 = client.query_raw_one(applied, vec![]).await?.try_get("version")?;
+    if applied > newest() {
+        return Err(StartError::NewerSchema { found: applied, known: newest() });
+    }
+    for migration in MIGRATIONS.iter().filter(|migration| migration.version > applied) {
+        let record = "INSERT INTO schema_migrations (version) VALUES (?1)";
+        let statements = migration.statements.iter().map(|&statement| (statement, vec![]));
+        client.txn(statements.chain([(record, vec![Param::Integer(migration.version)])])).await?;
+        tracing::info!(version = migration.version, "registry schema migrated");
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! What a committed mutation came to, judged from the number of rows it changed and the rows as they are after it.
+//!
+//! A mutation that changed nothing was either there already (a repeat, answered like the first time) or is denied with
+//! the reason that its caller can act on.
+
+use std::collections::HashMap;
+
+use blixard::{
+    error::{Error, Reason},
+    id::{JobId, NodeId, VmId},
+    job::JobState,
+    pb::common::v1 as pb,
+    vm::VmState,
+};
+use prost::Message as _;
+
+use crate::{
+    mutation::{Mutation, Outcome, config_text},
+    rows::{AttemptEnd, JobRow, VmRow},
+};
+
+/// The rows that the mutations of a commit name, as they are after it.
+#[derive(Debug, Default)]
+pub(crate) struct After {
+    pub(crate) vms: HashMap<VmId, VmRow>,
+    pub(crate) jobs: HashMap<JobId, JobRow>,
+    pub(crate) nodes: HashMap<NodeId, pb::Node>,
+}
+
+/// The answer to a mutation that took place or had taken place before.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    Vm(pb::Vm),
+    Job(Box<pb::Job>),
+    Node(pb::Node),
+    Purged(usize),
+}
+
+/// What a mutation came to.
+#[derive(Debug)]
+pub(crate) enum Verdict {
+    /// It took place, now or before.
+    Accepted(Answer),
+    /// It did not and will not.
+    Denied(Error),
+    /// Its guard did not hold, but would now: something in the same commit came between. Commit it again.
+    Again,
+}
+
+impl Verdict {
+    fn vm(row: &VmRow) -> Self {
+        Self::Accepted(Answer::Vm(row.vm.clone()))
+    }
+
+    fn job(row: &JobRow) -> Self {
+        Self::Accepted(Answer::Job(Box::new(row.job.clone())))
+    }
+}
+
+/// Judges a mutation. `changed` is the number of rows that its last statement changed.
+pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdict {
+    match mutation {
+        Mutation::CreateVm { id, config, node_id } => match after.vms.get(id) {
+            None => Verdict::Again,
+            Some(row) if row.config == config_text(config) && row.vm.node_id == node_id.as_str() => Verdict::vm(row),
+            Some(_) => Verdict::Denied(reused(id)),
+        },
+        Mutation::TransitionVm { id, to, expected_generation, .. } => match after.vms.get(id) {
+            None => Verdict::Denied(vm_not_found(id)),
+            Some(row) if changed > 0 || row.state == *to => Verdict::vm(row),
+            Some(row) => deny_transition(row, *to, *expected_generation),
+        },
+        Mutation::PurgeVms { .. } => Verdict::Accepted(Answer::Purged(changed)),
+        Mutation::RegisterNode { node } => match after.nodes.get(&node.id) {
+            None => Verdict::Again,
+            Some(node) => Verdict::Accepted(Answer::Node(node.clone())),
+        },
+        Mutation::CreateJob { id, spec } => match after.jobs.get(id) {
+            None => Verdict::Again,
+            Some(row) if row.spec == spec.encode_to_vec() => Verdict::job(row),
+            Some(_) => Verdict::Denied(reused(id)),
+        },
+        Mutation::AssignJob { job_id: id, .. }
+        | Mutation::StartAttempt { job_id: id, .. }
+        | Mutation::FinishAttempt { job_id: id, .. }
+        | Mutation::CancelJob { id, .. }
+        | Mutation::FailQueuedJob { id, .. } => match after.jobs.get(id) {
+            None => Verdict::Denied(job_not_found(id)),
+            Some(row) if changed > 0 => Verdict::job(row),
+            Some(row) => judge_unchanged_job(mutation, row, after),
+        },
+    }
+}
+
+fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {
+    let actual = row.vm.generation;
+    if expected_generation != 0 && expected_generation != actual {
+        let message = format!("VM {} is at generation {actual}, not {expected_generation}", row.vm.id);
+        let error = Error::new(Reason::StaleGeneration, message)
+            .with("id", &row.vm.id)
+            .with("expected", expected_generation)
+            .with("actual", actual);
+        return Verdict::Denied(error);
+    }
+    let kind = row.vm.config.as_ref().map(|config| config.kind());
+    let kind =
+        if kind == Some(pb::VmKind::Service) { blixard::vm::VmKind::Service } else { blixard::vm::VmKind::Ephemeral };
+    if row.state.may_go_to(to, kind) {
+        return Verdict::Again;
+    }
+    Verdict::Denied(illegal("VM", &row.vm.id, row.state.as_str(), to.as_str()))
+}
+
+/// A mutation of a job that exists, and that changed nothing.
+fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verdict {
+    match mutation {
+        Mutation::AssignJob { vm_id, attempt, .. } => judge_assign(row, *vm_id, *attempt, after),
+        Mutation::StartAttempt { attempt, .. } => {
+            // A report of the start that the report of the end has overtaken is late, not wrong.
+            let started = row.state == JobState::Running || row.attempt_end == Some(AttemptEnd::Result);
+            match *attempt == row.job.attempt {
+                true if started => Verdict::job(row),
+                true if row.state == JobState::Assigned => Verdict::Again,
+                _ => Verdict::Denied(stale(row, *attempt)),
+            }
+        }
+        Mutation::FinishAttempt { attempt, outcome, .. } => {
+            let repeated = match outcome {
+                Outcome::Result { state, .. } => row.attempt_end == Some(AttemptEnd::Result) && row.state == *state,
+                Outcome::Lost { .. } => row.attempt_end == Some(AttemptEnd::Lost),
+            };
+            match *attempt == row.job.attempt {
+                true if repeated => Verdict::job(row),
+                true if row.state.may_go_to(JobState::Queued) => Verdict::Again,
+                _ => Verdict::Denied(stale(row, *attempt)),
+            }
+        }
+        Mutation::CancelJob { .. } => match row.state.is_terminal() || row.job.cancel_requested {
+            true => Verdict::job(row),
+            false => Verdict::Again,
+        },
+        Mutation::FailQueuedJob { reason, .. } => match row.state {
+            JobState::Queued => Verdict::Again,
+            JobState::Failed if row.job.reason == *reason => Verdict::job(row),
+            from => Verdict::Denied(illegal("job", &row.job.id, from.as_str(), JobState::Failed.as_str())),
+        },
+        Mutation::CreateVm { .. }
+        | Mutation::TransitionVm { .. }
+        | Mutation::PurgeVms { .. }
+        | Mutation::CreateJob { .. }
+        | Mutation::RegisterNode { .. } => Verdict::Again,
+    }
+}
+
+fn judge_assign(row: &JobRow, vm_id: VmId, attempt: u32, after: &After) -> Verdict {
+    let vm = after.vms.get(&vm_id);
+    // A lost attempt is over, though it was this one.
+    let same = row.job.attempt == attempt && row.job.vm_id == vm_id.to_string();
+    if same && row.attempt_end != Some(AttemptEnd::Lost) {
+        return Verdict::job(row);
+    }
+    if row.job.attempt.checked_add(1) != Some(attempt) {
+        return Verdict::Denied(stale(row, attempt));
+    }
+    if !row.state.may_go_to(JobState::Assigned) {
+        return Verdict::Denied(illegal("job", &row.job.id, row.state.as_str(), JobState::Assigned.as_str()));
+    }
+    match vm {
+        None => Verdict::Denied(vm_not_found(&vm_id)),
+        Some(vm) if vm.state.takes_jobs() => Verdict::Again,
+        Some(vm) => Verdict::Denied(
+            Error::new(Reason::VmNotAccepting, format!("VM {vm_id} is {} and takes no jobs", vm.state))
+                .with("vm_id", vm_id)
+                .with("state", vm.state),
+        ),
+    }
+}
+
+/// No such VM.
+pub(crate) fn vm_not_found(id: &VmId) -> Error {
+    Error::new(Reason::VmNotFound, format!("there is no VM {id}")).with("vm_id", id)
+}
+
+/// No such job.
+pub(crate) fn job_not_found(id: &JobId) -> Error {
+    Error::new(Reason::JobNotFound, format!("there is no job {id}")).with("job_id", id)
+}
+
+fn reused(id: &impl std::fmt::Display) -> Error {
+    Error::new(Reason::RequestIdReused, format!("{id} was used before with another body")).with("request_id", id)
+}
+
+fn stale(row: &JobRow, attempt: u32) -> Error {
+    let (id, current) = (&row.job.id, row.job.attempt);
+    let message = match attempt == current {
+        true => format!("attempt {attempt} of job {id} is over"),
+        false => format!("job {id} is at attempt {current}, which attempt {attempt} does not fit"),
+    };
+    Error::new(Reason::StaleAttempt, message).with("job_id", id).with("attempt", attempt).with("current", current)
+}
+
+fn illegal(what: &str, id: &str, from: &str, to: &str) -> Error {
+    Error::new(Reason::IllegalTransition, format!("{what} {id} is {from} and cannot become {to}"))
+        .with("id", id)
+        .with("from", from)
+        .with("to", to)
+}

@@ -1,0 +1,318 @@
+//! Runs one attempt: reads its output from the guest into its log, across broken connections.
+//!
+//! ```text
+//! guest ── RunStarted, output… , RunExited ──► log segments ──► readers
+//!       ◄── ack (everything before this offset is stored) ──
+//! ```
+//! Bytes are acknowledged only after they were written, and after a break the guest is asked for what follows the log's last
+//! byte: nothing is lost and nothing comes twice. The agent starts an attempt at most once per boot however often it is asked,
+//! so asking again is safe as long as the same boot answers.
+//!
+//! What an event means for the VM is the driver's to decide: at the end it says what the attempt came to, and that is
+//! written behind the output.
+
+use std::{future::poll_fn, sync::Arc, task::Poll, time::Duration};
+
+use blixard::{
+    error::{Error, Reason},
+    id::JobId,
+    job::ExitStatus,
+    pb::{common::v1 as common, guest::v1 as pb},
+    time::Timestamp,
+};
+use futures::{Stream, StreamExt, stream};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+use tokio_stream::wrappers::WatchStream;
+use tonic::Streaming;
+
+use crate::{
+    driver::Event,
+    guest::{Agent, AgentLink},
+    lifecycle::Input,
+    logs::{EndRecord, LogWriter, Outcome},
+};
+
+/// Output that has arrived already is written in one go, up to so many bytes.
+const BATCH_BYTES: usize = 256 * 1024;
+/// The longest pause between two tries to reach the agent.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// The first pause after the second failure in a row; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+/// A guest whose agent can't be reached for so long, though its machine lives, is given up.
+const AGENT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What to run.
+pub(crate) struct Assignment {
+    pub(crate) job: JobId,
+    pub(crate) attempt: u32,
+    /// `None`: it was begun by an earlier vmhost; only attach to it.
+    pub(crate) spec: Option<common::JobSpec>,
+    /// The boot of the guest that may run it.
+    pub(crate) guest_boot: String,
+}
+
+/// A running attempt's task, to its driver.
+pub(crate) struct AttemptHandle {
+    close: oneshot::Sender<Outcome>,
+    closed: oneshot::Receiver<Arc<EndRecord>>,
+}
+
+impl AttemptHandle {
+    /// A handle, and the future to run.
+    pub(crate) fn new(
+        assignment: Assignment,
+        log: LogWriter,
+        link: Arc<AgentLink>,
+        events: mpsc::Sender<Event>,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (close, close_receiver) = oneshot::channel();
+        let (closed_sender, closed) = oneshot::channel();
+        // An earlier vmhost has asked for what is only attached to.
+        let asked = assignment.spec.is_none();
+        let pump = Pump { assignment, log, link, events, asked };
+        (Self { close, closed }, pump.run(close_receiver, closed_sender))
+    }
+
+    /// Ends the attempt's log with what it came to; returns when that is on disk. `None` when its task is gone.
+    pub(crate) async fn close(self, outcome: Outcome) -> Option<Arc<EndRecord>> {
+        self.close.send(outcome).ok()?;
+        self.closed.await.ok()
+    }
+}
+
+struct Pump {
+    assignment: Assignment,
+    log: LogWriter,
+    link: Arc<AgentLink>,
+    events: mpsc::Sender<Event>,
+    /// Whether the guest may have been asked to start it.
+    asked: bool,
+}
+
+/// Why a conversation ended.
+enum Broken {
+    /// The connection did.
+    Connection(Error),
+    /// There is nothing more to be had: the driver has been told.
+    Final,
+}
+
+impl Pump {
+    async fn run(mut self, close: oneshot::Receiver<Outcome>, closed: oneshot::Sender<Arc<EndRecord>>) {
+        let outcome = tokio::select! {
+            outcome = close => outcome,
+            // Ends only when vmhost does.
+            () = self.converse() => return,
+        };
+        // Without an outcome vmhost is going; the attempt goes on and the next vmhost attaches to it.
+        let Ok(outcome) = outcome else { return };
+        let _ = closed.send(self.end(outcome).await);
+    }
+
+    async fn end(self, outcome: Outcome) -> Arc<EndRecord> {
+        let outcome = match outcome {
+            Outcome::Lost { started, reason } => Outcome::Lost { started: started && self.asked, reason },
+            result @ Outcome::Result { .. } => result,
+        };
+        let end = EndRecord { outcome, end_offset: self.log.next_offset(), finished_at: Timestamp::now() };
+        self.log.finish(end).await
+    }
+
+    /// Talks to the guest until there is nothing more to be had from it, then waits to be closed.
+    async fn converse(&mut self) {
+        let mut failing_since: Option<Instant> = None;
+        let mut pause = Duration::ZERO;
+        loop {
+            let before = (self.log.next_offset(), self.asked);
+            let error = match self.attach().await {
+                Broken::Final => break,
+                Broken::Connection(error) => error,
+            };
+            tracing::info!(job_id = %self.assignment.job, %error, offset = self.log.next_offset(),
+                "lost the guest agent in the middle of an attempt; attaching again");
+            self.link.forget();
+            if before != (self.log.next_offset(), self.asked) {
+                (failing_since, pause) = (None, Duration::ZERO);
+            }
+            let since = *failing_since.get_or_insert_with(Instant::now);
+            if since.elapsed() > AGENT_PATIENCE {
+                let reason =
+                    format!("the guest agent could not be reached for {} s: {error}", AGENT_PATIENCE.as_secs());
+                self.tell(Input::Lost { started: true, usable: false, reason }).await;
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE);
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// One connection: from attaching to its end.
+    async fn attach(&mut self) -> Broken {
+        let mut agent = match self.link.agent().await {
+            Ok(agent) => agent,
+            Err(error) => return Broken::Connection(error),
+        };
+        if agent.hello.boot_id != self.assignment.guest_boot {
+            let reason = "the guest restarted under it".to_owned();
+            return self.lost(false, reason).await;
+        }
+        let (acks, stored) = watch::channel(self.log.next_offset());
+        let requests = self.requests(stored);
+        self.asked = true;
+        match agent.client.run(requests).await {
+            Ok(response) => self.read(response.into_inner(), &acks).await,
+            Err(status) => self.refused(&agent, status.into()).await,
+        }
+    }
+
+    fn requests(&self, stored: watch::Receiver<u64>) -> impl Stream<Item = pb::RunRequest> + Send + 'static {
+        let start = pb::RunStart {
+            job_id: self.assignment.job.to_string(),
+            attempt: self.assignment.attempt,
+            spec: self.assignment.spec.clone(),
+            resume_offset: self.log.next_offset(),
+            attach_only: self.assignment.spec.is_none(),
+        };
+        let request = |message| pb::RunRequest { message: Some(message) };
+        // A watch keeps only the latest: acknowledgements never queue up.
+        let acks = WatchStream::from_changes(stored);
+        stream::once(std::future::ready(request(pb::run_request::Message::Start(start))))
+            .chain(acks.map(move |offset| request(pb::run_request::Message::Ack(pb::RunAck { offset }))))
+    }
+
+    async fn read(&mut self, mut responses: Streaming<pb::RunResponse>, acks: &watch::Sender<u64>) -> Broken {
+        loop {
+            let batch = match next_batch(&mut responses).await {
+                Ok(batch) => batch,
+                Err(error) if error.reason == Reason::PeerUnavailable => return Broken::Connection(error),
+                Err(error) => {
+                    let agent = self.link.agent().await;
+                    return match agent {
+                        Ok(agent) => self.refused(&agent, error).await,
+                        Err(_) => Broken::Connection(error),
+                    };
+                }
+            };
+            if let Some(started) = batch.started {
+                let at = started.started_at.map_or_else(Timestamp::now, Timestamp::from);
+                self.tell(Input::Started { at }).await;
+            }
+            if let Err(error) = self.log.append(&batch.output) {
+                let reason = format!("its output could not be stored on the node: {error}");
+                self.tell(Input::Unstorable { reason }).await;
+                return Broken::Final;
+            }
+            acks.send_if_modified(|stored| {
+                let changed = *stored != self.log.next_offset();
+                *stored = self.log.next_offset();
+                changed
+            });
+            if let Some(exited) = batch.exited {
+                return self.exited(exited).await;
+            }
+        }
+    }
+
+    async fn exited(&mut self, exited: pb::RunExited) -> Broken {
+        if exited.end_offset != self.log.next_offset() {
+            let stored = self.log.next_offset();
+            let message = format!("the guest ended its output at {}, the log is at {stored}", exited.end_offset);
+            return Broken::Connection(Error::new(Reason::PeerUnavailable, message));
+        }
+        let exit = match exited.exit.map(|exit| ExitStatus::parse("exited.exit", exit)).transpose() {
+            Ok(exit) => exit,
+            Err(error) => return self.lost(false, format!("the guest's answer makes no sense: {error}")).await,
+        };
+        let spawn_error = if exit.is_none() && exited.spawn_error.is_empty() {
+            "it could not be started".to_owned()
+        } else {
+            exited.spawn_error
+        };
+        self.tell(Input::Exited { exit, spawn_error }).await;
+        Broken::Final
+    }
+
+    /// The guest answered with an error.
+    async fn refused(&mut self, agent: &Agent, error: Error) -> Broken {
+        match error.reason {
+            // It was never started in this boot of the guest.
+            Reason::JobNotFound => {
+                self.tell(Input::Lost { started: false, usable: true, reason: error.message }).await;
+                Broken::Final
+            }
+            // It was, and what was left of it is gone.
+            Reason::StaleAttempt => self.lost(true, error.message).await,
+            Reason::GuestRefused | Reason::InvalidField => {
+                tracing::warn!(job_id = %self.assignment.job, %error, kernel = agent.hello.kernel_release,
+                    "the guest refused an attempt");
+                self.lost(false, format!("the guest refused it: {error}")).await
+            }
+            _ => Broken::Connection(error),
+        }
+    }
+
+    async fn lost(&mut self, usable: bool, reason: String) -> Broken {
+        self.tell(Input::Lost { started: true, usable, reason }).await;
+        Broken::Final
+    }
+
+    async fn tell(&self, input: Input) {
+        // The driver is gone only when vmhost is going.
+        let _ = self.events.send(Event::Input(input)).await;
+    }
+}
+
+/// Messages that can be handled together.
+#[derive(Default)]
+struct Batch {
+    started: Option<pb::RunStarted>,
+    output: Vec<common::LogChunk>,
+    exited: Option<pb::RunExited>,
+}
+
+/// Waits for a message and takes what else has arrived with it.
+async fn next_batch(responses: &mut Streaming<pb::RunResponse>) -> Result<Batch, Error> {
+    let mut batch = Batch::default();
+    let mut bytes = 0;
+    let mut next = Some(responses.next().await);
+    while let Some(message) = next.take() {
+        let message = match message {
+            Some(Ok(message)) => message.message,
+            // Keep what came before; the error comes again with the next read.
+            Some(Err(_)) | None if !batch.output.is_empty() || batch.started.is_some() => break,
+            Some(Err(status)) => return Err(status.into()),
+            None => return Err(Error::new(Reason::PeerUnavailable, "the guest agent closed the stream")),
+        };
+        match message {
+            Some(pb::run_response::Message::Started(started)) => batch.started = Some(started),
+            Some(pb::run_response::Message::Output(chunk)) => {
+                bytes += chunk.data.len();
+                batch.output.push(chunk);
+            }
+            Some(pb::run_response::Message::Exited(exited)) => {
+                batch.exited = Some(exited);
+                break;
+            }
+            None => {}
+        }
+        if bytes < BATCH_BYTES {
+            next = ready_now(responses).await;
+        }
+    }
+    Ok(batch)
+}
+
+/// A message that is here already.
+async fn ready_now(
+    responses: &mut Streaming<pb::RunResponse>,
+) -> Option<Option<Result<pb::RunResponse, tonic::Status>>> {
+    poll_fn(|context| match responses.poll_next_unpin(context) {
+        Poll::Ready(message) => Poll::Ready(Some(message)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}

@@ -1,0 +1,55 @@
+//! What this machine can offer to VMs.
+
+use std::{fs, io, thread};
+
+/// The host keeps this much memory for itself and vmhost, or [`RESERVED_PERCENT`] when that is more.
+const RESERVED_MIB: u64 = 512;
+/// See [`RESERVED_MIB`].
+const RESERVED_PERCENT: u64 = 10;
+/// Every VM may have two virtual CPUs, the default, even on a machine with one.
+const MIN_VCPUS: u32 = 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    /// The largest number of virtual CPUs of a VM.
+    pub(crate) vcpus: u32,
+    /// Memory of all VMs together.
+    pub(crate) memory_mib: u64,
+}
+
+impl Capacity {
+    /// Looks at this machine.
+    pub(crate) fn of_this_machine() -> io::Result<Self> {
+        let cpus = thread::available_parallelism()?.get();
+        let total = total_memory_mib(&fs::read_to_string("/proc/meminfo")?)
+            .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
+        let reserved = RESERVED_MIB.max(total * RESERVED_PERCENT / 100);
+        Ok(Self {
+            vcpus: u32::try_from(cpus).unwrap_or(u32::MAX).max(MIN_VCPUS),
+            memory_mib: total.saturating_sub(reserved),
+        })
+    }
+}
+
+fn total_memory_mib(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_total_is_read_in_mib() {
+        assert_eq!(total_memory_mib("MemTotal:       24683432 kB\nMemFree: 1 kB\n"), Some(24104));
+        assert_eq!(total_memory_mib("nonsense"), None);
+    }
+
+    #[test]
+    fn this_machine_offers_something() {
+        let capacity = Capacity::of_this_machine().unwrap();
+        assert!(capacity.vcpus >= 2 && capacity.memory_mib > 0, "{capacity:?}");
+    }
+}

@@ -1,0 +1,584 @@
+//! One VM's driver: the only task that touches the VM's machine, agent, attempt and record.
+//!
+//! ```text
+//! VmHandle ── Command ──►┐
+//! boot, attempt, machine │         ┌───────────┐        ┌──► disk, machine, guest
+//!          ── Event ────►├─ input ─► Lifecycle ├ effect ┤
+//! deadline ── Tick ─────►┘         └───────────┘        └──► reporter ──► registry
+//! ```
+//! It decides nothing: [`Lifecycle`] does. It never waits for the registry either: reports go through a queue of the VM's
+//! own, in order, and are repeated until they are answered.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use blixard::{
+    error::{Error, Reason},
+    id::{JobId, VmId},
+    limits::MAX_REASON_BYTES,
+    time::Timestamp,
+    vm::{VmConfig, VmState},
+};
+use blixard_chassis::Tasks;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    attempt::{Assignment, AttemptHandle},
+    guest::AgentLink,
+    host::Host,
+    hypervisor::{Console, Launch, Machine, MachineExit},
+    lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop, after},
+    logs::{Fence, LogWriter, Outcome},
+    records::{AttemptRecord, VmDir, VmRecord},
+    registry::cut,
+    reporter::{Report, Reporter},
+};
+
+/// Commands that wait for a busy driver. The scheduler has at most a few under way for one VM.
+const COMMANDS_QUEUED: usize = 16;
+/// Events that wait for it: its own tasks send one at a time each, and there are five.
+const EVENTS_QUEUED: usize = 8;
+/// How much of its console the reason of a failed VM quotes.
+const QUOTED_CONSOLE_BYTES: usize = 600;
+
+/// What a handle asks of its driver.
+enum Command {
+    Accepted { reply: Reply },
+    Run { run: Run, spec: blixard::pb::common::v1::JobSpec, reply: Reply },
+    Cancel { job: JobId, attempt: u32, reply: Reply },
+    Stop { stop: Stop, reply: Reply },
+}
+
+type Reply = oneshot::Sender<Result<(), Error>>;
+
+/// What a driver's own tasks tell it.
+pub(crate) enum Event {
+    Input(Input),
+    Launched(Arc<dyn Machine>),
+    AgentUp {
+        boot_id: String,
+    },
+    MachineExited(MachineExit),
+    /// The registry knows everything.
+    Reported,
+}
+
+/// A VM as its driver shows it.
+#[derive(Clone)]
+pub(crate) struct VmView {
+    pub(crate) state: VmState,
+    pub(crate) run: Option<(JobId, u32)>,
+    pub(crate) machine: Option<Arc<dyn Machine>>,
+}
+
+/// A VM, to everybody else.
+#[derive(Clone)]
+pub(crate) struct VmHandle {
+    id: VmId,
+    pub(crate) config: VmConfig,
+    pub(crate) accepted_at: Timestamp,
+    pub(crate) view: watch::Receiver<VmView>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl VmHandle {
+    /// Waits until the VM's intent is on disk.
+    pub(crate) async fn accepted(&self) -> Result<(), Error> {
+        self.ask(|reply| Command::Accepted { reply }).await
+    }
+
+    /// Gives it an attempt; returns when that is on disk.
+    pub(crate) async fn run(&self, run: Run, spec: blixard::pb::common::v1::JobSpec) -> Result<(), Error> {
+        self.ask(|reply| Command::Run { run, spec, reply }).await
+    }
+
+    /// Ends an attempt.
+    pub(crate) async fn cancel(&self, job: JobId, attempt: u32) -> Result<(), Error> {
+        self.ask(|reply| Command::Cancel { job, attempt, reply }).await
+    }
+
+    /// Ends the VM; returns when that is on disk.
+    pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
+        let stop = Stop { deadline: after(Timestamp::now(), grace), reason };
+        self.ask(|reply| Command::Stop { stop, reply }).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(Reply) -> Command) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Error::new(Reason::VmNotFound, format!("VM {} is gone", self.id)).with("vm_id", self.id);
+        self.commands.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+/// What a driver begins with.
+pub(crate) struct Beginning {
+    pub(crate) id: VmId,
+    pub(crate) record: VmRecord,
+    pub(crate) life: Lifecycle,
+    /// The machine, when it runs already, and the way to its agent.
+    pub(crate) machine: Option<(Arc<dyn Machine>, Arc<AgentLink>)>,
+    /// The latest attempt, with its log while that is open.
+    pub(crate) attempt: Option<(AttemptRecord, Option<LogWriter>)>,
+    /// What the registry may not know yet.
+    pub(crate) reports: Vec<Report>,
+    /// What has happened.
+    pub(crate) inputs: Vec<Input>,
+}
+
+impl Beginning {
+    /// A VM that is to be started.
+    pub(crate) fn fresh(id: VmId, record: VmRecord) -> Self {
+        let life = Lifecycle::launching(record.config.kind);
+        Self { id, record, life, machine: None, attempt: None, reports: vec![], inputs: vec![] }
+    }
+}
+
+/// The attempt's log, or the task that writes it.
+enum Attempt {
+    Running(AttemptHandle),
+    Open(LogWriter),
+}
+
+struct Driver {
+    host: Arc<Host>,
+    id: VmId,
+    dir: VmDir,
+    launch: Launch,
+    record: VmRecord,
+    life: Lifecycle,
+    machine: Option<(Arc<dyn Machine>, Arc<AgentLink>)>,
+    attempt_record: Option<AttemptRecord>,
+    attempt: Option<Attempt>,
+    reports: mpsc::Sender<Report>,
+    commands: mpsc::Receiver<Command>,
+    events: mpsc::Receiver<Event>,
+    event_sender: mpsc::Sender<Event>,
+    view: watch::Sender<VmView>,
+    tasks: Tasks,
+}
+
+/// Starts a VM's driver.
+pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
+    let (command_sender, commands) = mpsc::channel(COMMANDS_QUEUED);
+    let (event_sender, events) = mpsc::channel(EVENTS_QUEUED);
+    let Beginning { id, record, life, machine, attempt, reports: unreported, inputs } = beginning;
+    let tasks = host.tasks.child();
+    let reports = Reporter::spawn(host.registry.clone(), id, event_sender.clone(), &tasks);
+    let (attempt_record, log) = attempt.map_or((None, None), |(record, log)| (Some(record), log));
+    let view = watch::Sender::new(VmView { state: life.state(), run: None, machine: None });
+    let dir = host.state.vm(id);
+    let launch = host.launch(id, &record.config);
+    let handle = VmHandle {
+        id,
+        config: record.config.clone(),
+        accepted_at: record.accepted_at,
+        view: view.subscribe(),
+        commands: command_sender,
+    };
+    let driver = Driver {
+        host: Arc::clone(host),
+        id,
+        dir,
+        launch,
+        record,
+        life,
+        machine,
+        attempt_record,
+        attempt: log.map(Attempt::Open),
+        reports,
+        commands,
+        events,
+        event_sender,
+        view,
+        tasks,
+    };
+    driver.publish();
+    host.tasks.spawn("vm-driver", Box::pin(driver.run(unreported, inputs)));
+    handle
+}
+
+impl Driver {
+    async fn run(mut self, unreported: Vec<Report>, inputs: Vec<Input>) {
+        if self.life.state() == VmState::Starting {
+            if let Err(error) = self.begin().await {
+                tracing::error!(vm_id = %self.id, %error, "a VM could not be written down; it is not started");
+                self.host.forget(self.id);
+                return;
+            }
+        } else {
+            self.resume(unreported).await;
+        }
+        for input in inputs {
+            self.step(input).await;
+        }
+        let token = self.host.tasks.token().clone();
+        loop {
+            let deadline = self.life.deadline();
+            tokio::select! {
+                () = token.cancelled() => break,
+                Some(event) = self.events.recv() => if self.handle(event).await { break },
+                Some(command) = self.commands.recv() => self.obey(command).await,
+                () = sleep_until(deadline) => self.step(Input::Tick).await,
+            }
+        }
+        self.tasks.token().cancel();
+    }
+
+    /// Writes the intent down and starts the machine.
+    async fn begin(&mut self) -> std::io::Result<()> {
+        self.dir.create()?;
+        self.dir.intend_vm(&self.record).await?;
+        let (hypervisor, launch) = (Arc::clone(&self.host.hypervisor), self.launch.clone());
+        let events = self.event_sender.clone();
+        // Not among the VM's own tasks: a launch that vmhost's end cuts in half leaves what recovery has to sweep.
+        self.host.tasks.spawn("vm-launch", async move {
+            let event = match hypervisor.launch(&launch).await {
+                Ok(machine) => Event::Launched(machine),
+                Err(error) => Event::Input(Input::LaunchFailed { reason: with_sources(&error) }),
+            };
+            let _ = events.send(event).await;
+        });
+        Ok(())
+    }
+
+    /// Goes on where an earlier vmhost was.
+    async fn resume(&mut self, unreported: Vec<Report>) {
+        for report in unreported {
+            self.report(report).await;
+        }
+        if let Some((machine, _)) = self.machine.clone() {
+            self.watch_machine(machine);
+        }
+        if self.machine.is_some() && self.life.run().is_some() {
+            if let Some(Attempt::Open(log)) = self.attempt.take() {
+                self.start_attempt(log, None);
+            }
+        }
+    }
+
+    /// True when there is nothing left to do.
+    async fn handle(&mut self, event: Event) -> bool {
+        match event {
+            Event::Input(input) => self.step(input).await,
+            Event::Launched(machine) => {
+                let link = Arc::new(AgentLink::new(self.id, Arc::clone(&machine)));
+                self.machine = Some((Arc::clone(&machine), link));
+                self.watch_machine(machine);
+                let boot_deadline = after(Timestamp::now(), self.host.boot_patience());
+                self.step(Input::Launched { boot_deadline }).await;
+            }
+            Event::AgentUp { boot_id } => {
+                // Before the registry is told: a VM whose record has no guest boot is one that was never Ready.
+                self.record.guest_boot = Some(boot_id);
+                self.note_vm();
+                self.step(Input::AgentUp).await;
+            }
+            Event::MachineExited(exit) => {
+                tracing::info!(vm_id = %self.id, %exit, "machine ended");
+                self.step(Input::MachineExited { how: exit.to_string() }).await;
+            }
+            Event::Reported => {
+                if let Err(error) = self.dir.remove() {
+                    tracing::error!(vm_id = %self.id, %error, "the directory of a VM that has ended can't be removed");
+                }
+                self.host.forget(self.id);
+                return true;
+            }
+        }
+        false
+    }
+
+    async fn obey(&mut self, command: Command) {
+        // Whoever asked may have gone: then nobody wants the answer.
+        match command {
+            Command::Accepted { reply } => drop(reply.send(Ok(()))),
+            Command::Run { run, spec, reply } => {
+                let answer = self.admit(&run).await;
+                match answer {
+                    Ok(Some(log)) => {
+                        let _ = reply.send(Ok(()));
+                        self.step(Input::Run(run)).await;
+                        self.start_attempt(log, Some(spec));
+                    }
+                    Ok(None) => drop(reply.send(Ok(()))),
+                    Err(error) => drop(reply.send(Err(error))),
+                }
+            }
+            Command::Cancel { job, attempt, reply } => {
+                self.step(Input::Cancel { job, attempt }).await;
+                let _ = reply.send(Ok(()));
+            }
+            Command::Stop { stop, reply } => {
+                let answer = self.intend_stop(&stop).await;
+                let stopping = answer.is_ok();
+                let _ = reply.send(answer);
+                if stopping {
+                    self.step(Input::Stop(stop)).await;
+                }
+            }
+        }
+    }
+
+    /// Lets an attempt begin: its log is open and it is on disk. `None`: it runs, or has ended, already.
+    async fn admit(&mut self, run: &Run) -> Result<Option<LogWriter>, Error> {
+        match self.life.admit(run.job, run.attempt) {
+            Admission::Accepted => {}
+            Admission::Ignored => return Ok(None),
+            Admission::Denied(state) => return Err(not_accepting(self.id, state)),
+        }
+        let failed = |error: std::io::Error| internal(self.id, "an attempt could not be written down", &error);
+        let log = match self.host.logs.begin(run.job, run.attempt).map_err(failed)? {
+            Ok(log) => log,
+            Err(Fence::Stale { current }) => return Err(stale(run.job, run.attempt, current)),
+            Err(Fence::Open | Fence::Running | Fence::Ended) => return Ok(None),
+        };
+        let record = AttemptRecord {
+            job: run.job,
+            attempt: run.attempt,
+            timeout_ms: run.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            cause: None,
+        };
+        if let Err(error) = self.dir.intend_attempt(&record).await {
+            self.host.logs.close(run.job, run.attempt);
+            return Err(failed(error));
+        }
+        self.attempt_record = Some(record);
+        Ok(Some(log))
+    }
+
+    async fn intend_stop(&mut self, stop: &Stop) -> Result<(), Error> {
+        // One that is on disk stays as it is: only its deadline may shrink, and that is not worth another write.
+        if self.record.stop.is_some() || self.life.state().is_terminal() {
+            return Ok(());
+        }
+        self.record.stop = Some(stop.clone());
+        let written = self.dir.intend_vm(&self.record).await;
+        written.map_err(|error| internal(self.id, "a VM's end could not be written down", &error))
+    }
+
+    async fn step(&mut self, input: Input) {
+        let before = self.life.state();
+        let effects = self.life.step(Timestamp::now(), input);
+        self.publish();
+        let now = self.life.state();
+        if before != now {
+            tracing::debug!(vm_id = %self.id, from = %before, to = %now, "VM state as its driver sees it");
+        }
+        for effect in effects {
+            self.carry_out(effect).await;
+        }
+        self.publish();
+    }
+
+    async fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::AwaitAgent => self.await_agent(),
+            Effect::ReportReady => self.report(Report::Ready).await,
+            Effect::SaveCause(cause) => {
+                if let Some(record) = &mut self.attempt_record {
+                    record.cause = Some(cause);
+                    noted(self.id, self.dir.note_attempt(record));
+                }
+            }
+            Effect::Signal(signal) => self.signal(signal),
+            Effect::ReportStarted { at } => {
+                if let Some(AttemptRecord { job, attempt, .. }) = self.attempt_record {
+                    self.report(Report::Started { job, attempt, at }).await;
+                }
+            }
+            Effect::Finish(outcome) => self.finish(outcome).await,
+            Effect::ShutDownGuest { grace } => self.shut_down_guest(grace),
+            Effect::Kill => {
+                if let Some((machine, _)) = self.machine.clone() {
+                    self.tasks.spawn("vm-kill", async move { machine.kill().await });
+                }
+            }
+            Effect::End { state, reason } => self.end(state, reason).await,
+        }
+    }
+
+    fn await_agent(&self) {
+        let Some((_, link)) = self.machine.clone() else { return };
+        let events = self.event_sender.clone();
+        let token = self.tasks.token().clone();
+        self.tasks.spawn("vm-boot", async move {
+            let event = tokio::select! {
+                () = token.cancelled() => return,
+                agent = link.introduce() => match agent {
+                    Ok(agent) => Event::AgentUp { boot_id: agent.hello.boot_id.clone() },
+                    Err(error) => Event::Input(Input::BootFailed { reason: error.to_string() }),
+                },
+            };
+            let _ = events.send(event).await;
+        });
+    }
+
+    fn watch_machine(&self, machine: Arc<dyn Machine>) {
+        let events = self.event_sender.clone();
+        let token = self.tasks.token().clone();
+        self.tasks.spawn("vm-wait", async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                exit = machine.wait() => drop(events.send(Event::MachineExited(exit)).await),
+            }
+        });
+    }
+
+    fn start_attempt(&mut self, log: LogWriter, spec: Option<blixard::pb::common::v1::JobSpec>) {
+        let (Some((_, link)), Some(record)) = (&self.machine, &self.attempt_record) else { return };
+        let assignment = Assignment {
+            job: record.job,
+            attempt: record.attempt,
+            spec,
+            guest_boot: self.record.guest_boot.clone().unwrap_or_default(),
+        };
+        let (handle, pump) = AttemptHandle::new(assignment, log, Arc::clone(link), self.event_sender.clone());
+        self.attempt = Some(Attempt::Running(handle));
+        let token = self.tasks.token().clone();
+        self.tasks.spawn("vm-attempt", async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = pump => {}
+            }
+        });
+    }
+
+    fn signal(&self, signal: i32) {
+        let (Some((_, link)), Some(AttemptRecord { job, attempt, .. })) =
+            (self.machine.clone(), self.attempt_record.clone())
+        else {
+            return;
+        };
+        self.tasks.spawn("vm-signal", async move {
+            if let Err(error) = link.signal(job, attempt, signal).await {
+                tracing::warn!(job_id = %job, attempt, signal, %error, "a job could not be sent a signal");
+            }
+        });
+    }
+
+    fn shut_down_guest(&self, grace: Duration) {
+        let Some((_, link)) = self.machine.clone() else { return };
+        let vm_id = self.id;
+        self.tasks.spawn("vm-shut-down", async move {
+            // A guest that ends may well take its answer with it; one that does not end meets its deadline.
+            if let Err(error) = link.shut_down(grace).await {
+                tracing::debug!(%vm_id, %error, "no answer to a guest's shutdown");
+            }
+        });
+    }
+
+    async fn finish(&mut self, outcome: Outcome) {
+        let Some(AttemptRecord { job, attempt, .. }) = self.attempt_record else { return };
+        let end = match self.attempt.take() {
+            Some(Attempt::Running(handle)) => handle.close(outcome).await,
+            Some(Attempt::Open(log)) => {
+                let end_offset = log.next_offset();
+                let end = crate::logs::EndRecord { outcome, end_offset, finished_at: Timestamp::now() };
+                Some(log.finish(end).await)
+            }
+            None => None,
+        };
+        self.host.logs.close(job, attempt);
+        match end {
+            Some(end) => self.report(Report::Finished { job, attempt, end }).await,
+            None => tracing::error!(job_id = %job, attempt, "an attempt ended without its task"),
+        }
+    }
+
+    /// Gives back what the machine held and lets the registry know.
+    async fn end(&mut self, state: VmState, mut reason: String) {
+        let console = self.console();
+        if state == VmState::Failed {
+            if let Some(last) = console.as_ref().and_then(last_lines) {
+                reason = format!("{reason}; its console ends: {last}");
+            }
+            reason.truncate(cut(&reason, MAX_REASON_BYTES).len());
+            tracing::warn!(vm_id = %self.id, reason, "VM failed");
+        }
+        if let Err(error) = self.host.hypervisor.sweep(&self.launch).await {
+            tracing::error!(vm_id = %self.id, error = with_sources(&error), "processes of an ended VM are left");
+        }
+        if let (VmState::Failed, Some(console)) = (state, console) {
+            self.host.consoles.keep(self.id, &console);
+        }
+        noted(self.id, self.dir.remove_machine());
+        self.machine = None;
+        self.record.end = Some((state, reason.clone()));
+        self.note_vm();
+        let started = self.record.host_boot != self.host.boot;
+        self.report(Report::End { state, started, reason }).await;
+    }
+
+    fn console(&self) -> Option<Console> {
+        match &self.machine {
+            Some((machine, _)) => Some(machine.console()),
+            None => Some(Console::of_dir(&self.launch.dir)).filter(|console| !console.tail.is_empty()),
+        }
+    }
+
+    async fn report(&self, report: Report) {
+        // The reporter lives as long as the driver.
+        let _ = self.reports.send(report).await;
+    }
+
+    fn note_vm(&self) {
+        noted(self.id, self.dir.note_vm(&self.record));
+    }
+
+    fn publish(&self) {
+        let run = self.life.run().map(|run| (run.job, run.attempt));
+        let machine = self.machine.as_ref().map(|(machine, _)| Arc::clone(machine));
+        self.view.send_replace(VmView { state: self.life.state(), run, machine });
+    }
+}
+
+fn noted(vm_id: VmId, result: std::io::Result<()>) {
+    if let Err(error) = result {
+        tracing::error!(%vm_id, %error, "a VM's directory can't be written");
+    }
+}
+
+async fn sleep_until(deadline: Option<Timestamp>) {
+    match deadline {
+        // Rounded up: a tick before its time would come again at once.
+        Some(deadline) => tokio::time::sleep(deadline.since(Timestamp::now()) + Duration::from_millis(1)).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The last lines of a console, for people.
+fn last_lines(console: &Console) -> Option<String> {
+    let tail = &console.tail[console.tail.len().saturating_sub(QUOTED_CONSOLE_BYTES)..];
+    let text = String::from_utf8_lossy(tail);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut seen = HashSet::new();
+    let kept: Vec<&str> = lines.into_iter().rev().filter(|line| seen.insert(*line)).take(4).collect();
+    (!kept.is_empty()).then(|| kept.into_iter().rev().collect::<Vec<_>>().join(" | "))
+}
+
+/// An error and what caused it, in one line.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(": {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// A lower attempt than one seen before.
+pub(crate) fn stale(job: JobId, attempt: u32, current: u32) -> Error {
+    let message = format!("attempt {attempt} of job {job} is over: this node has seen attempt {current}");
+    Error::new(Reason::StaleAttempt, message).with("job_id", job).with("attempt", attempt).with("current", current)
+}
+
+fn not_accepting(vm_id: VmId, state: VmState) -> Error {
+    Error::new(Reason::VmNotAccepting, format!("VM {vm_id} is {state} and takes no job"))
+        .with("vm_id", vm_id)
+        .with("state", state)
+}
+
+fn internal(vm_id: VmId, what: &'static str, error: &std::io::Error) -> Error {
+    Error::internal(|error_id| tracing::error!(error_id, %vm_id, %error, what, "a node's disk failed"))
+}

@@ -1,0 +1,348 @@
+//! All VMs of this node.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use blixard::{
+    config::DriverChoice,
+    error::{Error, Reason},
+    id::{JobId, NodeId, VmId},
+    job::JobSpec,
+    limits::MAX_MESSAGE_BYTES,
+    pb::{common::v1 as common, vmhost::v1 as pb},
+    time::Timestamp,
+    vm::{VmConfig, VmState},
+};
+use blixard_chassis::Tasks;
+use pb::vm_host_service_server::VmHostServiceServer;
+
+use crate::{
+    capacity::Capacity,
+    consoles::Consoles,
+    driver::{self, Beginning, VmHandle, stale, with_sources},
+    hypervisor::{self, ChooseError, Hypervisor, HypervisorSettings, Launch},
+    lifecycle::Run,
+    logs::{Fence, LogStore},
+    reconcile,
+    records::{self, StateDir, VmRecord},
+    recovery,
+    registry::Registry,
+    service::Service,
+};
+
+/// How long a guest may take to boot to its agent: QEMU without hardware virtualization on a busy host needs half a minute.
+const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// The same for a plain process.
+const PROCESS_BOOT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a vmhost needs to know.
+#[derive(Debug, Clone)]
+pub struct VmHostConfig {
+    /// This node's name.
+    pub node_id: NodeId,
+    /// What each VM holds, one directory a VM.
+    pub vm_state_dir: PathBuf,
+    /// The logs of attempts.
+    pub log_dir: PathBuf,
+    /// Which hypervisor.
+    pub driver: DriverChoice,
+    /// Directory of images.
+    pub image_dir: PathBuf,
+    /// For the process driver: the guest agent's program and its leading arguments.
+    pub agent_command: Vec<OsString>,
+    /// How many VMs may run at once.
+    pub max_vms: u32,
+    /// Where the registry answers, as `http://host:port`.
+    pub registry_endpoint: String,
+    /// Where others reach this vmhost, as `http://host:port`.
+    pub advertise_endpoint: String,
+}
+
+/// Why a vmhost can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state directory is in use or can't be used.
+    #[error(transparent)]
+    StateDir(Box<dyn std::error::Error + Send + Sync>),
+    /// The logs' directory can't be used.
+    #[error("cannot use the log directory {}", path.display())]
+    LogDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// No VM driver can run here.
+    #[error(transparent)]
+    Driver(#[from] ChooseError),
+    /// This machine can't be looked at.
+    #[error("cannot tell what this machine can offer to VMs")]
+    Capacity(#[source] io::Error),
+    /// The registry's endpoint is no endpoint.
+    #[error("the registry's endpoint")]
+    Registry(#[source] Error),
+    /// The VMs on disk can't be read.
+    #[error("cannot read the VM state directory")]
+    Recovery(#[source] io::Error),
+}
+
+/// The VMs of one node, and the service that speaks for them.
+///
+/// When the tasks it was started with are shut down, its VMs live on; the next start adopts them.
+pub struct VmHost {
+    host: Arc<Host>,
+}
+
+impl VmHost {
+    /// Takes the state directory, adopts or ends the VMs found there, and registers the node in the background.
+    ///
+    /// # Errors
+    /// The directories can't be had, or no driver can run here.
+    pub async fn start(config: VmHostConfig, tasks: &Tasks) -> Result<Self, StartError> {
+        let settings =
+            HypervisorSettings { image_dir: config.image_dir.clone(), agent_command: config.agent_command.clone() };
+        let (hypervisor, why) = hypervisor::choose(config.driver, &settings)?;
+        tracing::info!(driver = hypervisor.name(), why, "VM driver chosen");
+        Self::start_with(config, hypervisor, tasks).await
+    }
+
+    /// The same with a given hypervisor.
+    ///
+    /// # Errors
+    /// The directories can't be had.
+    pub async fn start_with(
+        config: VmHostConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        tasks: &Tasks,
+    ) -> Result<Self, StartError> {
+        let host = Arc::new(Host::open(config, hypervisor, tasks.clone())?);
+        recovery::recover(&host).await.map_err(StartError::Recovery)?;
+        let registering = Arc::clone(&host);
+        tasks.spawn("vmhost-register", async move {
+            tokio::select! {
+                () = registering.tasks.token().cancelled() => {}
+                () = reconcile::register(&registering) => {}
+            }
+        });
+        let leaving = Arc::clone(&host);
+        tasks.spawn("vmhost-leave", async move {
+            leaving.tasks.token().cancelled().await;
+            let left = leaving.vms().values().filter(|vm| !vm.view.borrow().state.is_terminal()).count();
+            tracing::info!(vms = left, "vmhost ends; its VMs go on and are adopted at its next start");
+        });
+        Ok(Self { host })
+    }
+
+    /// The gRPC service.
+    #[must_use]
+    pub fn service(&self) -> VmHostServiceServer<Service> {
+        VmHostServiceServer::new(Service::new(Arc::clone(&self.host)))
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+}
+
+/// What the drivers share.
+pub(crate) struct Host {
+    pub(crate) state: StateDir,
+    pub(crate) logs: LogStore,
+    pub(crate) consoles: Consoles,
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) registry: Registry,
+    pub(crate) tasks: Tasks,
+    /// The host's boot.
+    pub(crate) boot: String,
+    capacity: Capacity,
+    max_vms: u32,
+    advertise_endpoint: String,
+    vms: Mutex<BTreeMap<VmId, VmHandle>>,
+}
+
+impl Host {
+    fn open(config: VmHostConfig, hypervisor: Arc<dyn Hypervisor>, tasks: Tasks) -> Result<Self, StartError> {
+        let log_dir = |source| StartError::LogDir { path: config.log_dir.clone(), source };
+        Ok(Self {
+            state: StateDir::open(&config.vm_state_dir).map_err(|error| StartError::StateDir(error.into()))?,
+            logs: LogStore::open(&config.log_dir).map_err(log_dir)?,
+            consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
+            hypervisor,
+            registry: Registry::new(&config.registry_endpoint, config.node_id).map_err(StartError::Registry)?,
+            tasks,
+            boot: records::host_boot(),
+            capacity: Capacity::of_this_machine().map_err(StartError::Capacity)?,
+            max_vms: config.max_vms,
+            advertise_endpoint: config.advertise_endpoint,
+            vms: Mutex::default(),
+        })
+    }
+
+    /// The node, as it registers.
+    pub(crate) fn node(&self) -> common::Node {
+        common::Node {
+            id: self.registry.node_id().to_string(),
+            endpoint: self.advertise_endpoint.clone(),
+            driver: self.hypervisor.name().to_owned(),
+            vcpus: self.capacity.vcpus,
+            memory_mib: self.capacity.memory_mib,
+            max_vms: self.max_vms,
+            images: self.hypervisor.images(),
+            ..Default::default()
+        }
+    }
+
+    /// What the hypervisor is to launch.
+    pub(crate) fn launch(&self, vm_id: VmId, config: &VmConfig) -> Launch {
+        Launch {
+            vm_id,
+            image: config.image.clone(),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            dir: self.state.vm(vm_id).machine(),
+        }
+    }
+
+    pub(crate) fn boot_patience(&self) -> Duration {
+        if self.hypervisor.name() == "process" { PROCESS_BOOT_PATIENCE } else { BOOT_PATIENCE }
+    }
+
+    /// The VMs; never held across an await.
+    pub(crate) fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn vm(&self, vm_id: VmId) -> Option<VmHandle> {
+        self.vms().get(&vm_id).cloned()
+    }
+
+    /// A VM that has ended and is reported, or that never came to be.
+    pub(crate) fn forget(&self, vm_id: VmId) {
+        self.vms().remove(&vm_id);
+    }
+
+    /// Starts a VM, unless it is here already; returns when that is on disk.
+    pub(crate) async fn start_vm(self: &Arc<Self>, vm_id: VmId, config: VmConfig) -> Result<(), Error> {
+        self.admit(&config)?;
+        let vm = self.find_or_spawn(vm_id, config)?;
+        vm.accepted().await.map_err(|error| {
+            Error::internal(|error_id| tracing::error!(error_id, %vm_id, %error, "a VM was not accepted"))
+        })
+    }
+
+    fn admit(&self, config: &VmConfig) -> Result<(), Error> {
+        let too_large = |field: &str, value: u64, allowed: u64| {
+            let message = format!("{field}: {value} is more than this node has ({allowed})");
+            let error = Error::new(Reason::ExceedsCapacity, message);
+            error.with("field", field).with("value", value).with("allowed", allowed)
+        };
+        if config.vcpus > self.capacity.vcpus {
+            return Err(too_large("config.vcpus", config.vcpus.into(), self.capacity.vcpus.into()));
+        }
+        if u64::from(config.memory_mib) > self.capacity.memory_mib {
+            return Err(too_large("config.memory_mib", config.memory_mib.into(), self.capacity.memory_mib));
+        }
+        let known = self.hypervisor.images();
+        if known.contains(&config.image) {
+            return Ok(());
+        }
+        let known = known.join(", ");
+        let message = format!("this node has no image \"{}\"; it has: {known}", config.image);
+        Err(Error::new(Reason::ImageNotFound, message).with("image", &config.image).with("known", known))
+    }
+
+    fn find_or_spawn(self: &Arc<Self>, vm_id: VmId, config: VmConfig) -> Result<VmHandle, Error> {
+        let mut vms = self.vms();
+        if let Some(vm) = vms.get(&vm_id) {
+            return if vm.config == config {
+                Ok(vm.clone())
+            } else {
+                let message = format!("VM {vm_id} is here already, with another config");
+                Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
+            };
+        }
+        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal()).count();
+        if alive >= self.max_vms as usize {
+            let message = format!("this node runs {alive} VMs already; it may run {}", self.max_vms);
+            return Err(Error::new(Reason::Overloaded, message).with("limit", self.max_vms));
+        }
+        let record = VmRecord {
+            config,
+            accepted_at: Timestamp::now(),
+            host_boot: self.boot.clone(),
+            guest_boot: None,
+            stop: None,
+            end: None,
+        };
+        let vm = driver::spawn(self, Beginning::fresh(vm_id, record));
+        vms.insert(vm_id, vm.clone());
+        Ok(vm)
+    }
+
+    /// Ends a VM; returns when that is on disk.
+    pub(crate) async fn stop_vm(&self, vm_id: VmId, grace: Duration, reason: String) -> Result<(), Error> {
+        if let Some(vm) = self.vm(vm_id) {
+            match vm.stop(grace, reason.clone()).await {
+                // It ended in between.
+                Err(error) if error.reason == Reason::VmNotFound => return Ok(()),
+                answer => return answer,
+            }
+        }
+        let not_found = || Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id);
+        let recorded = self.registry.vm(vm_id).await?.ok_or_else(not_found)?;
+        if recorded.node_id != self.registry.node_id().as_str() {
+            return Err(not_found());
+        }
+        self.bury(recorded, VmState::Terminated, &reason).await
+    }
+
+    /// Records the end of a VM that the registry has on this node and that has no directory here: nothing of it can run, and a
+    /// look at the processes makes sure.
+    pub(crate) async fn bury(&self, vm: common::Vm, state: VmState, reason: &str) -> Result<(), Error> {
+        let vm = blixard::vm::Vm::try_from(vm)?;
+        if let Err(error) = self.hypervisor.sweep(&self.launch(vm.id, &vm.config)).await {
+            tracing::error!(vm_id = %vm.id, error = with_sources(&error), "processes of an unknown VM are left");
+        }
+        crate::registry::until_answered("VM ended", || self.registry.end_vm(vm.id, state, true, reason)).await
+    }
+
+    /// Runs an attempt; returns when it is on disk.
+    pub(crate) async fn run_job(&self, vm_id: VmId, job: JobId, attempt: u32, spec: JobSpec) -> Result<(), Error> {
+        let fence = self.logs.fence(job, attempt).map_err(|error| {
+            Error::internal(
+                |error_id| tracing::error!(error_id, %error, job_id = %job, "the log directory can't be read"),
+            )
+        })?;
+        match fence {
+            Fence::Stale { current } => return Err(stale(job, attempt, current)),
+            Fence::Ended | Fence::Running => return Ok(()),
+            Fence::Open => {}
+        }
+        let vm = self.vm(vm_id).ok_or_else(|| {
+            Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)
+        })?;
+        vm.run(Run::new(job, attempt, spec.timeout), spec.into()).await
+    }
+
+    /// Ends an attempt, if it runs.
+    pub(crate) async fn cancel_job(&self, job: JobId, attempt: u32) -> Result<(), Error> {
+        let running = self.vms().values().find(|vm| vm.view.borrow().run == Some((job, attempt))).cloned();
+        match running {
+            Some(vm) => match vm.cancel(job, attempt).await {
+                Err(error) if error.reason == Reason::VmNotFound => Ok(()),
+                answer => answer,
+            },
+            None => match self.logs.fence(job, attempt) {
+                Ok(Fence::Open) => {
+                    Err(Error::new(Reason::JobNotFound, format!("this node has no attempt {attempt} of job {job}"))
+                        .with("job_id", job))
+                }
+                Ok(Fence::Running | Fence::Ended | Fence::Stale { .. }) | Err(_) => Ok(()),
+            },
+        }
+    }
+}

@@ -1,0 +1,214 @@
+use std::fs;
+
+use blixard::pb::common::v1::{LogChunk, LogStream};
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+
+const SMALL: Limits = Limits { segment_bytes: 300, keep_bytes: u64::MAX };
+
+fn job() -> JobId {
+    JobId(uuid::Uuid::from_u128(1))
+}
+
+fn chunk(offset: u64, stream: LogStream, data: &[u8]) -> LogChunk {
+    let time = Some(Timestamp(i64::try_from(offset).unwrap()).into());
+    LogChunk { stream: stream.into(), offset, time, data: Bytes::copy_from_slice(data) }
+}
+
+fn end(outcome: Outcome, end_offset: u64) -> EndRecord {
+    EndRecord { outcome, end_offset, finished_at: Timestamp(5) }
+}
+
+fn succeeded() -> Outcome {
+    Outcome::Result { state: JobState::Succeeded, exit: None, reason: String::new() }
+}
+
+/// Reads from an offset to what the log has now, checking that nothing is missing or twice.
+fn read_all(store: &LogStore, from: u64) -> (Vec<(i32, u8)>, Vec<pb::LogGap>) {
+    let (mut reader, state) = store.read(job(), 1, from).unwrap().expect("the log is there");
+    let until = state.borrow().next;
+    let (mut bytes, mut gaps, mut at) = (Vec::new(), Vec::new(), from);
+    while reader.offset() < until {
+        for item in reader.read(until).unwrap() {
+            match item {
+                Item::Chunk(chunk) => {
+                    assert_eq!(chunk.offset, at, "the next chunk begins where the last one ended");
+                    assert!((1..=record::MAX_DATA).contains(&chunk.data.len()));
+                    at += chunk.data.len() as u64;
+                    bytes.extend(chunk.data.iter().map(|byte| (chunk.stream, *byte)));
+                }
+                Item::Gap(gap) => {
+                    assert_eq!(gap.from_offset, at);
+                    at = gap.to_offset;
+                    gaps.push(gap);
+                }
+            }
+        }
+    }
+    (bytes, gaps)
+}
+
+use blixard::pb::common::v1 as pb;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Append {
+        stderr: bool,
+        len: usize,
+    },
+    /// The writer dies; the last segment loses up to so many bytes of its last record.
+    Crash {
+        torn: u64,
+    },
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let len = prop_oneof![4 => 1..50usize, 1 => 200..9000usize];
+    let append = (any::<bool>(), len).prop_map(|(stderr, len)| Op::Append { stderr, len });
+    proptest::collection::vec(prop_oneof![5 => append, 1 => (0..40u64).prop_map(|torn| Op::Crash { torn })], 0..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// The guest sends again what a crash tore off, so that the log is always what it has sent.
+    #[test]
+    fn any_appends_and_crashes_then_any_read_gives_the_exact_bytes(ops in ops(), from in 0..20_000u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = LogStore::with_limits(dir.path(), SMALL).unwrap();
+        let mut writer = store.begin(job(), 1).unwrap().unwrap();
+        let mut sent: Vec<(i32, u8)> = Vec::new();
+        for (number, op) in ops.into_iter().enumerate() {
+            match op {
+                Op::Append { stderr, len } => {
+                    let stream = if stderr { LogStream::Stderr } else { LogStream::Stdout };
+                    let data: Vec<u8> = (0..len).map(|i| u8::try_from((i * 31 + number * 7) % 256).unwrap()).collect();
+                    // The guest may repeat what the log has already.
+                    let repeat = sent.iter().rev().take_while(|(s, _)| *s == i32::from(stream)).count().min(5);
+                    let mut all: Vec<u8> = sent[sent.len() - repeat..].iter().map(|(_, byte)| *byte).collect();
+                    all.extend(&data);
+                    writer.append(&[chunk((sent.len() - repeat) as u64, stream, &all)]).unwrap();
+                    sent.extend(data.iter().map(|byte| (i32::from(stream), *byte)));
+                }
+                Op::Crash { torn } => {
+                    drop(writer);
+                    let last = segment::list(&store.attempt_dir(job(), 1)).unwrap().pop();
+                    if let Some(last) = last {
+                        let file = File::options().write(true).open(&last.path).unwrap();
+                        let bytes = file.metadata().unwrap().len();
+                        file.set_len(bytes.saturating_sub(torn)).unwrap();
+                    }
+                    writer = store.reopen(job(), 1).unwrap();
+                    let kept = usize::try_from(writer.next_offset()).unwrap();
+                    prop_assert!(kept <= sent.len());
+                    sent.truncate(kept);
+                }
+            }
+        }
+        let from = from.min(sent.len() as u64);
+        let expected = sent[usize::try_from(from).unwrap()..].to_vec();
+        prop_assert_eq!(read_all(&store, from), (expected, vec![]));
+    }
+}
+
+#[tokio::test]
+async fn the_end_is_found_after_a_restart_and_closes_the_fence() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::open(dir.path()).unwrap();
+    assert_eq!(store.fence(job(), 1).unwrap(), Fence::Open);
+    let mut writer = store.begin(job(), 1).unwrap().unwrap();
+    assert_eq!(store.fence(job(), 1).unwrap(), Fence::Running);
+    writer.append(&[chunk(0, LogStream::Stdout, b"hello")]).unwrap();
+    writer.finish(end(succeeded(), 5)).await;
+    assert_eq!(store.fence(job(), 1).unwrap(), Fence::Ended);
+
+    let store = LogStore::open(dir.path()).unwrap();
+    assert_eq!(store.fence(job(), 1).unwrap(), Fence::Ended);
+    let (_, state) = store.read(job(), 1, 0).unwrap().unwrap();
+    assert_eq!(*state.borrow(), LogState { next: 5, end: Some(Arc::new(end(succeeded(), 5))) });
+    assert_eq!(read_all(&store, 2).0.len(), 3);
+
+    drop(store.begin(job(), 3).unwrap().unwrap());
+    assert_eq!(store.fence(job(), 2).unwrap(), Fence::Stale { current: 3 });
+    assert!(matches!(store.begin(job(), 2).unwrap(), Err(Fence::Stale { current: 3 })));
+}
+
+#[test]
+fn an_attempt_whose_log_was_never_begun_may_begin() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join(job().to_string()).join("1")).unwrap();
+    let store = LogStore::open(dir.path()).unwrap();
+    assert_eq!(store.fence(job(), 1).unwrap(), Fence::Open);
+    assert!(store.read(job(), 1, 0).unwrap().is_none(), "no log yet");
+}
+
+#[test]
+fn a_log_beyond_its_limit_loses_its_oldest_part_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::with_limits(dir.path(), Limits { segment_bytes: 300, keep_bytes: 1000 }).unwrap();
+    let mut writer = store.begin(job(), 1).unwrap().unwrap();
+    for number in 0..40u64 {
+        writer.append(&[chunk(number * 100, LogStream::Stdout, &[b'x'; 100])]).unwrap();
+    }
+    let kept: u64 = segment::list(&store.attempt_dir(job(), 1))
+        .unwrap()
+        .iter()
+        .map(|segment| fs::metadata(&segment.path).unwrap().len())
+        .sum();
+    assert!(kept <= 1000, "{kept} bytes are kept");
+    let (bytes, gaps) = read_all(&store, 50);
+    assert_eq!(gaps.len(), 1);
+    assert_eq!((gaps[0].from_offset, gaps[0].to_offset), (50, 4000 - bytes.len() as u64));
+}
+
+#[test]
+fn damage_in_the_middle_is_a_gap_and_the_rest_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::with_limits(dir.path(), SMALL).unwrap();
+    let mut writer = store.begin(job(), 1).unwrap().unwrap();
+    for number in 0..9u64 {
+        writer.append(&[chunk(number * 100, LogStream::Stdout, &[b'x'; 100])]).unwrap();
+    }
+    let segments = segment::list(&store.attempt_dir(job(), 1)).unwrap();
+    let mut damaged = fs::read(&segments[1].path).unwrap();
+    damaged[record::HEADER + 100 + 10] ^= 1;
+    fs::write(&segments[1].path, damaged).unwrap();
+    let (bytes, gaps) = read_all(&store, 0);
+    let gap = gaps.first().expect("a gap");
+    assert_eq!((gap.from_offset, gap.to_offset, gaps.len()), (400, segments[2].base, 1));
+    assert_eq!(bytes.len() as u64, 900 - (gap.to_offset - gap.from_offset));
+}
+
+#[test]
+fn many_small_records_come_out_as_few_chunks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::open(dir.path()).unwrap();
+    let mut writer = store.begin(job(), 1).unwrap().unwrap();
+    for number in 0..2000u64 {
+        writer.append(&[chunk(number * 10, LogStream::Stdout, b"ten bytes\n")]).unwrap();
+    }
+    let (mut reader, _) = store.read(job(), 1, 0).unwrap().unwrap();
+    let items = reader.read(20_000).unwrap();
+    assert_eq!((items.len(), reader.offset()), (1, 20_000));
+}
+
+#[tokio::test]
+async fn a_follower_is_woken_by_the_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::open(dir.path()).unwrap();
+    let mut writer = store.begin(job(), 1).unwrap().unwrap();
+    let (mut reader, mut state) = store.read(job(), 1, 0).unwrap().unwrap();
+    let mut seen = Vec::new();
+    for number in 0..5u64 {
+        writer.append(&[chunk(number, LogStream::Stdout, b"x")]).unwrap();
+        state.changed().await.unwrap();
+        let until = state.borrow_and_update().next;
+        seen.extend(reader.read(until).unwrap());
+    }
+    writer.finish(end(succeeded(), 5)).await;
+    state.changed().await.unwrap();
+    assert!(state.borrow().end.is_some());
+    assert_eq!(seen.len(), 5);
+}

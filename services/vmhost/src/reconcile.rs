@@ -1,0 +1,70 @@
+//! The first talk with the registry: what it says of this node's VMs and what is here are made to agree, then the node registers.
+//!
+//! It comes before the registration, because that makes the scheduler send again what it wants of this node.
+
+use std::{sync::Arc, time::Duration};
+
+use blixard::{
+    error::Error,
+    id::VmId,
+    pb::common::v1 as common,
+    vm::{Vm, VmState},
+};
+use futures::{StreamExt, stream};
+
+use crate::{driver::VmHandle, host::Host, registry::until_answered};
+
+/// VMs that are looked at together: enough to use a group commit, few enough to be no burden.
+const AT_ONCE: usize = 16;
+
+/// Reconciles and registers; returns when the registry knows the node.
+pub(crate) async fn register(host: &Arc<Host>) {
+    let registered = until_answered("registering the node", || async {
+        reconcile(host).await?;
+        host.registry.register(host.node()).await
+    });
+    match registered.await {
+        Ok(node) => tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered"),
+        Err(error) => tracing::error!(%error, "the registry refuses this node; it gets no work"),
+    }
+}
+
+async fn reconcile(host: &Arc<Host>) -> Result<(), Error> {
+    let recorded = host.registry.vms_of_this_node().await?;
+    let here: Vec<(VmId, VmHandle)> = host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
+    let missing = here.into_iter().filter(|(id, _)| !recorded.iter().any(|vm| vm.id == id.to_string()));
+    stream::iter(missing).for_each_concurrent(AT_ONCE, |(id, vm)| end_unwanted(host, id, vm)).await;
+    stream::iter(recorded).for_each_concurrent(AT_ONCE, |vm| bury_missing(host, vm)).await;
+    Ok(())
+}
+
+/// A VM that is here and that the registry takes for ended, or never heard of.
+async fn end_unwanted(host: &Host, id: VmId, vm: VmHandle) {
+    if vm.view.borrow().state.is_terminal() {
+        return;
+    }
+    let wanted = host.registry.vm(id).await.map(|recorded| {
+        let state = recorded.and_then(|vm| VmState::from_pb("vm.state", vm.state).ok());
+        state.is_some_and(|state| !state.is_terminal())
+    });
+    match wanted {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!(vm_id = %id, "the registry takes a VM for ended that lives here; it is ended");
+            let _ = vm.stop(Duration::ZERO, "the registry takes it for ended".to_owned()).await;
+        }
+        Err(error) => tracing::warn!(vm_id = %id, %error, "a VM could not be looked up in the registry"),
+    }
+}
+
+/// A VM that the registry has on this node and that is not here. One that is Starting is sent again by the scheduler.
+async fn bury_missing(host: &Host, vm: common::Vm) {
+    let Ok(parsed) = Vm::try_from(vm.clone()) else { return };
+    if parsed.state == VmState::Starting || host.vm(parsed.id).is_some() {
+        return;
+    }
+    let ending = if parsed.state == VmState::Draining { VmState::Terminated } else { VmState::Failed };
+    if let Err(error) = host.bury(vm, ending, "its node does not know it any more").await {
+        tracing::warn!(vm_id = %parsed.id, %error, "a VM that is gone could not be reported");
+    }
+}

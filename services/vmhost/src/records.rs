@@ -1,0 +1,248 @@
+//! What this node knows about its VMs, on disk.
+//!
+//! ```text
+//! VM_STATE_DIR/.lock               held by the one vmhost that may use the directory
+//!              <vm>/vm.json        the VM: config, whether its end is wanted, what it came to
+//!              <vm>/attempt.json   its latest attempt; how that ended is the last record of the attempt's log
+//!              <vm>/machine/       the hypervisor's
+//! ```
+//! A record is written beside its place, flushed and renamed, *before* it is acted on. What only refines a record (a boot id, a
+//! cause, an end) is not flushed: it survives the death of vmhost, and after that of the whole machine it means nothing any more.
+//!
+//! Nothing here knows processes, guests or the registry.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use blixard::{
+    id::{JobId, VmId},
+    time::Timestamp,
+    vm::{VmConfig, VmState},
+};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::lifecycle::{Cause, Stop};
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct VmRecord {
+    /// What it is made of.
+    pub(crate) config: VmConfig,
+    /// When this node accepted it.
+    pub(crate) accepted_at: Timestamp,
+    /// The host's boot in which it was accepted: what was not flushed is believed only during the same one.
+    pub(crate) host_boot: String,
+    /// The guest's boot, from when on the registry may have been told Ready.
+    pub(crate) guest_boot: Option<String>,
+    /// Its end is wanted.
+    pub(crate) stop: Option<Stop>,
+    /// What it came to: all that is left is to report it.
+    pub(crate) end: Option<(VmState, String)>,
+}
+
+/// An attempt that a VM was given.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct AttemptRecord {
+    pub(crate) job: JobId,
+    pub(crate) attempt: u32,
+    /// 0: none.
+    pub(crate) timeout_ms: u64,
+    /// Why it is being ended.
+    pub(crate) cause: Option<Cause>,
+}
+
+/// Every VM's directory. Holds the lock.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Why a state directory can't be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    /// Another process has it.
+    #[error("the VM state directory {} is in use by process {pid}: choose another with VM_STATE_DIR or --vm-state-dir", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Who has it.
+        pid: String,
+    },
+    /// It can't be made or opened.
+    #[error("cannot use the VM state directory {}", path.display())]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl StateDir {
+    /// Opens the directory, making it when it is not there, and locks it.
+    pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Io { path: path.to_owned(), source };
+        fs::create_dir_all(path).map_err(failed)?;
+        let path = path.canonicalize().map_err(failed)?;
+        let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path.join(".lock"));
+        let mut lock = lock.map_err(failed)?;
+        if let Err(error) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK {
+                return Err(failed(error.into()));
+            }
+            let mut pid = String::new();
+            let _ = lock.read_to_string(&mut pid);
+            return Err(OpenError::InUse { path, pid: pid.trim().to_owned() });
+        }
+        lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
+        writeln!(lock, "{}", std::process::id()).map_err(failed)?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// The VMs that have a directory.
+    pub(crate) fn list(&self) -> io::Result<Vec<VmId>> {
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            ids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()));
+        }
+        Ok(ids)
+    }
+
+    /// One VM's directory.
+    pub(crate) fn vm(&self, id: VmId) -> VmDir {
+        VmDir { path: self.path.join(id.to_string()) }
+    }
+}
+
+/// One VM's directory.
+#[derive(Debug, Clone)]
+pub(crate) struct VmDir {
+    path: PathBuf,
+}
+
+impl VmDir {
+    /// Makes it, and an empty one for the machine; what an earlier life left there is removed.
+    pub(crate) fn create(&self) -> io::Result<()> {
+        self.remove()?;
+        DirBuilder::new().mode(0o700).recursive(true).create(self.machine())
+    }
+
+    /// Where the hypervisor keeps what it needs.
+    pub(crate) fn machine(&self) -> PathBuf {
+        self.path.join("machine")
+    }
+
+    /// Removes the machine's part of it.
+    pub(crate) fn remove_machine(&self) -> io::Result<()> {
+        gone(fs::remove_dir_all(self.machine()))
+    }
+
+    /// Removes all of it. The VM's record goes last: a crash in between leaves a VM that is found again.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        self.remove_machine()?;
+        gone(fs::remove_file(self.path.join(ATTEMPT)))?;
+        gone(fs::remove_dir_all(&self.path))
+    }
+
+    /// The VM's record; `None` when there is none.
+    pub(crate) fn vm(&self) -> io::Result<Option<VmRecord>> {
+        read(&self.path.join(VM))
+    }
+
+    /// The latest attempt's record; `None` when there is none.
+    pub(crate) fn attempt(&self) -> io::Result<Option<AttemptRecord>> {
+        read(&self.path.join(ATTEMPT))
+    }
+
+    /// Writes the VM's record and waits for the disk.
+    pub(crate) async fn intend_vm(&self, record: &VmRecord) -> io::Result<()> {
+        flushed(self.path.join(VM), serde_json::to_vec(record)?).await
+    }
+
+    /// Writes an attempt's record and waits for the disk.
+    pub(crate) async fn intend_attempt(&self, record: &AttemptRecord) -> io::Result<()> {
+        flushed(self.path.join(ATTEMPT), serde_json::to_vec(record)?).await
+    }
+
+    /// Refines the VM's record, without waiting for the disk.
+    pub(crate) fn note_vm(&self, record: &VmRecord) -> io::Result<()> {
+        note(&self.path.join(VM), record)
+    }
+
+    /// Refines the attempt's record, without waiting for the disk.
+    pub(crate) fn note_attempt(&self, record: &AttemptRecord) -> io::Result<()> {
+        note(&self.path.join(ATTEMPT), record)
+    }
+}
+
+const VM: &str = "vm.json";
+const ATTEMPT: &str = "attempt.json";
+
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(Into::into),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn note(path: &Path, record: &impl Serialize) -> io::Result<()> {
+    replace(path, &serde_json::to_vec(record)?, false)
+}
+
+async fn flushed(path: PathBuf, text: Vec<u8>) -> io::Result<()> {
+    let done = tokio::task::spawn_blocking(move || replace(&path, &text, true)).await;
+    done.map_err(io::Error::other)?
+}
+
+fn replace(path: &Path, text: &[u8], flush: bool) -> io::Result<()> {
+    let beside = path.with_extension("tmp");
+    let mut file = File::create(&beside)?;
+    file.write_all(text)?;
+    if flush {
+        file.sync_data()?;
+    }
+    fs::rename(&beside, path)
+}
+
+/// The id of the host's current boot.
+pub(crate) fn host_boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_has_one_user_and_the_second_is_told_who() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::open(dir.path()).unwrap();
+        let error = StateDir::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("in use by process {}", std::process::id())), "{error}");
+        drop(first);
+        StateDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_can_not_be_made_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = StateDir::open(&file.join("below")).unwrap_err().to_string();
+        assert!(error.contains("file/below"), "{error}");
+    }
+}

@@ -1,0 +1,214 @@
+//! What this node tells the registry, and asks it.
+
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable};
+use blixard::{
+    error::{Error, Reason},
+    id::{JobId, NodeId, VmId},
+    job::JobState,
+    limits::{MAX_MESSAGE_BYTES, MAX_PAGE_SIZE, MAX_REASON_BYTES},
+    pb::{common::v1 as common, registry::v1 as pb},
+    time::Timestamp,
+    vm::VmState,
+};
+use blixard_chassis::client;
+use pb::registry_service_client::RegistryServiceClient;
+use tonic::transport::Channel;
+
+use crate::logs::{EndRecord, Outcome};
+
+/// How long the registry has to answer; a leader election takes a few seconds.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The first pause before a report is repeated; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+/// The longest.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
+/// The registry, as seen from this node.
+#[derive(Debug, Clone)]
+pub(crate) struct Registry {
+    client: RegistryServiceClient<Channel>,
+    node_id: NodeId,
+}
+
+/// Repeats a call until the registry has answered it: with a result, or with an error that repeating can't change.
+pub(crate) async fn until_answered<T, F>(what: &'static str, call: impl Fn() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let pauses = ExponentialBuilder::default()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(MAX_PAUSE)
+        .with_jitter()
+        .without_max_times();
+    let mut told = false;
+    call.retry(pauses)
+        .when(|error| !is_answer(error.reason))
+        .notify(|error, _| {
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(what, %error, "the registry does not answer; trying again until it does");
+            }
+        })
+        .await
+}
+
+/// Whether an error is the registry's considered answer.
+fn is_answer(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::StaleAttempt
+            | Reason::IllegalTransition
+            | Reason::VmNotFound
+            | Reason::JobNotFound
+            | Reason::NodeNotFound
+            | Reason::InvalidField
+    )
+}
+
+impl Registry {
+    /// # Errors
+    /// The endpoint is no `http://host:port`.
+    pub(crate) fn new(endpoint: &str, node_id: NodeId) -> Result<Self, Error> {
+        let client = RegistryServiceClient::new(client::channel(endpoint)?)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { client, node_id })
+    }
+
+    /// The node this is.
+    pub(crate) fn node_id(&self) -> &NodeId {
+        &self.node_id
+    }
+
+    pub(crate) async fn register(&self, node: common::Node) -> Result<common::Node, Error> {
+        let request = client::request(pb::RegisterNodeRequest { node: Some(node) }, CALL_TIMEOUT);
+        Ok(self.client.clone().register_node(request).await?.into_inner().node.unwrap_or_default())
+    }
+
+    /// A VM; `None` when there is none.
+    pub(crate) async fn vm(&self, vm_id: VmId) -> Result<Option<common::Vm>, Error> {
+        let request = client::request(pb::GetVmRequest { vm_id: vm_id.to_string() }, CALL_TIMEOUT);
+        match self.client.clone().get_vm(request).await.map_err(Error::from) {
+            Ok(answer) => Ok(answer.into_inner().vm),
+            Err(error) if error.reason == Reason::VmNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The VMs of this node that have not ended.
+    pub(crate) async fn vms_of_this_node(&self) -> Result<Vec<common::Vm>, Error> {
+        let states = VmState::ALL.into_iter().filter(|state| !state.is_terminal());
+        let mut request = pb::ListVmsRequest {
+            page_size: MAX_PAGE_SIZE,
+            states: states.map(|state| state.to_pb().into()).collect(),
+            node_id: self.node_id.to_string(),
+            ..Default::default()
+        };
+        let mut vms = Vec::new();
+        loop {
+            let page = self.client.clone().list_vms(client::request(request.clone(), CALL_TIMEOUT)).await?.into_inner();
+            vms.extend(page.vms);
+            if page.next_page_token.is_empty() {
+                return Ok(vms);
+            }
+            request.page_token = page.next_page_token;
+        }
+    }
+
+    pub(crate) async fn transition(
+        &self,
+        vm_id: VmId,
+        to: VmState,
+        expected_generation: u64,
+        reason: &str,
+    ) -> Result<(), Error> {
+        let request = pb::TransitionVmRequest {
+            vm_id: vm_id.to_string(),
+            to_state: to.to_pb().into(),
+            expected_generation,
+            reason: cut(reason, MAX_REASON_BYTES).to_owned(),
+        };
+        self.client.clone().transition_vm(client::request(request, CALL_TIMEOUT)).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn start_attempt(&self, job: JobId, attempt: u32, at: Timestamp) -> Result<(), Error> {
+        let request = pb::StartAttemptRequest { job_id: job.to_string(), attempt, started_at: Some(at.into()) };
+        self.client.clone().start_attempt(client::request(request, CALL_TIMEOUT)).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn finish_attempt(&self, job: JobId, attempt: u32, end: &EndRecord) -> Result<(), Error> {
+        let outcome = match &end.outcome {
+            Outcome::Result { state, exit, reason } => pb::finish_attempt_request::Outcome::Result(pb::AttemptResult {
+                state: state.to_pb().into(),
+                exit: exit.map(Into::into),
+                reason: cut(reason, MAX_REASON_BYTES).to_owned(),
+                log_bytes: end.end_offset,
+                finished_at: Some(end.finished_at.into()),
+            }),
+            Outcome::Lost { started, reason } => lost(*started, reason),
+        };
+        self.finish(job.to_string(), attempt, outcome).await
+    }
+
+    async fn finish(
+        &self,
+        job_id: String,
+        attempt: u32,
+        outcome: pb::finish_attempt_request::Outcome,
+    ) -> Result<(), Error> {
+        let request = pb::FinishAttemptRequest { job_id, attempt, outcome: Some(outcome) };
+        self.client.clone().finish_attempt(client::request(request, CALL_TIMEOUT)).await?;
+        Ok(())
+    }
+
+    /// Records the end of a VM of this node. An attempt that the registry gave it and that nobody reported is lost first;
+    /// `started`: whether it may have begun. Done already, or not ours to end: fine.
+    pub(crate) async fn end_vm(&self, vm_id: VmId, state: VmState, started: bool, reason: &str) -> Result<(), Error> {
+        let Some(vm) = self.vm(vm_id).await? else { return Ok(()) };
+        let now = VmState::from_pb("vm.state", vm.state)?;
+        if now.is_terminal() || vm.node_id != self.node_id.as_str() {
+            return Ok(());
+        }
+        if !vm.job_id.is_empty() && self.lose_attempt(&vm, started, reason).await? {
+            // That was a change of the VM too: look again.
+            return Err(Error::new(Reason::StaleGeneration, "the VM changed"));
+        }
+        let kind = blixard::vm::VmKind::from_pb("vm.config.kind", vm.config.unwrap_or_default().kind)?;
+        let step = if now.may_go_to(state, kind) { state } else { VmState::Draining };
+        self.transition(vm_id, step, vm.generation, reason).await?;
+        if step == state { Ok(()) } else { Err(Error::new(Reason::StaleGeneration, "one step further")) }
+    }
+
+    /// Reports the current attempt of a VM's job as lost; false when it is over.
+    async fn lose_attempt(&self, vm: &common::Vm, started: bool, reason: &str) -> Result<bool, Error> {
+        let request = client::request(pb::GetJobRequest { job_id: vm.job_id.clone() }, CALL_TIMEOUT);
+        let job = match self.client.clone().get_job(request).await.map_err(Error::from) {
+            Ok(answer) => answer.into_inner().job.unwrap_or_default(),
+            Err(error) if error.reason == Reason::JobNotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let state = JobState::from_pb("job.state", job.state)?;
+        if job.vm_id != vm.id || !matches!(state, JobState::Assigned | JobState::Running) {
+            return Ok(false);
+        }
+        let started = started || state == JobState::Running;
+        match self.finish(job.id, job.attempt, lost(started, reason)).await {
+            Err(error) if error.reason == Reason::StaleAttempt => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+}
+
+fn lost(started: bool, reason: &str) -> pb::finish_attempt_request::Outcome {
+    let reason = cut(reason, MAX_REASON_BYTES).to_owned();
+    pb::finish_attempt_request::Outcome::Lost(pb::AttemptLost { started, reason })
+}
+
+/// The beginning of a text, at most `bytes` long.
+pub(crate) fn cut(text: &str, bytes: usize) -> &str {
+    let end = (0..=bytes.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    &text[..end]
+}

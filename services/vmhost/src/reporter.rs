@@ -1,0 +1,118 @@
+//! Tells the registry what became of one VM: in order, each thing until it is answered.
+
+use std::sync::Arc;
+
+use blixard::{
+    error::{Error, Reason},
+    id::{JobId, VmId},
+    time::Timestamp,
+    vm::VmState,
+};
+use blixard_chassis::Tasks;
+use tokio::sync::mpsc;
+
+use crate::{
+    driver::Event,
+    lifecycle::{Input, Stop},
+    logs::EndRecord,
+    registry::{Registry, until_answered},
+};
+
+/// Reports of one VM that wait for the registry. No VM gets another job before the last one's end is answered, so there are
+/// at most Ready, Started, Finished and End.
+const REPORTS_QUEUED: usize = 8;
+
+/// Something the registry is to know.
+#[derive(Debug)]
+pub(crate) enum Report {
+    Ready,
+    Started {
+        job: JobId,
+        attempt: u32,
+        at: Timestamp,
+    },
+    Finished {
+        job: JobId,
+        attempt: u32,
+        end: Arc<EndRecord>,
+    },
+    /// The last one. `started`: whether an attempt that this node does not remember may have begun.
+    End {
+        state: VmState,
+        started: bool,
+        reason: String,
+    },
+}
+
+impl Report {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Ready => "VM is Ready",
+            Self::Started { .. } => "attempt started",
+            Self::Finished { .. } => "attempt ended",
+            Self::End { .. } => "VM ended",
+        }
+    }
+}
+
+pub(crate) struct Reporter {
+    registry: Registry,
+    vm_id: VmId,
+    events: mpsc::Sender<Event>,
+}
+
+impl Reporter {
+    /// Starts the reports of a VM; [`Event::Reported`] follows the last one.
+    pub(crate) fn spawn(
+        registry: Registry,
+        vm_id: VmId,
+        events: mpsc::Sender<Event>,
+        tasks: &Tasks,
+    ) -> mpsc::Sender<Report> {
+        let (sender, reports) = mpsc::channel(REPORTS_QUEUED);
+        let token = tasks.token().clone();
+        let reporter = Self { registry, vm_id, events };
+        tasks.spawn("vm-report", async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = reporter.run(reports) => {}
+            }
+        });
+        sender
+    }
+
+    async fn run(self, mut reports: mpsc::Receiver<Report>) {
+        while let Some(report) = reports.recv().await {
+            let what = report.name();
+            if let Err(error) = until_answered(what, || self.deliver(&report)).await {
+                self.refused(&report, &error).await;
+            }
+            if matches!(report, Report::End { .. }) {
+                let _ = self.events.send(Event::Reported).await;
+            }
+        }
+    }
+
+    async fn deliver(&self, report: &Report) -> Result<(), Error> {
+        match report {
+            Report::Ready => self.registry.transition(self.vm_id, VmState::Ready, 0, "").await,
+            Report::Started { job, attempt, at } => self.registry.start_attempt(*job, *attempt, *at).await,
+            Report::Finished { job, attempt, end } => self.registry.finish_attempt(*job, *attempt, end).await,
+            Report::End { state, started, reason } => self.registry.end_vm(self.vm_id, *state, *started, reason).await,
+        }
+    }
+
+    /// The registry has moved on. A VM that it takes for ended, or never heard of, must not live.
+    async fn refused(&self, report: &Report, error: &Error) {
+        tracing::info!(vm_id = %self.vm_id, %error, report = report.name(), "the registry has moved on");
+        let ended = match error.metadata.get("from").and_then(|from| VmState::from_name(from)) {
+            Some(from) => from.is_terminal(),
+            None => error.reason == Reason::VmNotFound,
+        };
+        if ended && matches!(report, Report::Ready) {
+            let reason = format!("the registry has no such VM: {error}");
+            let stop = Stop { deadline: Timestamp::now(), reason };
+            let _ = self.events.send(Event::Input(Input::Stop(stop))).await;
+        }
+    }
+}

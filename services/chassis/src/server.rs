@@ -152,12 +152,16 @@ impl Server {
     /// The transport failed.
     pub async fn serve(mut self, tasks: &Tasks) -> Result<(), ServeError> {
         let reflection = || {
-            tonic_reflection::server::Builder::configure()
+            let builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name("grpc.health.v1.Health");
+            // Listed is what is served here, not every contract there is.
+            self.names.iter().fold(builder, |builder, name| builder.with_service_name(*name))
         };
-        self.routes.add_service(reflection().build_v1()?);
-        self.routes.add_service(reflection().build_v1alpha()?);
+        let (v1, v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
+        self.routes.add_service(v1);
+        self.routes.add_service(v1alpha);
         let first = if self.ready.is_some() { ServingStatus::NotServing } else { ServingStatus::Serving };
         announce(&self.health, &self.names, first).await;
 

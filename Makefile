@@ -1,0 +1,37 @@
+# Every target does its own set-up. `make demo` runs the main job, `make test` is what CI runs.
+.PHONY: demo test lint bench tools
+.DEFAULT_GOAL := help
+
+include $(wildcard make/*.mk)
+
+help:
+	@echo 'make demo         run a command in a real microVM, end to end (sets everything up)'
+	@echo 'make test         lint and test everything (sets everything up)'
+	@echo 'make bench        measure against baselines; writes target/bench/*.json'
+	@echo 'make guest-image  build the default image into ./images'
+	@echo 'make tools        install what running needs'
+
+tools:
+	@scripts/setup.sh run
+
+demo: tools guest-image
+	cargo build --release -p mvm-ci
+	scripts/demo.sh
+
+lint:
+	@scripts/setup.sh test
+	cargo fmt --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	target/tools/bin/cargo-deny --offline --log-level error check bans licenses sources
+	target/tools/python/bin/typos
+	cd proto && ../target/tools/python/bin/buf lint
+
+# The real guest must run here: a missing QEMU or image is a failure, not a skip. BLIXARD_PYTHON has grpcio-tools and grpcurl.
+test: export BLIXARD_REQUIRE_QEMU = 1
+test: export BLIXARD_PYTHON = $(CURDIR)/target/tools/python/bin
+test: lint guest-image
+	cargo build --quiet --workspace --bins
+	cargo test --quiet --workspace
+
+bench: tools guest-image
+	scripts/bench.sh

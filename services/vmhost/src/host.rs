@@ -139,6 +139,12 @@ impl VmHost {
         Ok(Self { host })
     }
 
+    /// The name of the VM driver in use.
+    #[must_use]
+    pub fn driver(&self) -> &'static str {
+        self.host.hypervisor.name()
+    }
+
     /// The gRPC service.
     #[must_use]
     pub fn service(&self) -> VmHostServiceServer<Service> {

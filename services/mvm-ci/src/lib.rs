@@ -1,1 +1,15 @@
+//! The all-in-one control plane and the command line.
+//!
+//! ```text
+//!   mvm-ci                    ControlPlane: registry + vmhost + scheduler behind one gRPC server, over loopback
+//!   mvm-ci run|job|vm|stats   a client of SchedulerService at --endpoint, and of nothing else
+//!   mvm-ci guest-agent        the guest agent, for the `process` driver (hidden)
+//! ```
+//!
+//! [`ControlPlane`] is public so that tests and examples can run one in their own process. The client half must not know
+//! that the control plane may be in the same binary: it speaks the contract.
 
+pub mod cli;
+pub mod control_plane;
+
+pub use control_plane::ControlPlane;

@@ -1,0 +1,466 @@
+//! What can be written on the command line.
+//!
+//! The flags of the control plane are made from [`config::SETTINGS`], so there is one table of settings.
+
+use std::{collections::BTreeMap, ffi::OsString, time::Duration};
+
+use blixard::{
+    config,
+    job::JobState,
+    vm::{VmKind, VmState},
+};
+use clap::{ArgAction, ArgMatches, CommandFactory as _, FromArgMatches as _, error::ErrorKind};
+
+/// Where the control plane listens unless it is told otherwise.
+const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:50051";
+
+/// The parsed command line.
+pub(crate) struct Arguments {
+    pub(crate) endpoint: String,
+    pub(crate) output: Format,
+    pub(crate) command: Option<Command>,
+    pub(crate) settings: Settings,
+}
+
+/// What was said about the control plane's configuration.
+#[derive(Default)]
+pub(crate) struct Settings {
+    /// `--check-config`: print and exit.
+    pub(crate) check: bool,
+    /// `--config` or BLIXARD_CONFIG.
+    pub(crate) file: Option<std::path::PathBuf>,
+    /// The flags that were given, by name without dashes.
+    pub(crate) flags: BTreeMap<&'static str, String>,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// For programs: stable field names.
+    Json,
+}
+
+/// Runs jobs in microVMs. Without a command: the control plane, all of it in one process.
+#[derive(clap::Parser)]
+#[command(name = "mvm-ci", version, max_term_width = 120)]
+struct Cli {
+    /// Where the control plane answers.
+    #[arg(long, global = true, env = "BLIXARD_ENDPOINT", default_value = DEFAULT_ENDPOINT, value_name = "URL")]
+    endpoint: String,
+    /// How to print results.
+    #[arg(long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    output: Format,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a VM and follow its output; the exit code is the command's.
+    #[command(after_help = RUN_HELP)]
+    Run(RunArgs),
+    /// Jobs: list, look at, read the output of, cancel.
+    Job(JobArgs),
+    /// VMs: create, list, look at, stop, purge.
+    Vm(VmArgs),
+    /// Count VMs, jobs and nodes.
+    Stats,
+    /// Say what this machine can run and how to mend what it cannot.
+    Doctor,
+    /// Print the control plane's effective configuration as TOML.
+    Config,
+}
+
+const RUN_HELP: &str = "\
+Exit code: the command's own; 128 + N when signal N ended it; 124 when it ran out of time; 130 when it was cancelled;
+125 when it could not be run or was lost. Ctrl-C cancels the job; a second Ctrl-C leaves without waiting for its end.";
+
+#[derive(clap::Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    /// Image it needs.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME")]
+    pub(crate) image: String,
+    /// Virtual CPUs.
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpus: Option<u32>,
+    /// Memory in MiB.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u32>,
+    /// Environment variable; may be repeated.
+    #[arg(long, value_parser = key_value, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<(String, String)>,
+    /// End it when it has run this long: 500ms, 2s, 5m, 1h30m.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub(crate) timeout: Option<Duration>,
+    /// Directory to run in.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "PATH")]
+    pub(crate) workdir: String,
+    /// Higher runs first, -1000 to 1000.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
+    pub(crate) priority: i32,
+    /// How many attempts may start when VMs are lost under it.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) max_attempts: u32,
+    /// Label; may be repeated.
+    #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<(String, String)>,
+    /// Node that must run it.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NODE")]
+    pub(crate) node: String,
+    /// Print the job's id and leave once it is queued.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// The program and its arguments; not passed through a shell.
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Where a job is to run.
+#[derive(clap::Args)]
+#[group(multiple = false)]
+pub(crate) struct Place {
+    /// In a fresh VM that ends after the job.
+    #[arg(long)]
+    pub(crate) ephemeral: bool,
+    /// In a service VM only.
+    #[arg(long)]
+    pub(crate) service: bool,
+    /// In this VM.
+    #[arg(long, value_name = "ID")]
+    pub(crate) vm: Option<String>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct JobArgs {
+    #[command(subcommand)]
+    pub(crate) command: JobCommand,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum JobCommand {
+    /// List jobs, newest first.
+    List {
+        /// Only jobs in this state; may be repeated.
+        #[arg(long, value_parser = job_state, value_name = "STATE")]
+        state: Vec<JobState>,
+        /// Only jobs with this label; may be repeated.
+        #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
+        label: Vec<(String, String)>,
+        /// How many at most.
+        #[arg(long, default_value_t = 100, value_name = "N")]
+        limit: usize,
+    },
+    /// Show a job.
+    Get {
+        /// The job.
+        id: String,
+    },
+    /// Print a job's output: its stdout to stdout, its stderr to stderr, byte for byte.
+    Logs {
+        /// The job.
+        id: String,
+        /// Wait for more until the job ends.
+        #[arg(short, long)]
+        follow: bool,
+        /// Begin at this byte (stdout and stderr counted together).
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        offset: u64,
+        /// This attempt instead of the latest.
+        #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
+        attempt: u32,
+    },
+    /// Ask for a job's end: SIGTERM, and SIGKILL ten seconds later.
+    Cancel {
+        /// The job.
+        id: String,
+        /// Why; recorded with the job.
+        #[arg(long, default_value = "cancelled by mvm-ci job cancel", value_name = "TEXT")]
+        reason: String,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct VmArgs {
+    #[command(subcommand)]
+    pub(crate) command: VmCommand,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum VmCommand {
+    /// Start a VM; a service VM unless told otherwise.
+    Create(VmCreateArgs),
+    /// List VMs that have not ended, newest first.
+    List {
+        /// Only VMs in this state; may be repeated.
+        #[arg(long, value_parser = vm_state, value_name = "STATE")]
+        state: Vec<VmState>,
+        /// Only VMs of this kind: ephemeral or service.
+        #[arg(long, value_parser = vm_kind, value_name = "KIND")]
+        kind: Option<VmKind>,
+        /// Only VMs on this node.
+        #[arg(long, default_value = "", hide_default_value = true, value_name = "NODE")]
+        node: String,
+        /// Also VMs that have ended.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show a VM.
+    Get {
+        /// The VM.
+        id: String,
+    },
+    /// Show the history of a VM, or of all, newest first.
+    Events {
+        /// The VM; all when left out.
+        id: Option<String>,
+        /// How many at most.
+        #[arg(long, default_value_t = 100, value_name = "N")]
+        limit: usize,
+    },
+    /// Print the last bytes a VM wrote to its console.
+    Console {
+        /// The VM.
+        id: String,
+    },
+    /// End VMs gracefully, and with force after the grace.
+    Stop(VmStopArgs),
+    /// Forget VMs that have ended; their history stays.
+    Purge {
+        /// Only VMs in this state, Terminated or Failed; may be repeated.
+        #[arg(long, value_parser = vm_state, value_name = "STATE")]
+        state: Vec<VmState>,
+        /// Only these VMs.
+        #[arg(value_name = "ID")]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct VmCreateArgs {
+    /// A VM that goes on to other jobs (the default).
+    #[arg(long, conflicts_with = "ephemeral")]
+    pub(crate) service: bool,
+    /// A VM that ends after one job.
+    #[arg(long)]
+    pub(crate) ephemeral: bool,
+    /// Image it boots.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME")]
+    pub(crate) image: String,
+    /// Virtual CPUs.
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpus: Option<u32>,
+    /// Memory in MiB.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u32>,
+    /// Label; may be repeated.
+    #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<(String, String)>,
+    /// Node that must run it.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NODE")]
+    pub(crate) node: String,
+    /// Wait until it is Ready, or fail when it failed.
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct VmStopArgs {
+    /// The VMs.
+    #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) ids: Vec<String>,
+    /// Every VM that has not ended.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// How long they have to end by themselves.
+    #[arg(long, value_parser = duration, default_value = "10s", value_name = "DURATION")]
+    pub(crate) grace: Duration,
+    /// No grace: kill at once.
+    #[arg(long, conflicts_with = "grace")]
+    pub(crate) force: bool,
+    /// Wait until they have ended.
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+/// Parses the command line.
+pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
+    let mut definition = definition();
+    let matches = definition.try_get_matches_from_mut(args)?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut definition))?;
+    let mut settings = Settings::default();
+    settings.add(&matches);
+    match (&cli.command, matches.subcommand()) {
+        (Some(Command::Doctor | Command::Config), Some((_, matches))) => settings.add(matches),
+        (Some(_), Some((name, _))) => {
+            if let Some(flag) = settings.flags.keys().next() {
+                let message = format!("--{flag} configures the control plane and means nothing to `mvm-ci {name}`\n");
+                return Err(definition.error(ErrorKind::ArgumentConflict, message));
+            }
+        }
+        (_, None) | (None, Some(_)) => {}
+    }
+    Ok(Arguments { endpoint: cli.endpoint, output: cli.output, command: cli.command, settings })
+}
+
+fn definition() -> clap::Command {
+    let check = clap::Arg::new("check-config")
+        .long("check-config")
+        .action(ArgAction::SetTrue)
+        .help("Print the effective configuration as TOML and exit")
+        .help_heading(CONTROL_PLANE);
+    with_settings(Cli::command().arg(check))
+        .mut_subcommand("doctor", with_settings)
+        .mut_subcommand("config", with_settings)
+}
+
+const CONTROL_PLANE: &str = "Control plane";
+
+fn with_settings(mut command: clap::Command) -> clap::Command {
+    command = command.arg(
+        clap::Arg::new("config")
+            .long("config")
+            .env("BLIXARD_CONFIG")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(std::path::PathBuf))
+            .help("TOML file [default: ./mvm-ci.toml when there is one]")
+            .help_heading(CONTROL_PLANE),
+    );
+    for setting in config::SETTINGS {
+        let help = format!("{} ({}) [env: {}]", setting.help, setting.allowed, setting.env);
+        let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name("VALUE").help(help);
+        command = command.arg(arg.allow_hyphen_values(true).help_heading(CONTROL_PLANE));
+    }
+    command
+}
+
+impl Settings {
+    fn add(&mut self, matches: &ArgMatches) {
+        if let Ok(Some(true)) = matches.try_get_one::<bool>("check-config") {
+            self.check = true;
+        }
+        if let Some(file) = matches.get_one::<std::path::PathBuf>("config") {
+            self.file = Some(file.clone());
+        }
+        for setting in config::SETTINGS {
+            if let Some(value) = matches.get_one::<String>(setting.flag) {
+                self.flags.insert(setting.flag, value.clone());
+            }
+        }
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+fn job_state(text: &str) -> Result<JobState, String> {
+    JobState::from_name(text).ok_or_else(|| one_of(&JobState::ALL))
+}
+
+fn vm_state(text: &str) -> Result<VmState, String> {
+    VmState::from_name(text).ok_or_else(|| one_of(&VmState::ALL))
+}
+
+fn vm_kind(text: &str) -> Result<VmKind, String> {
+    VmKind::from_name(text).ok_or_else(|| one_of(&[VmKind::Ephemeral, VmKind::Service]))
+}
+
+fn one_of(names: &[impl ToString]) -> String {
+    let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+    format!("expected one of {}", names.join(", "))
+}
+
+/// Parses `2s`, `500ms`, `1h30m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a duration such as 500ms, 2s, 5m or 1h30m".to_owned())
+}
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let mut total = Duration::ZERO;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+        let (number, tail) = rest.split_at(digits);
+        let unit_length = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit_length);
+        let unit_ms: u64 = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return None,
+        };
+        let ms = number.parse::<u64>().ok()?.checked_mul(unit_ms)?;
+        total = total.checked_add(Duration::from_millis(ms))?;
+        rest = tail;
+    }
+    (!text.is_empty()).then_some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_line(line: &str) -> Result<Arguments, String> {
+        parse(line.split_whitespace().map(Into::into).collect()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        definition().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_a_number_and_a_unit() {
+        assert_eq!(parse_duration("2s"), Some(Duration::from_secs(2)));
+        assert_eq!(parse_duration("1h30m"), Some(Duration::from_secs(5400)));
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        for bad in ["", "2", "s", "2x", "-2s", "2.5s", "2 s", "99999999999999999999s", "18446744073709551615d"] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn everything_after_the_program_belongs_to_the_job() {
+        for line in ["mvm-ci run --env A=b=c -- sh -c --output x", "mvm-ci run --env A=b=c sh -c --output x"] {
+            let Some(Command::Run(run)) = parse_line(line).expect(line).command else { panic!("{line}") };
+            assert_eq!(run.command, ["sh", "-c", "--output", "x"]);
+            assert_eq!(run.env, [("A".to_owned(), "b=c".to_owned())]);
+        }
+    }
+
+    #[test]
+    fn settings_are_flags_of_the_control_plane_and_not_of_clients() {
+        let settings = parse_line("mvm-ci --driver process --max-vms 3").expect("valid").settings;
+        assert_eq!(settings.flags, BTreeMap::from([("driver", "process".to_owned()), ("max-vms", "3".to_owned())]));
+        let settings = parse_line("mvm-ci --max-vms 3 doctor --driver qemu").expect("valid").settings;
+        assert_eq!(settings.flags.len(), 2);
+        let refused = parse_line("mvm-ci --driver qemu stats").err().expect("refused");
+        assert!(refused.contains("--driver configures the control plane and means nothing to `mvm-ci stats`"));
+    }
+
+    #[test]
+    fn places_exclude_each_other_and_bad_values_say_what_is_allowed() {
+        for (line, says) in [
+            ("mvm-ci run --ephemeral --service -- true", "cannot be used with"),
+            ("mvm-ci run", "<CMD>"),
+            ("mvm-ci run --timeout 5 -- true", "such as 500ms, 2s, 5m or 1h30m"),
+            ("mvm-ci run --env A -- true", "expected NAME=VALUE"),
+            ("mvm-ci job list --state Nope", "expected one of Queued, Assigned, Running"),
+            ("mvm-ci vm list --kind big", "expected one of ephemeral, service"),
+            ("mvm-ci vm stop", "ID"),
+            ("mvm-ci vm stop --all 1", "cannot be used with"),
+        ] {
+            let refused = parse_line(line).err().expect(line);
+            assert!(refused.contains(says), "{line}: {refused}");
+        }
+    }
+}

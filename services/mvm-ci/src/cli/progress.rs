@@ -1,0 +1,83 @@
+//! The line on a terminal that says what a job waits for, until its first output.
+
+use std::{io::IsTerminal as _, time::Duration};
+
+use blixard::{
+    job::{Job, JobState},
+    pb::scheduler::v1::WatchJobResponse,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{
+    client::{Client, parse_job},
+    log_follower::Outage,
+};
+
+/// A spinner on stderr; nothing at all when stderr is no terminal.
+#[derive(Clone)]
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    pub(crate) fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{spinner} {wide_msg} {elapsed:.dim}");
+            let bar = ProgressBar::new_spinner().with_message("submitting");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { bar }
+    }
+
+    /// Whether anybody sees it.
+    pub(crate) fn is_visible(&self) -> bool {
+        self.bar.as_ref().is_some_and(|bar| !bar.is_finished())
+    }
+
+    /// Takes the line away for good; before the first output.
+    pub(crate) fn clear(&self) {
+        if let Some(bar) = &self.bar
+            && !bar.is_finished()
+        {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Shows what becomes of a job until the line is cleared or the job has ended.
+    pub(crate) async fn follow(self, client: Client, job_id: String) {
+        let mut outage = Outage::default();
+        while self.is_visible() {
+            let Ok(mut watch) = client.watch_job(&job_id).await else {
+                if outage.wait_quietly().await { continue } else { return }
+            };
+            while let Ok(Some(change)) = watch.message().await {
+                outage = Outage::default();
+                if let (Some(text), Some(bar)) = (describe(change), &self.bar) {
+                    bar.set_message(text);
+                }
+            }
+            if !outage.wait_quietly().await {
+                return;
+            }
+        }
+    }
+}
+
+fn describe(change: WatchJobResponse) -> Option<String> {
+    let job = parse_job(change.job).ok()?;
+    Some(status_line(&job, &change.waiting_for))
+}
+
+/// What a job is doing, in a line.
+fn status_line(job: &Job, waiting_for: &str) -> String {
+    let vm = job.vm_id.map(|id| id.to_string()).unwrap_or_default();
+    match job.state {
+        JobState::Queued if waiting_for.is_empty() => "queued".to_owned(),
+        JobState::Queued => format!("queued: waiting for {}", waiting_for.trim_start_matches("waiting for ")),
+        JobState::Assigned => format!("starting in VM {vm}"),
+        JobState::Running => format!("running in VM {vm}"),
+        JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::TimedOut => job.state.to_string(),
+    }
+}

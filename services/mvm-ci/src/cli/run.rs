@@ -1,0 +1,256 @@
+//! `mvm-ci run`: submits a job, passes its output on as it comes, ends as the job ended.
+//!
+//! Exit code: the job's; 128 + n when signal n ended it; 124 when it ran out of time (as `timeout` has it); 130 when it was
+//! cancelled; 125 when it could not be run or was lost (as `docker run` has it); 141 when the reader of its output left,
+//! which cancels the job just as SIGPIPE ends a local one.
+
+use std::process::ExitCode;
+
+use blixard::{
+    error::{Error, Reason},
+    id::{JobId, VmId},
+    job::{ExitKind, Job, JobState},
+    pb::{common::v1 as common, scheduler::v1 as pb},
+};
+use blixard_chassis::Tasks;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    args::{Format, Place, RunArgs},
+    client::{Client, is_transient, parse_job},
+    failure::{Failure, NOT_RUN},
+    log_follower::{LogFollower, LogRecord, Outage, Position},
+    log_sink::LogSink,
+    output::{self, Printer},
+    progress::Progress,
+};
+
+/// What `timeout(1)` exits with.
+const TIMED_OUT: u8 = 124;
+/// As if SIGINT had ended it.
+const CANCELLED: u8 = 130;
+
+/// See the module.
+pub(crate) async fn run(endpoint: &str, args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    let client = Client::connect(endpoint).await.map_err(not_run)?;
+    // The id is ours, so that a submission whose answer is lost can be repeated.
+    let job_id = JobId::random().to_string();
+    let detach = args.detach;
+    let request = pb::SubmitJobRequest { request_id: job_id.clone(), spec: Some(spec(args).map_err(Failure::NotRun)?) };
+    let progress = Progress::new();
+    let submitted = CancellationToken::new();
+    let tasks = Tasks::new();
+    if !detach {
+        let interrupts = Interrupts::listen()?;
+        let cancel =
+            cancel_on_interrupt(interrupts, client.clone(), job_id.clone(), submitted.clone(), progress.clone());
+        tasks.spawn("interrupts", cancel);
+    }
+    let answer = client.call(request, async |mut stub, request| stub.submit_job(request).await).await;
+    let job = answer.and_then(|answer| parse_job(answer.job)).inspect_err(|_| progress.clear());
+    let job = job.map_err(Failure::NotRun)?;
+    submitted.cancel();
+    if detach {
+        progress.clear();
+        printer.print(|| output::job_json(&job), || job_id)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if progress.is_visible() {
+        tasks.spawn("progress", progress.clone().follow(client.clone(), job_id.clone()));
+    }
+    let mut sink = LogSink::new(printer.format())?;
+    let outcome = attend(&client, &job_id, &progress, &mut sink).await;
+    progress.clear();
+    finish(&client, &job_id, outcome, &mut sink, printer.format()).await
+}
+
+/// What keeps a job from being run has an exit code of its own.
+fn not_run(failure: Failure) -> Failure {
+    match failure {
+        Failure::Rpc(error) => Failure::NotRun(error),
+        other => other,
+    }
+}
+
+fn spec(args: RunArgs) -> Result<common::JobSpec, Error> {
+    let Place { ephemeral, service, vm } = args.place;
+    let isolation = match (ephemeral, service) {
+        (true, _) => common::Isolation::Maximum,
+        (false, true) => common::Isolation::Minimal,
+        (false, false) => common::Isolation::Standard,
+    };
+    if let Some(vm) = &vm {
+        VmId::parse("--vm", vm)?;
+    }
+    Ok(common::JobSpec {
+        command: args.command,
+        env: args.env.into_iter().collect(),
+        working_dir: args.workdir,
+        image: args.image,
+        vcpus: args.vcpus,
+        memory_mib: args.memory,
+        isolation: isolation.into(),
+        priority: args.priority,
+        timeout_ms: args.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+        max_attempts: args.max_attempts,
+        labels: args.label.into_iter().collect(),
+        node_id: args.node,
+        target_vm_id: vm.unwrap_or_default(),
+    })
+}
+
+/// Passes the output on until the job has ended.
+async fn attend(client: &Client, job_id: &str, progress: &Progress, sink: &mut LogSink) -> Result<Job, Failure> {
+    let start = Position { attempt: 0, offset: 0, follow: true };
+    let mut follower = LogFollower::new(client.clone(), job_id.to_owned(), start);
+    loop {
+        match follower.next().await {
+            Ok(Some(record)) => {
+                progress.clear();
+                sink.write(&record)?;
+                if let LogRecord::End { attempt, state, reason, .. } = record
+                    && !state.is_terminal()
+                {
+                    sink.note(&format!("attempt {attempt} was lost: {reason}"))?;
+                }
+            }
+            Ok(None) => break,
+            // The node that held the log is gone; how the job ended is on record all the same.
+            Err(error) if error.reason == Reason::LogNotFound => {
+                progress.clear();
+                sink.note(&format!("the job's output is not to be had: {}", error.message))?;
+                break;
+            }
+            Err(error) => {
+                let at = follower.position().offset;
+                sink.note(&format!(
+                    "lost touch with job {job_id}, which may go on: mvm-ci job logs -f --offset {at} {job_id}"
+                ))?;
+                return Err(Failure::NotRun(error));
+            }
+        }
+    }
+    wait_for_end(client, job_id).await.map_err(Failure::NotRun)
+}
+
+/// The job once it has ended: the registry's record, not the log, says how.
+async fn wait_for_end(client: &Client, job_id: &str) -> Result<Job, Error> {
+    let mut outage = Outage::default();
+    loop {
+        let status = match client.watch_job(job_id).await {
+            Err(status) => Some(status),
+            Ok(mut watch) => loop {
+                match watch.message().await {
+                    Ok(Some(change)) => {
+                        outage = Outage::default();
+                        let job = parse_job(change.job)?;
+                        if job.state.is_terminal() {
+                            return Ok(job);
+                        }
+                    }
+                    Ok(None) => break None,
+                    Err(status) => break Some(status),
+                }
+            },
+        };
+        let status = status.unwrap_or_else(|| tonic::Status::unavailable("the watch ended early"));
+        if !is_transient(&status) {
+            return Err(Error::from_status(&status));
+        }
+        outage.wait(&status).await?;
+    }
+}
+
+async fn finish(
+    client: &Client,
+    job_id: &str,
+    outcome: Result<Job, Failure>,
+    sink: &mut LogSink,
+    format: Format,
+) -> Result<ExitCode, Failure> {
+    match outcome {
+        Ok(job) => {
+            if format == Format::Json {
+                sink.line(&serde_json::json!({ "job": output::job_json(&job) }))?;
+            }
+            let (code, note) = exit_code(&job);
+            if let Some(note) = note {
+                sink.note(&note)?;
+            }
+            Ok(ExitCode::from(code))
+        }
+        Err(failure) => {
+            if failure.is_quiet() {
+                // Whether it is accepted or not, nobody is there to be told.
+                let _ = client.cancel_job(job_id, "the reader of its output left").await;
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// What to exit with, and what to say when the code alone does not.
+fn exit_code(job: &Job) -> (u8, Option<String>) {
+    let because = if job.reason.is_empty() { String::new() } else { format!(": {}", job.reason) };
+    let say = |what: String| Some(format!("job {} {what}{because}", job.id));
+    match (job.state, job.exit.map(|exit| exit.kind)) {
+        (JobState::Succeeded, _) => (0, None),
+        (JobState::TimedOut, _) => (TIMED_OUT, say("TimedOut".to_owned())),
+        (JobState::Cancelled, _) => (CANCELLED, say("Cancelled".to_owned())),
+        (JobState::Failed, Some(ExitKind::Code(code))) => (u8::try_from(code).unwrap_or(1), None),
+        (JobState::Failed, Some(ExitKind::Signal(signal))) => {
+            (u8::try_from(128 + signal).unwrap_or(u8::MAX), say(format!("was ended by signal {signal}")))
+        }
+        (JobState::Failed, None) => (NOT_RUN, say("Failed".to_owned())),
+        (JobState::Queued | JobState::Assigned | JobState::Running, _) => (NOT_RUN, say("has not ended".to_owned())),
+    }
+}
+
+/// Ctrl-C and SIGTERM.
+struct Interrupts {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interrupts {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// The first interrupt cancels the job, whose output goes on to its end; the second leaves.
+async fn cancel_on_interrupt(
+    mut interrupts: Interrupts,
+    client: Client,
+    job_id: String,
+    submitted: CancellationToken,
+    progress: Progress,
+) {
+    interrupts.next().await;
+    progress.clear();
+    note(&format!("cancelling job {job_id}; once more leaves without waiting for its end"));
+    let cancel = async {
+        submitted.cancelled().await;
+        if let Err(error) = client.cancel_job(&job_id, "interrupted at the terminal").await {
+            note(&format!("job {job_id} could not be cancelled: {error}"));
+        }
+    };
+    tokio::select! {
+        () = async { cancel.await; std::future::pending().await } => {}
+        () = interrupts.next() => {}
+    }
+    std::process::exit(CANCELLED.into());
+}
+
+fn note(text: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "mvm-ci: {text}");
+}

@@ -322,3 +322,67 @@ fn read_after(
 fn shutting_down() -> Error {
     Error::new(Reason::ShuttingDown, "the registry is shutting down; try again")
 }
+
+#[cfg(test)]
+mod tests {
+    use blixard::{
+        id::{JobId, VmId},
+        pb::common::v1 as pb,
+    };
+
+    use super::*;
+
+    fn unit(mutation: Mutation) -> Unit {
+        Unit { mutation, reply: oneshot::channel().0, tries: 0 }
+    }
+
+    fn cancel(id: JobId) -> Mutation {
+        Mutation::CancelJob { id, reason: String::new() }
+    }
+
+    fn batches(mutations: Vec<Mutation>) -> Vec<Vec<Vec<Key>>> {
+        let mut waiting: VecDeque<_> = mutations.into_iter().map(unit).collect();
+        let mut batches = Vec::new();
+        while !waiting.is_empty() {
+            let batch = take_batch(&mut waiting, Timestamp(0));
+            assert!(!batch.units.is_empty());
+            assert!(batch.units.len() == 1 || batch.statements.iter().map(size).sum::<usize>() <= BATCH_BYTES);
+            batches.push(batch.units.into_iter().map(|(unit, _)| unit.mutation.keys()).collect());
+        }
+        batches
+    }
+
+    #[test]
+    fn changes_of_one_row_are_committed_one_after_the_other_in_their_order() {
+        let [a, b, c] = [JobId::random(), JobId::random(), JobId::random()];
+        let vm_id = VmId::random();
+        let assign = |job_id| Mutation::AssignJob { job_id, vm_id, attempt: 1 };
+        // The last one touches only `b`, but must not overtake the second assignment, which waits for the VM.
+        let taken = batches(vec![assign(a), assign(b), cancel(c), cancel(b)]);
+        let (vm, a, b, c) = (Key::Vm(vm_id), Key::Job(a), Key::Job(b), Key::Job(c));
+        assert_eq!(taken, [vec![vec![a, vm.clone()], vec![c]], vec![vec![b.clone(), vm]], vec![vec![b]]]);
+    }
+
+    #[test]
+    fn a_batch_is_bounded_in_number_and_in_bytes() {
+        let many = (0..BATCH_MUTATIONS + 1).map(|_| cancel(JobId::random())).collect();
+        assert_eq!(batches(many).iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_MUTATIONS, 1]);
+        let large = |_| {
+            let spec = pb::JobSpec { command: vec!["x".repeat(400 << 10)], ..Default::default() };
+            Mutation::CreateJob { id: JobId::random(), spec }
+        };
+        assert_eq!(batches((0..5).map(large).collect()).iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_is_overloaded_and_a_closed_one_is_shutting_down() {
+        let (queue, receiver) = mpsc::channel(1);
+        let handle = CommitHandle { queue, newest: watch::channel(0).1 };
+        handle.queue.try_send(unit(cancel(JobId::random()))).unwrap();
+        let refused = handle.submit(cancel(JobId::random())).await.unwrap_err();
+        assert_eq!(refused.reason, Reason::Overloaded);
+        drop(receiver);
+        let refused = handle.submit(cancel(JobId::random())).await.unwrap_err();
+        assert_eq!(refused.reason, Reason::ShuttingDown);
+    }
+}

@@ -33,6 +33,10 @@ use crate::{commit::CommitDriver, embedded::Embedded, read::Readers};
 /// Time for the commit that is under way when the registry is shut down.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
 
+/// Log directives for the libraries below: their warnings tell of nothing that a user could act on (a first start and a
+/// start after a crash warn a lot), their errors do.
+pub const LOG_DIRECTIVES: &str = "hiqlite=error,hiqlite_wal=error,openraft=error";
+
 /// What a registry needs to know.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {

@@ -5,7 +5,7 @@ use std::{io::Write as _, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use blixard::config::Config;
 use blixard_chassis::{Server, Tasks, telemetry};
-use blixard_registry::{Registry, RegistryConfig};
+use blixard_registry::{LOG_DIRECTIVES, Registry, RegistryConfig};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -19,7 +19,7 @@ struct Flags {
     /// TOML file with settings.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where the database is: HIQLITE is below it.
+    /// Where the database is: `hiqlite/` below it.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<String>,
     /// Where gRPC is served; port 0 takes any free one.
@@ -28,7 +28,7 @@ struct Flags {
 }
 
 fn main() -> anyhow::Result<()> {
-    telemetry::init("info,hiqlite=warn,hiqlite_wal=warn,openraft=warn");
+    telemetry::init(&format!("info,{LOG_DIRECTIVES}"));
     let config = load(&Flags::parse())?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(Box::pin(run(config)))
 }

@@ -47,7 +47,7 @@ type Answered<T> = Result<Response<T>, Status>;
 impl Service {
     async fn vm(&self, mutation: Mutation) -> Result<Option<pb::Vm>, Error> {
         match self.commits.submit(mutation).await? {
-            Answer::Vm(vm) => Ok(Some(vm)),
+            Answer::Vm(vm) => Ok(Some(*vm)),
             Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) => Err(wrong_answer()),
         }
     }
@@ -234,7 +234,7 @@ impl RegistryService for Service {
         // What the registry sets is ignored, so that it can't be wrong either.
         let node = Node::try_from(pb::Node { state: 0, ..node })?;
         match self.commits.submit(Mutation::RegisterNode { node }).await? {
-            Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(node) })),
+            Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(*node) })),
             Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) => Err(wrong_answer().into()),
         }
     }

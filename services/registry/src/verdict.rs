@@ -30,9 +30,9 @@ pub(crate) struct After {
 /// The answer to a mutation that took place or had taken place before.
 #[derive(Debug)]
 pub(crate) enum Answer {
-    Vm(pb::Vm),
+    Vm(Box<pb::Vm>),
     Job(Box<pb::Job>),
-    Node(pb::Node),
+    Node(Box<pb::Node>),
     Purged(usize),
 }
 
@@ -49,7 +49,7 @@ pub(crate) enum Verdict {
 
 impl Verdict {
     fn vm(row: &VmRow) -> Self {
-        Self::Accepted(Answer::Vm(row.vm.clone()))
+        Self::Accepted(Answer::Vm(Box::new(row.vm.clone())))
     }
 
     fn job(row: &JobRow) -> Self {
@@ -73,7 +73,7 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
         Mutation::PurgeVms { .. } => Verdict::Accepted(Answer::Purged(changed)),
         Mutation::RegisterNode { node } => match after.nodes.get(&node.id) {
             None => Verdict::Again,
-            Some(node) => Verdict::Accepted(Answer::Node(node.clone())),
+            Some(node) => Verdict::Accepted(Answer::Node(Box::new(node.clone()))),
         },
         Mutation::CreateJob { id, spec } => match after.jobs.get(id) {
             None => Verdict::Again,

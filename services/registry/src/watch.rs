@@ -13,10 +13,7 @@ use std::{
 use blixard::{
     error::{Error, Reason},
     limits,
-    pb::{
-        common::v1 as pb,
-        registry::v1::{self as wire, WatchResponse, watch_event::Object, watch_response::Message},
-    },
+    pb::registry::v1::{self as wire, WatchResponse, watch_event::Object, watch_response::Message},
 };
 use futures::{Stream, stream};
 use hiqlite::rusqlite::{self, Connection};
@@ -131,18 +128,18 @@ fn read_page(connection: &Connection, cursor: u64) -> rusqlite::Result<VecDeque<
         "SELECT revision, timestamp, entity, entity_id FROM events WHERE revision > ?1 ORDER BY revision LIMIT ?2";
     let mut statement = connection.prepare_cached(sql)?;
     let mut rows = statement.query([i64::try_from(cursor).unwrap_or(i64::MAX), PAGE_EVENTS])?;
-    let mut objects: HashMap<String, Option<Object>> = HashMap::new();
+    let mut objects: HashMap<(String, String), Option<Object>> = HashMap::new();
     let mut page = VecDeque::new();
     let mut bytes = 0;
     while bytes < PAGE_BYTES
         && let Some(row) = rows.next()?
     {
-        let (entity, id): (String, String) = (row.get(2)?, row.get(3)?);
-        let object = match objects.get(&id) {
+        let key: (String, String) = (row.get(2)?, row.get(3)?);
+        let object = match objects.get(&key) {
             Some(object) => object.clone(),
             None => {
-                let object = read_object(connection, &entity, &id)?;
-                objects.insert(id, object.clone());
+                let object = read_object(connection, &key.0, &key.1)?;
+                objects.insert(key, object.clone());
                 object
             }
         };
@@ -161,6 +158,6 @@ fn read_object(connection: &Connection, entity: &str, id: &str) -> rusqlite::Res
             None => Object::PurgedVmId(id.to_owned()),
         }),
         "job" => JobRow::find(connection, id)?.map(|row| Object::Job(row.job)),
-        _ => find_node(connection, id)?.map(|node: pb::Node| Object::Node(node)),
+        _ => find_node(connection, id)?.map(Object::Node),
     })
 }

@@ -1,5 +1,8 @@
 //! The registry through its contract, over real sockets and a real Hiqlite node.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod commits;
 mod kit;
+mod lists;
+mod restarts;
 mod tables;

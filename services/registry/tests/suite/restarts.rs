@@ -4,9 +4,11 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     path::Path,
     process::{Child, Command, Stdio},
+    thread::JoinHandle,
 };
 
 use blixard::{
+    job::JobState,
     pb::registry::v1 as wire,
     vm::{VmKind, VmState},
 };
@@ -14,12 +16,13 @@ use blixard_chassis::Tasks;
 use blixard_registry::{Registry, RegistryConfig, StartError};
 use hiqlite::rusqlite::Connection;
 
-use crate::kit::{Client, Kit, connect, create_job, refusal, transition, uuid};
+use crate::kit::{Client, Kit, assign, connect, create_job, create_vm, finished, refusal, transition, uuid};
 
 /// A `registry` process, ended with the test.
 struct Process {
     child: Child,
     client: Client,
+    log: Option<JoinHandle<String>>,
 }
 
 impl Process {
@@ -33,6 +36,12 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap()
+    }
+
+    /// Kills it; returns what it had logged.
+    fn kill(mut self) -> String {
+        self.child.kill().unwrap();
+        self.log.take().unwrap().join().unwrap()
     }
 
     fn start(dir: &Path) -> Self {
@@ -49,7 +58,7 @@ impl Process {
         let Some(endpoint) = line.trim().strip_prefix("registry listening on ") else {
             panic!("the registry did not start: {:?}\n{}", child.wait(), log.join().unwrap());
         };
-        Self { client: connect(endpoint), child }
+        Self { client: connect(endpoint), child, log: Some(log) }
     }
 }
 
@@ -116,6 +125,29 @@ async fn kill_9_under_load_loses_nothing_that_was_acknowledged() {
     let jobs: u64 = counts.jobs.iter().map(|count| count.count).sum();
     assert_eq!(jobs, counts.revision);
     assert!(acknowledged.len() >= 900 && jobs >= acknowledged.len() as u64, "{jobs}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_tells_of_vms_and_assignments_in_the_guides_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::start(dir.path());
+    let (vm, job) = (uuid(), uuid());
+    process.client.create_vm(create_vm(&vm, VmKind::Ephemeral)).await.unwrap();
+    process.client.transition_vm(transition(&vm, VmState::Ready)).await.unwrap();
+    process.client.create_job(create_job(&job)).await.unwrap();
+    process.client.assign_job(assign(&job, &vm, 1)).await.unwrap();
+    process.client.finish_attempt(finished(&job, 1, JobState::Succeeded)).await.unwrap();
+    let log = process.kill();
+    let lines: Vec<_> = log.lines().filter_map(|line| Some(line.split_once(" INFO ")?.1)).collect();
+    let expected = [
+        "registry schema migrated version=1".to_owned(),
+        format!("VM registered vm_id={vm} state=Starting"),
+        format!("VM state changed vm_id={vm} Starting -> Ready"),
+        format!("VM state changed vm_id={vm} Ready -> Busy"),
+        format!("Job assigned to VM job_id={job} vm_id={vm}"),
+        format!("VM state changed vm_id={vm} Busy -> Draining"),
+    ];
+    assert_eq!(lines, expected, "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ tools:
 	@scripts/setup.sh run
 
 demo: tools guest-image
-	cargo build --release -p mvm-ci
+	cargo build -p mvm-ci
 	scripts/demo.sh
 
 lint:

@@ -2,7 +2,7 @@
 # The main job, end to end: start the control plane, run a command in a real microVM, look at what was recorded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mvm_ci=target/release/mvm-ci
+mvm_ci=target/debug/mvm-ci
 log=$(mktemp)
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }

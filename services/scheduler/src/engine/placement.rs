@@ -45,7 +45,11 @@ pub fn could_ever_fit(nodes: &Nodes, field: &str, config: &VmConfig) -> Result<(
         let mut known: Vec<&str> = candidates.iter().flat_map(|node| node.images.iter().map(String::as_str)).collect();
         known.sort_unstable();
         known.dedup();
-        let known = join(known);
+        let known = if known.is_empty() {
+            "none yet; build the default one with: make guest-image".to_owned()
+        } else {
+            join(known)
+        };
         let message = format!("{field}.image: no node has the image \"{}\"; there are: {known}", config.image);
         return Err(Error::new(Reason::ImageNotFound, message).with("image", &config.image).with("known", known));
     }

@@ -15,6 +15,7 @@ use blixard::{
     error::{Error, Reason},
     id::{JobId, VmId},
     limits::MAX_REASON_BYTES,
+    pb::common::v1::JobSpec,
     time::Timestamp,
     vm::{VmConfig, VmState},
 };
@@ -43,7 +44,7 @@ const QUOTED_CONSOLE_BYTES: usize = 600;
 /// What a handle asks of its driver.
 enum Command {
     Accepted { reply: Reply },
-    Run { run: Run, spec: blixard::pb::common::v1::JobSpec, reply: Reply },
+    Run { run: Run, spec: Box<JobSpec>, reply: Reply },
     Cancel { job: JobId, attempt: u32, reply: Reply },
     Stop { stop: Stop, reply: Reply },
 }
@@ -87,8 +88,8 @@ impl VmHandle {
     }
 
     /// Gives it an attempt; returns when that is on disk.
-    pub(crate) async fn run(&self, run: Run, spec: blixard::pb::common::v1::JobSpec) -> Result<(), Error> {
-        self.ask(|reply| Command::Run { run, spec, reply }).await
+    pub(crate) async fn run(&self, run: Run, spec: JobSpec) -> Result<(), Error> {
+        self.ask(|reply| Command::Run { run, spec: Box::new(spec), reply }).await
     }
 
     /// Ends an attempt.
@@ -249,10 +250,10 @@ impl Driver {
         if let Some((machine, _)) = self.machine.clone() {
             self.watch_machine(machine);
         }
-        if self.machine.is_some() && self.life.run().is_some() {
-            if let Some(Attempt::Open(log)) = self.attempt.take() {
-                self.start_attempt(log, None);
-            }
+        if self.machine.is_some()
+            && let Some(Attempt::Open(log)) = self.attempt.take()
+        {
+            self.start_attempt(log, None);
         }
     }
 
@@ -298,7 +299,7 @@ impl Driver {
                     Ok(Some(log)) => {
                         let _ = reply.send(Ok(()));
                         self.step(Input::Run(run)).await;
-                        self.start_attempt(log, Some(spec));
+                        self.start_attempt(log, Some(*spec));
                     }
                     Ok(None) => drop(reply.send(Ok(()))),
                     Err(error) => drop(reply.send(Err(error))),
@@ -424,7 +425,7 @@ impl Driver {
         });
     }
 
-    fn start_attempt(&mut self, log: LogWriter, spec: Option<blixard::pb::common::v1::JobSpec>) {
+    fn start_attempt(&mut self, log: LogWriter, spec: Option<JobSpec>) {
         let (Some((_, link)), Some(record)) = (&self.machine, &self.attempt_record) else { return };
         let assignment = Assignment {
             job: record.job,

@@ -69,7 +69,9 @@ async fn run(arguments: &ArgMatches) -> anyhow::Result<()> {
     let advertise = text("advertise").unwrap_or_else(|| server.local_endpoint());
     let agent = match text("agent") {
         Some(agent) => agent.into(),
-        None => std::env::current_exe().context("cannot tell where this program is")?.with_file_name("guest-agent"),
+        None => {
+            std::env::current_exe().context("cannot tell where this program is")?.with_file_name("blixard-guest-agent")
+        }
     };
     let tasks = Tasks::new();
     let vmhost = VmHost::start(host_config(config, text("registry"), advertise, &agent), &tasks).await?;

@@ -1,6 +1,7 @@
 //! Images: what a guest boots. An image is a directory with a `manifest.json` that names its kernel and initramfs.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -11,7 +12,7 @@ use super::LaunchError;
 
 const MANIFEST: &str = "manifest.json";
 
-/// `manifest.json`. Fields it has beyond these (digests, where the parts came from) are for people and other tools.
+/// `manifest.json`. Fields it has beyond these say where the parts came from.
 #[derive(Debug, serde::Deserialize)]
 struct Manifest {
     /// File name of the kernel.
@@ -20,12 +21,9 @@ struct Manifest {
     initramfs: String,
     /// The kernel's command line.
     cmdline: String,
-    /// Digest of the kernel, 64 hexadecimal digits.
+    /// SHA-256 digests by file name, 64 hexadecimal digits each.
     #[serde(default)]
-    kernel_sha256: Option<String>,
-    /// Digest of the initramfs, likewise.
-    #[serde(default)]
-    initramfs_sha256: Option<String>,
+    sha256: BTreeMap<String, String>,
 }
 
 /// An image that can be booted.
@@ -55,13 +53,13 @@ pub(super) fn find(image_dir: &Path, name: &str) -> Result<Image, LaunchError> {
     read(&dir).map_err(|problem| LaunchError::BadImage { image: name.to_owned(), problem })
 }
 
-/// Digests are checked for their form only: hashing 15 MiB at each boot would cost more than it protects, since whoever
+/// Digests are checked for their form only: hashing 20 MiB at each boot would cost more than it protects, since whoever
 /// can change the kernel can change the manifest beside it.
 fn read(dir: &Path) -> Result<Image, String> {
     let path = dir.join(MANIFEST);
     let text = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| format!("{}: {error}", path.display()))?;
-    for digest in [&manifest.kernel_sha256, &manifest.initramfs_sha256].into_iter().flatten() {
+    for digest in manifest.sha256.values() {
         if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(format!("{}: \"{digest}\" is no SHA-256 digest", path.display()));
         }
@@ -106,7 +104,7 @@ mod tests {
         image(root.path(), "half", manifest);
         image(root.path(), "torn", "{");
         image(root.path(), "outside", r#"{"kernel":"../vmlinuz","initramfs":"initramfs","cmdline":""}"#);
-        let digest = r#"{"kernel":"vmlinuz","initramfs":"vmlinuz","cmdline":"","kernel_sha256":"12"}"#;
+        let digest = r#"{"kernel":"vmlinuz","initramfs":"vmlinuz","cmdline":"","sha256":{"vmlinuz":"12"}}"#;
         image(root.path(), "digest", digest);
 
         assert_eq!(names(root.path()), ["good"]);

@@ -155,6 +155,8 @@ impl Server {
             let builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                // The details of our errors, so that grpcurl can show them.
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name("grpc.health.v1.Health");
             // Listed is what is served here, not every contract there is.
             self.names.iter().fold(builder, |builder, name| builder.with_service_name(*name))

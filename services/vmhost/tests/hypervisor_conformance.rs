@@ -139,7 +139,7 @@ async fn within<T>(deadline: Duration, what: &str, future: impl Future<Output = 
     tokio::time::timeout(deadline, future).await.unwrap_or_else(|_| panic!("{what}: not within {deadline:?}"))
 }
 
-async fn until(what: &str, condition: impl Fn() -> bool) {
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     within(SOON, what, async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -301,20 +301,44 @@ async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed)
     let machine = start(&bed.driver(), &launch).await;
     let main = machine.pids()[0];
     drop(machine);
-    let mut left = sleeper(&launch.vm_id);
+    let mut left = Sleeper::start(&launch.vm_id);
     kill_from_outside(main);
+    until("it is dead", || state(main).is_none_or(|state| state == "Z")).await;
 
     let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts");
     assert!(adopted.is_none());
     assert_eq!(processes_of(&launch), [0; 0]);
-    left.wait().expect("it was ended");
+    until("the process that was left has ended", || left.has_ended()).await;
 }
 
 /// A process that carries a VM's mark, as one does that vmhost started and never got to record.
-fn sleeper(vm_id: &VmId) -> Child {
-    let mut command = Command::new("sleep");
-    command.arg("1000").env("BLIXARD_VM_ID", vm_id.to_string()).stdin(Stdio::null());
-    command.spawn().expect("sleep runs")
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn start(vm_id: &VmId) -> Self {
+        let mut command = Command::new("sleep");
+        command.arg("1000").env("BLIXARD_VM_ID", vm_id.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().expect("sleep runs"))
+    }
+
+    fn has_ended(&mut self) -> bool {
+        // The driver may have taken its status, as it is this process's child.
+        self.0.try_wait().map_or(true, |status| status.is_some())
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The letter that `/proc` gives for a process; `None` when there is none of that pid.
+fn state(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(')')?.1.split_whitespace().next()?.to_owned())
 }
 
 async fn sweep_ends_processes_that_were_never_recorded_and_no_others(bed: Bed) {
@@ -323,15 +347,13 @@ async fn sweep_ends_processes_that_were_never_recorded_and_no_others(bed: Bed) {
     let count = machine.pids().len();
     drop(machine);
     fs::remove_file(launch.dir.join("machine.json")).expect("it was recorded");
-    let mut stranger = sleeper(&VmId::random());
+    let mut stranger = Sleeper::start(&VmId::random());
 
     let driver = bed.driver();
     assert_eq!(within(SOON, "sweep", driver.sweep(&launch)).await.expect("sweeps"), count);
     assert_eq!(processes_of(&launch), [0; 0]);
     assert_eq!(within(SOON, "sweep", driver.sweep(&launch)).await.expect("sweeps"), 0);
-    assert!(stranger.try_wait().expect("its status").is_none(), "a stranger was ended");
-    stranger.kill().expect("kills");
-    stranger.wait().expect("ends");
+    assert!(!stranger.has_ended(), "a stranger was ended");
 }
 
 async fn a_directory_is_launched_into_once(bed: Bed) {

@@ -14,7 +14,10 @@ use std::{
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -68,15 +71,20 @@ pub(super) enum Agent {
     /// It listens on this socket itself.
     Direct(&'static str),
     /// Through a hypervisor's vsock proxy: `CONNECT <port>\n`, answered with `OK <n>\n`.
-    Hybrid(&'static str),
+    Hybrid {
+        /// The proxy's socket.
+        socket: &'static str,
+        /// Whether the proxy may be connected to yet, given the pids of the machine's processes, main process first.
+        ready: fn(&[ProcessId]) -> bool,
+    },
 }
 
 impl Agent {
-    /// Between two tries while nobody listens: about a tenth of a hundredth of what coming up takes.
+    /// Between two tries while nobody listens: a small part of what coming up takes.
     fn retry(self) -> Duration {
         match self {
             Self::Direct(_) => Duration::from_millis(1),
-            Self::Hybrid(_) => Duration::from_millis(20),
+            Self::Hybrid { .. } => Duration::from_millis(20),
         }
     }
 }
@@ -162,14 +170,8 @@ impl Starting {
     pub(super) fn finish(mut self, tasks: &Tasks) -> Arc<dyn Machine> {
         let rank = |name| self.kind.processes.iter().position(|&process| process == name);
         self.processes.sort_by_key(|(name, _)| rank(*name));
-        let core = Core {
-            kind: self.kind,
-            marks: Marks::new(self.launch.vm_id, &self.launch.dir),
-            processes: self.processes.into_iter().map(|(_, process)| process).collect(),
-            sockets: self.sockets,
-            recorder: self.recorder,
-            exit: watch::Sender::new(None),
-        };
+        let processes = self.processes.into_iter().map(|(_, process)| process).collect();
+        let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder);
         HostMachine::watch_over(core, Some(self.receiver), tasks)
     }
 
@@ -272,10 +274,18 @@ struct Core {
     processes: Vec<Held>,
     sockets: SocketDir,
     recorder: Recorder,
+    /// Whether a hybrid agent's proxy has been seen ready: it stays so.
+    proxy_ready: AtomicBool,
     exit: watch::Sender<Option<MachineExit>>,
 }
 
 impl Core {
+    fn new(kind: Kind, launch: &Launch, processes: Vec<Held>, sockets: SocketDir, recorder: Recorder) -> Self {
+        let marks = Marks::new(launch.vm_id, &launch.dir);
+        let (proxy_ready, exit) = (AtomicBool::new(false), watch::Sender::new(None));
+        Self { kind, marks, processes, sockets, recorder, proxy_ready, exit }
+    }
+
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
     fn of_record(kind: Kind, launch: &Launch) -> Result<Option<Self>, LaunchError> {
         let Some(record) = Record::read(&launch.dir) else { return Ok(None) };
@@ -292,8 +302,7 @@ impl Core {
             }
         }
         let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
-        let (recorder, exit) = (Recorder::open(&launch.dir), watch::Sender::new(None));
-        Ok(Some(Self { kind, marks, processes, sockets, recorder, exit }))
+        Ok(Some(Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir))))
     }
 
     /// Resolves when one of the processes has ended: its index.
@@ -366,13 +375,25 @@ impl Core {
     /// Tries until the agent answers.
     async fn reach_agent(&self) -> UnixStream {
         loop {
-            let attempt = match self.kind.agent {
-                Agent::Direct(socket) => UnixStream::connect(self.sockets.for_us(socket)).await,
-                Agent::Hybrid(socket) => connect_hybrid(&self.sockets.for_us(socket), AGENT_PORT).await,
-            };
-            match attempt {
+            match self.try_agent().await {
                 Ok(stream) => return stream,
                 Err(_) => tokio::time::sleep(self.kind.agent.retry()).await,
+            }
+        }
+    }
+
+    async fn try_agent(&self) -> io::Result<UnixStream> {
+        match self.kind.agent {
+            Agent::Direct(socket) => UnixStream::connect(self.sockets.for_us(socket)).await,
+            Agent::Hybrid { socket, ready } => {
+                if !self.proxy_ready.load(Ordering::Relaxed) {
+                    let processes: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
+                    let ready = tokio::task::spawn_blocking(move || ready(&processes)).await.unwrap_or(false);
+                    self.proxy_ready.store(ready, Ordering::Relaxed);
+                    // Even then at the next try: "ready" is what precedes readiness by a moment.
+                    return Err(io::ErrorKind::ConnectionRefused.into());
+                }
+                connect_hybrid(&self.sockets.for_us(socket), AGENT_PORT).await
             }
         }
     }

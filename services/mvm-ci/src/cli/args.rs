@@ -332,7 +332,9 @@ fn with_settings(mut command: clap::Command) -> clap::Command {
     for setting in config::SETTINGS {
         let help = format!("{} ({}) [env: {}]", setting.help, setting.allowed, setting.env);
         let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name("VALUE").help(help);
-        command = command.arg(arg.allow_hyphen_values(true).help_heading(CONTROL_PLANE));
+        // As everywhere, the last of several wins.
+        let arg = arg.overrides_with(setting.flag).allow_hyphen_values(true);
+        command = command.arg(arg.help_heading(CONTROL_PLANE));
     }
     command
 }

@@ -12,8 +12,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::failure::Failure;
 use crate::ControlPlane;
 
-/// Ours at info; Raft and HTTP/2 only when something is wrong.
-const LOG_FILTER: &str = "info,hiqlite=warn,hiqlite_wal=warn,openraft=error,h2=warn,hyper=warn,tonic=warn";
+/// Ours at info; those below only when something is wrong (the SQL writer warns of every first start and shutdown).
+const LOG_FILTER: &str = "info,hiqlite=warn,hiqlite::store::state_machine::sqlite::writer=error,hiqlite_wal=warn,openraft=error,h2=warn,hyper=warn";
 /// Worker threads: the work is short and mostly waits, and memory grows with every thread.
 const MAX_WORKERS: usize = 8;
 /// The count of VMs in the farewell must not hold up the exit.
@@ -41,7 +41,7 @@ async fn until_signalled(config: Config) -> Result<ExitCode, Failure> {
         }
         code = signals.next() => return Ok(ExitCode::from(code)),
     };
-    tracing::info!(listen = %plane.local_addr(), driver = plane.driver(), "Control plane ready");
+    tracing::info!(listen = %plane.local_addr(), driver = %plane.driver(), "Control plane ready");
 
     tokio::select! {
         _ = signals.next() => {}

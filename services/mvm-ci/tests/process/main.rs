@@ -1,5 +1,10 @@
 //! The binary as its users meet it: a process with arguments, descriptors, signals and an exit code.
 
 mod client;
+mod contract;
 mod fake_scheduler;
+mod jobs;
+mod nonsense;
+mod plane;
+mod restart;
 mod support;

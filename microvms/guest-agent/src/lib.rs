@@ -32,6 +32,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     signal::unix::{SignalKind, signal},
 };
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use tonic::transport::{Server, server::Connected};
 
 use crate::{
@@ -130,6 +131,7 @@ fn serve(address: &Address, reach: Reach, when_serving: impl FnOnce()) -> io::Re
         when_serving();
         match &listener {
             Listener::Vsock(vsock) => {
+                guest.spawn(knock());
                 let accept = || async { vsock.accept().await.map(|(stream, _)| stream) };
                 answer(&guest, connections(accept)).await
             }
@@ -162,6 +164,14 @@ where
         result = server => result.map_err(io::Error::other),
         () = too_late => Ok(()),
     }
+}
+
+/// Tells the host that the guest serves, by a connection to the host's port of the same number that is closed at once.
+/// Hypervisors turn it into one to the Unix socket `<vsock socket>_1024`. A host that waits for it need not poll, and
+/// must not: vhost-device-vsock 0.3.0 breaks when it is connected to while the guest's driver starts.
+async fn knock() {
+    // A host that does not listen is no fault.
+    let _ = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, VSOCK_PORT)).await;
 }
 
 /// SIGCHLD reaps; SIGTERM and SIGINT end the guest.

@@ -64,7 +64,7 @@ async fn a_command_gets_the_guests_environment_its_own_and_its_names() {
     let spec = request.spec.as_mut().expect("a spec");
     spec.env.insert("MINE".into(), "a b".into());
     spec.env.insert("BLIXARD_JOB_ID".into(), "a lie".into());
-    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").to_end().await;
+    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await;
     let text = String::from_utf8(log.bytes).expect("text");
     let mut lines: Vec<_> = text.lines().collect();
     lines.sort_unstable();
@@ -89,7 +89,7 @@ async fn a_command_runs_in_its_directory_with_nothing_to_read_in_a_process_group
     Command::new("chmod").args(["+x", &agent.path("script")]).status().expect("chmod");
     let mut request = start(JobId::random(), 1, &["./script"]);
     request.spec.as_mut().expect("a spec").working_dir = agent.path("");
-    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").to_end().await;
+    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await;
     let directory = agent.dir.path().display().to_string();
     let text = String::from_utf8_lossy(&log.bytes).into_owned();
     assert!(text.starts_with(&format!("{directory}\n")), "{text}");
@@ -129,7 +129,7 @@ async fn a_command_that_cannot_be_started_says_why() {
         let mut request = start(JobId::random(), 1, &[program]);
         request.spec.as_mut().expect("a spec").working_dir = directory.into();
         let run = Run::open(&mut agent.client.clone(), request).await.expect("accepted");
-        let error = run.to_end().await.spawn_error();
+        let error = run.finish().await.spawn_error();
         assert!(error.contains(expected), "{program} in {directory}: {error}");
     }
     assert_eq!(agent.shell("echo still here").await.stdout(), b"still here\n");
@@ -147,7 +147,7 @@ async fn a_stream_resumed_at_any_offset_gives_exactly_the_rest() {
     // Rising, because resuming at an offset acknowledges everything before it.
     for offset in [0, 1, 2, 9_999, 65_535, 65_536, 65_537, length - 200_000, length - 1, length] {
         let again = pb::RunStart { resume_offset: offset, attach_only: offset % 2 == 1, ..first.start.clone() };
-        let rest = Run::open(&mut agent.client, again).await.expect("attached").to_end_unacknowledged().await;
+        let rest = Run::open(&mut agent.client, again).await.expect("attached").finish_unacknowledged().await;
         assert_eq!(rest.bytes[..], whole.bytes[usize::try_from(offset).expect("small")..], "from {offset}");
         assert_eq!(rest.exited, whole.exited);
     }
@@ -199,7 +199,7 @@ async fn a_command_blocks_when_nothing_is_acknowledged_and_goes_on_when_it_is() 
     assert_eq!(run.read_exactly(100).await, 100, "exactly what was acknowledged comes after");
     run.acknowledge(4 * MIB as u64 + 100);
     let again = pb::RunStart { resume_offset: 4 * MIB as u64 + 100, ..run.start.clone() };
-    let rest = Run::open(&mut agent.client.clone(), again).await.expect("attached").to_end().await;
+    let rest = Run::open(&mut agent.client.clone(), again).await.expect("attached").finish().await;
     assert_eq!(rest.bytes.len(), 30_000_000 - 4 * MIB - 100);
     assert_eq!(rest.exit().exit_code, Some(0));
 }
@@ -224,7 +224,7 @@ async fn a_signal_reaches_the_whole_tree_and_nothing_of_it_stays() {
     let signal = |signal| pb::SignalRequest { job_id: run.start.job_id.clone(), attempt: 1, signal };
     agent.client.signal(signal(15)).await.expect("signalled");
     let request = signal(15);
-    let exit = run.to_end().await.exit();
+    let exit = run.finish().await.exit();
     assert_eq!(exit.signal, Some(15));
     assert_eq!(processes_with(&job), [0_u32; 0]);
     agent.client.signal(request).await.expect("without effect once it has ended");
@@ -247,7 +247,7 @@ async fn output_written_before_the_end_is_never_lost_however_late_it_is_acknowle
     let mut run = agent.run(&["sh", "-c", "head -c 5000000 /dev/zero; sleep 1000 & exit 0"]).await;
     assert_eq!(run.read(4 * MIB).await.bytes.len(), 4 * MIB);
     let again = pb::RunStart { resume_offset: 4 * MIB as u64, ..run.start.clone() };
-    let rest = Run::open(&mut agent.client.clone(), again).await.expect("attached").to_end().await;
+    let rest = Run::open(&mut agent.client.clone(), again).await.expect("attached").finish().await;
     assert_eq!(rest.bytes.len(), 5_000_000 - 4 * MIB);
     assert_eq!(agent.processes(), [0_u32; 0]);
 }
@@ -275,7 +275,7 @@ async fn one_attempt_at_a_time_and_none_twice() {
 
     agent.client.clone().signal(signal(job, 2)).await.expect("killed");
     let killed = pb::RunStart { attach_only: true, spec: None, ..start(job, 2, &[]) };
-    let killed = Run::open(&mut agent.client, killed).await.expect("kept until another begins").to_end().await;
+    let killed = Run::open(&mut agent.client, killed).await.expect("kept until another begins").finish().await;
     assert_eq!(killed.exit().signal, Some(9));
     let hello = agent.client.hello(pb::HelloRequest {}).await.expect("hello").into_inner();
     assert_eq!(hello.job_id, "", "the host has all of it");

@@ -80,7 +80,7 @@ impl Agent {
 
     /// Runs a shell script to its end.
     pub(crate) async fn shell(&self, script: &str) -> Log {
-        self.run(&["sh", "-c", script]).await.to_end().await
+        self.run(&["sh", "-c", script]).await.finish().await
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -231,14 +231,14 @@ impl Run {
     }
 
     /// Reads to the end of the stream without acknowledging.
-    pub(crate) async fn to_end_unacknowledged(mut self) -> Log {
+    pub(crate) async fn finish_unacknowledged(mut self) -> Log {
         let log = self.read(usize::MAX).await;
         assert_eq!(self.next().await.expect("no error"), None, "Exited is the last message");
         log
     }
 
     /// Reads and acknowledges to the end.
-    pub(crate) async fn to_end(mut self) -> Log {
+    pub(crate) async fn finish(mut self) -> Log {
         let mut log = Log::default();
         while let Some(message) = self.next().await.expect("no error") {
             self.take(&mut log, message);

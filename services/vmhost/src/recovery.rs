@@ -19,7 +19,7 @@
 //! | the log's end record written | a log with its end | reports it (again); an ephemeral VM is shut down |
 //! | the end reported | the same | the same; the report changes nothing |
 //! | StopVm accepted | `stop` in `vm.json` | goes on stopping, with what is left of the grace |
-//! | the guest was told to end, or killed | perhaps no machine any more | reports Terminated |
+//! | the guest was told to end, or killed | perhaps no machine any more | reports Terminated: `stop`, or the end of an ephemeral VM's job, tells that it was wanted |
 //! | the machine died | no machine | reports the attempt lost, then Failed |
 //! | `end` written | `end` in `vm.json` | ends what is left, reports that end |
 //! | the end reported | the same | the same; the registry has it already; removes the directory |
@@ -32,7 +32,7 @@ use std::{io, sync::Arc, time::Duration};
 use blixard::{
     error::Error,
     id::VmId,
-    vm::{VmConfig, VmKind},
+    vm::{VmConfig, VmKind, VmState},
 };
 use futures::future::join_all;
 
@@ -42,7 +42,7 @@ use crate::{
     host::Host,
     hypervisor::Machine,
     lifecycle::{Input, Lifecycle, Run},
-    logs::LogWriter,
+    logs::{LogWriter, Outcome},
     records::{AttemptRecord, VmDir, VmRecord},
     reporter::Report,
 };
@@ -183,7 +183,10 @@ fn beginning(
     }
     let mut life = Lifecycle::adopted(record.config.kind, run, used);
     if machine.is_none() {
-        life = life.decided(record.end.take(), record.stop.clone());
+        let told_to_end = record.config.kind == VmKind::Ephemeral
+            && ended.is_some_and(|end| matches!(end.outcome, Outcome::Result { .. }));
+        let end = told_to_end.then(|| (VmState::Terminated, "its job has ended".to_owned()));
+        life = life.decided(record.end.take().or(end), record.stop.clone());
         inputs.push(Input::MachineExited { how: "it ended while vmhost was down".to_owned() });
     } else if let Some(stop) = record.stop.clone() {
         inputs.insert(0, Input::Stop(stop));

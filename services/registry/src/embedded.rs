@@ -42,7 +42,7 @@ pub(crate) struct Embedded {
     /// The SQLite file.
     pub(crate) database: PathBuf,
     /// Held until the node has shut down.
-    _lock: File,
+    lock: File,
 }
 
 impl Embedded {
@@ -67,7 +67,7 @@ impl Embedded {
             schema::migrate(&client).await
         };
         match tokio::time::timeout(REPLAY_DEADLINE, ready).await.unwrap_or(Err(StartError::Replay)) {
-            Ok(()) => Ok(Self { client, database, _lock: lock }),
+            Ok(()) => Ok(Self { client, database, lock }),
             Err(error) => {
                 let _ = client.shutdown().await;
                 Err(error)
@@ -75,10 +75,13 @@ impl Embedded {
         }
     }
 
-    /// Flushes and stops the node.
+    /// Flushes and stops the node, and gives the directory back.
     pub(crate) async fn shutdown(&self) {
         if let Err(error) = self.client.shutdown().await {
             tracing::warn!(%error, "registry did not shut down cleanly; it repairs itself at the next start");
+        }
+        if let Err(error) = self.lock.unlock() {
+            tracing::warn!(%error, "the registry's data directory stays locked until this process ends");
         }
     }
 }

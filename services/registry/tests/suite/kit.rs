@@ -38,7 +38,10 @@ impl Kit {
     }
 
     pub(crate) async fn restart(&mut self) {
-        self.stop().await;
+        // Shutting down gives the directory back, though the old value is still there.
+        let (old, tasks) = self.running.take().unwrap();
+        tasks.shutdown(Duration::from_secs(30)).await;
+        old.shutdown().await;
         let (client, running) = Box::pin(serve(self.dir.path())).await;
         self.client = client;
         self.running = Some(running);

@@ -133,7 +133,13 @@ impl Config {
     }
 
     fn apply_file(&mut self, path: &str, text: &str) -> Result<(), ConfigError> {
-        let syntax = |error: toml::de::Error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() };
+        let syntax = |error: toml::de::Error| {
+            let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or_default();
+            let (line, column) =
+                (before.split('\n').count(), before.chars().rev().take_while(|&c| c != '\n').count() + 1);
+            let message = format!("line {line}, column {column}: {}", error.message());
+            ConfigError::Syntax { path: path.to_owned(), message }
+        };
         for (section, body) in text.parse::<toml::Table>().map_err(syntax)? {
             let unknown = |key: String| ConfigError::Unknown { path: path.to_owned(), key };
             let toml::Value::Table(body) = body else { return Err(unknown(section)) };
@@ -431,7 +437,7 @@ mod tests {
         c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, vm_manager.auto_scaling, vm_manager.pre_warm_count
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
-        assert!(syntax.starts_with("c.toml is not valid TOML: TOML parse error at line 1"), "{syntax}");
+        assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");
     }
 
     #[test]

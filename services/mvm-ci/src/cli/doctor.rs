@@ -20,8 +20,17 @@ pub(crate) fn doctor(config: &Config, printer: &Printer) -> Result<ExitCode, Fai
     };
     let checks = diagnose(&settings);
     let driver = choose(DriverChoice::Auto, &settings).map(|(_, why)| why).map_err(|error| error.to_string());
+    let driver = driver.and_then(|why| has_image(&checks).map(|()| why));
     printer.print(|| report_json(&checks, &driver), || report_text(&checks, &driver))?;
     Ok(if driver.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A driver without anything to boot runs no VM.
+fn has_image(checks: &[Check]) -> Result<(), String> {
+    match checks.iter().find(|check| check.name == "images" && !check.ok) {
+        Some(images) => Err(format!("images: {}", images.detail)),
+        None => Ok(()),
+    }
 }
 
 fn report_json(checks: &[Check], driver: &Result<String, String>) -> serde_json::Value {

@@ -49,7 +49,7 @@ impl Failure {
                 Self::Rpc(error) | Self::NotRun(error) => {
                     format!("error: {}: {}", error.reason.name(), one_line(&error.message))
                 }
-                Self::Config(message) | Self::Start(message) => format!("error: {message}"),
+                Self::Config(message) | Self::Start(message) => format!("error: {}", one_line(message)),
                 Self::Io(error) => format!("error: {error}"),
             },
             Format::Json => {

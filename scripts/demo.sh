@@ -35,7 +35,7 @@ if [ "${guest#*kernel "$host"}" != "$guest" ]; then
 fi
 echo "(the host's kernel is $host)"
 
-vm_id=$("$mvm_ci" --output json vm list --all --limit 1 | sed -n 's/.*"id": *"\([^"]*\)".*/\1/p' | head -n 1)
+vm_id=$("$mvm_ci" --output json vm list --all | sed -n 's/.*"id": *"\([^"]*\)".*/\1/p' | head -n 1)
 say mvm-ci vm events "$vm_id"
 "$mvm_ci" vm events "$vm_id"
 

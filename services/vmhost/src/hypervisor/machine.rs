@@ -33,7 +33,7 @@ use tokio::{
 use super::{
     AGENT_PORT, Console, Launch, LaunchError, Machine, MachineExit,
     console::{self, Recorder},
-    procfs::{self, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
+    procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
     record::Record,
     socket::SocketDir,
 };
@@ -332,8 +332,14 @@ impl Core {
         }
     }
 
-    /// Ends what is left and waits until it is gone, however long that takes.
+    /// Waits until everything that was killed is gone, however long that takes, and ends what is left besides.
     async fn end(&self) {
+        // Not by `procfs::end`, which would take their statuses from the process table.
+        for process in &self.processes {
+            while tokio::time::timeout(DEATH_PATIENCE, process.ended()).await.is_err() {
+                tracing::error!(driver = self.kind.driver, pid = process.id.pid, "a process does not end");
+            }
+        }
         loop {
             let left = self.find().await;
             if left.is_empty() {

@@ -68,7 +68,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn images(&self) -> Vec<String>;
 
     /// Starts a machine in `launch.dir`. Returns once its processes run; the guest may not be up yet. After an error
-    /// nothing of it runs.
+    /// nothing of it runs. A caller that drops the future before its end does not know what runs: it must sweep.
     async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError>;
 
     /// After a restart of vmhost: the machine launched into `launch.dir` earlier, if its main process lives. `None`: it

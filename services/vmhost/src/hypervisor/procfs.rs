@@ -23,7 +23,7 @@ pub(super) const ENV_VM_ID: &str = "BLIXARD_VM_ID";
 pub(super) const ENV_VM_DIR: &str = "BLIXARD_VM_DIR";
 
 /// How long a process may take to end after SIGKILL: it must leave the kernel, and QEMU returns its memory.
-const DEATH_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const DEATH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A process, for as long as the host is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

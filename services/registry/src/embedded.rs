@@ -3,6 +3,7 @@
 //! ```text
 //!   registry.lock     held while a process uses the directory; its text is that process' id
 //!   secrets           what Raft members authenticate each other with; 0600
+//!   addresses         where this node listens, the same at each start
 //!   logs/             the Raft log: what makes an answer durable
 //!   state_machine/    SQLite, rebuilt from snapshot and log after a crash
 //!   hiqlite.db        link to state_machine/db/hiqlite.db, for `sqlite3`
@@ -57,9 +58,10 @@ impl Embedded {
 
         // Hiqlite uses rustls, in which two providers are compiled in: one must be chosen.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let (raft, api) = (reserve_port()?, reserve_port()?);
-        let client = Box::pin(hiqlite::start_node(node_config(&dir, &secrets, raft.1, api.1))).await?;
-        drop((raft, api));
+        let reserved = reserve(&dir.join("addresses"))?;
+        let [raft, api] = reserved.each_ref().map(|(_, address)| *address);
+        let client = Box::pin(hiqlite::start_node(node_config(&dir, &secrets, raft, api))).await?;
+        drop(reserved);
 
         let database = dir.join("state_machine/db/hiqlite.db");
         let ready = async {
@@ -94,8 +96,8 @@ fn node_config(dir: &Path, secrets: &[String; 2], raft: SocketAddr, api: SocketA
     NodeConfig {
         node_id: 1,
         nodes: vec![Node { id: 1, addr_raft: raft.to_string(), addr_api: api.to_string() }],
-        listen_addr_api: "127.0.0.1".into(),
-        listen_addr_raft: "127.0.0.1".into(),
+        listen_addr_api: api.ip().to_string().into(),
+        listen_addr_raft: raft.ip().to_string().into(),
         data_dir: dir.display().to_string().into(),
         filename_db: "hiqlite.db".into(),
         // The only mode in which an answer means that the change is on the disk.
@@ -159,17 +161,35 @@ fn link(dir: &Path) -> io::Result<()> {
     symlink("state_machine/db/hiqlite.db", path)
 }
 
-/// A free port of this machine, kept from others until the socket is dropped. Hiqlite binds it meanwhile: the kernel lets
-/// two sockets that both allow reuse bind one address as long as only one of them listens.
-fn reserve_port() -> Result<(TcpSocket, SocketAddr), StartError> {
-    let reserve = || {
-        let socket = TcpSocket::new_v4()?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-        let address = socket.local_addr()?;
-        Ok((socket, address))
-    };
-    reserve().map_err(StartError::Port)
+/// Where this data directory's node listens, for Raft and for its clients, kept from others until the sockets are dropped.
+/// (Hiqlite binds them meanwhile: the kernel lets two sockets that both allow reuse bind one address as long as only one
+/// of them listens.)
+///
+/// Raft records its members' addresses, and Hiqlite's client calls the recorded ones, again and again, whatever the
+/// configuration says now. So they are chosen once and stay: at an address of 127.0.0.0/8 that nobody else is likely to
+/// have chosen. Only when they are taken all the same are others chosen; writes work then too, beside a complaint in the log.
+fn reserve(path: &Path) -> Result<[(TcpSocket, SocketAddr); 2], StartError> {
+    let kept = fs::read_to_string(path).ok().and_then(|text| {
+        let mut addresses = text.lines().map(|line| line.parse::<SocketAddr>().ok());
+        Some([bind(addresses.next()??).ok()?, bind(addresses.next()??).ok()?])
+    });
+    if let Some(reserved) = kept {
+        return Ok(reserved);
+    }
+    let random = uuid::Uuid::new_v4().into_bytes();
+    let own = SocketAddr::from(([127, random[0] | 1, random[1], random[2] & 0x7f | 1], 0));
+    let reserved = [bind(own).map_err(StartError::Port)?, bind(own).map_err(StartError::Port)?];
+    let text = format!("{}\n{}\n", reserved[0].1, reserved[1].1);
+    fs::write(path, text).map_err(|source| StartError::DataDir { path: path.to_owned(), source })?;
+    Ok(reserved)
+}
+
+fn bind(address: SocketAddr) -> io::Result<(TcpSocket, SocketAddr)> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let address = socket.local_addr()?;
+    Ok((socket, address))
 }
 
 /// Waits until everything in the log has been applied: an entry of our own comes after all of it. What that entry does

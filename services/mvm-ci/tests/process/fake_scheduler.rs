@@ -62,7 +62,7 @@ impl Fake {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
         let (cancelled, _) = tokio::sync::watch::channel(false);
-        let service = Service { state: state.clone(), cancelled: cancelled.clone() };
+        let service = Service { tasks: Tasks::new(), state: state.clone(), cancelled: cancelled.clone() };
         let server = runtime.block_on(Server::bind("127.0.0.1:0".parse().expect("address"))).expect("bind");
         let endpoint = server.local_endpoint();
         let server = server.add_service(SchedulerServiceServer::new(service));
@@ -105,6 +105,7 @@ pub(crate) fn end(attempt: u32, end_offset: u64, state: JobState, reason: &str) 
 
 #[derive(Clone)]
 struct Service {
+    tasks: Tasks,
     state: Arc<Mutex<State>>,
     cancelled: tokio::sync::watch::Sender<bool>,
 }
@@ -186,7 +187,7 @@ impl SchedulerService for Service {
             Some(Script::Hang(records)) => {
                 send(records);
                 let mut cancelled = self.cancelled.subscribe();
-                tokio::task::spawn(async move {
+                self.tasks.spawn("hang", async move {
                     let _ = cancelled.wait_for(|cancelled| *cancelled).await;
                     let _ = sender.send(Ok(end(1, 0, JobState::Cancelled, "")));
                 });

@@ -79,7 +79,7 @@ async fn a_request_id_means_one_job_and_a_huge_message_is_refused_with_its_limit
 
     let huge = pb::SubmitJobRequest { request_id: String::new(), spec: Some(spec(&"x".repeat(100_000_000))) };
     let refused = client.submit_job(huge).await.expect_err("100 MB");
-    let allowed = "message: \"100000054\" is not allowed: at most 4194304 bytes";
+    let allowed = "message: \"100000016\" is not allowed: at most 4194304 bytes";
     assert_eq!((refused.code(), refused.message()), (tonic::Code::InvalidArgument, allowed));
     assert_eq!(Error::from_status(&refused).reason, Reason::InvalidField);
     drop(client);

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::support::{mvm_ci, output, processes_mentioning, signal, stdout, tempdir, text, wait_exit, wait_for};
 
-/// A running `mvm-ci --driver process`. Dropping it ends its VMs and itself and asserts that nothing is left.
+/// A running `mvm-ci --driver process`. Dropping it ends its VMs and itself and asserts that nothing is left and no error was logged.
 pub(crate) struct Plane {
     dir: TempDir,
     flags: Vec<String>,
@@ -95,6 +95,9 @@ impl Plane {
         self.stop();
         if !stop.status.success() {
             return Err(text(&stop.stderr));
+        }
+        if let Some(line) = self.log().lines().find(|line| line.contains(" ERROR ")) {
+            return Err(format!("an error was logged: {line}"));
         }
         let left = processes_mentioning(self.dir.path());
         let held: Vec<_> = std::fs::read_dir(self.path("data/vm-state"))

@@ -106,8 +106,11 @@ fn a_vm_that_died_while_nobody_looked_is_marked_and_its_job_too() {
     let job = plane.wait_for_job(&id, "Failed");
     assert!(!job["reason"].as_str().expect("text").is_empty(), "{job}");
     assert_eq!(job["exit"], Value::Null);
-    let vm = plane.json(["vm", "get", job["vm_id"].as_str().expect("a VM")]);
-    assert!(vm["state"] == "Failed" || vm["state"] == "Terminated", "{vm}");
+    let vm = job["vm_id"].as_str().expect("a VM");
+    wait_for("the VM to be marked", || {
+        let vm = plane.json(["vm", "get", vm]);
+        if vm["state"] == "Failed" || vm["state"] == "Terminated" { Ok(()) } else { Err(vm.to_string()) }
+    });
     let result = output(plane.cli(["job", "logs", "-f", &id]));
     assert!(result.status.success(), "{}", text(&result.stderr));
 }

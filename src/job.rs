@@ -464,7 +464,8 @@ mod tests {
 
     #[test]
     fn each_bad_field_is_refused_by_name() {
-        let cases: &[(&str, fn(&mut pb::JobSpec))] = &[
+        type Spoil = fn(&mut pb::JobSpec);
+        let cases: &[(&str, Spoil)] = &[
             ("spec.command", |s| s.command.clear()),
             ("spec.command", |s| s.command = vec!["x".repeat(limits::MAX_COMMAND_BYTES + 1)]),
             ("spec.command", |s| s.command.push("a\0b".into())),

@@ -47,18 +47,16 @@ pub(crate) fn spawn(spec: &JobSpec, vm_id: VmId, id: AttemptId) -> Result<Runnin
     let no_pipe = |error: io::Error| format!("cannot make a pipe: {error}");
     let (stdout, stdout_writer) = pipe().map_err(no_pipe)?;
     let (stderr, stderr_writer) = pipe().map_err(no_pipe)?;
-    let child = Command::new(&program)
-        .arg0(name)
-        .args(spec.command.iter().skip(1))
-        .env_clear()
-        .envs(&env)
-        .current_dir(&spec.working_dir)
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(stdout_writer)
-        .stderr(stderr_writer)
-        .spawn()
-        .map_err(|error| spawn_error(&program, &spec.working_dir, &error))?;
+    let mut command = Command::new(&program);
+    command.arg0(name).args(spec.command.iter().skip(1)).env_clear().envs(&env).process_group(0);
+    command.stdin(Stdio::null()).stdout(stdout_writer).stderr(stderr_writer);
+    // Not asked for where it is so already: in a static program a change of directory costs the fast path.
+    if std::env::current_dir().ok().as_deref() != Some(Path::new(&spec.working_dir)) {
+        command.current_dir(&spec.working_dir);
+    }
+    let child = command.spawn().map_err(|error| spawn_error(&program, &spec.working_dir, &error))?;
+    // The other ends of the pipes must not stay open here, or they would never end.
+    drop(command);
     // The reaper waits for every child, so nothing may wait through this handle.
     let pid = Pid::try_from(child.id()).map_err(|_| format!("process id {} is out of range", child.id()))?;
     Ok(Running { pid, stdout, stderr })

@@ -1,6 +1,7 @@
 //! The control plane's settings on the command line of every binary: made from [`config::SETTINGS`], so there is one table.
 
 use std::{
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
 };
@@ -10,7 +11,7 @@ use clap::{Arg, ArgMatches, Command};
 
 /// Read when it exists and no other file is named.
 const DEFAULT_FILE: &str = "./mvm-ci.toml";
-const HEADING: &str = "Settings";
+const HEADING: &str = "Control plane";
 
 /// Why the settings were refused.
 #[derive(Debug, thiserror::Error)]
@@ -51,19 +52,52 @@ pub fn add_flags(mut command: Command) -> Command {
     command
 }
 
-/// Puts the configuration together: defaults < TOML file < environment < flags.
-///
-/// # Errors
-/// The first setting that is refused, in words for its user.
-pub fn load(matches: &ArgMatches) -> Result<Config, SettingsError> {
-    let file = read(matches.get_one::<PathBuf>("config").map(PathBuf::as_path))?;
-    let file = file.as_ref().map(|(path, text)| (path.as_str(), text.as_str()));
-    for setting in config::SETTINGS {
-        if matches!(std::env::var(setting.env), Err(std::env::VarError::NotUnicode(_))) {
-            return Err(SettingsError::NotUtf8(setting.env));
+/// What a command line said of the settings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// `--config`.
+    pub file: Option<PathBuf>,
+    /// The value of each flag that was given, by its name without dashes.
+    pub values: BTreeMap<&'static str, String>,
+}
+
+impl Flags {
+    /// Takes over what was given; later ones win.
+    pub fn add(&mut self, matches: &ArgMatches) {
+        if let Some(file) = matches.get_one::<PathBuf>("config") {
+            self.file = Some(file.clone());
+        }
+        for setting in config::SETTINGS {
+            if let Some(value) = matches.get_one::<String>(setting.flag) {
+                self.values.insert(setting.flag, value.clone());
+            }
         }
     }
-    Ok(Config::load(file, |name| std::env::var(name).ok(), |flag| matches.get_one::<String>(flag).cloned())?)
+
+    /// Puts the configuration together: defaults < TOML file < environment < flags.
+    ///
+    /// # Errors
+    /// The first setting that is refused, in words for its user.
+    pub fn load(&self) -> Result<Config, SettingsError> {
+        let file = read(self.file.as_deref())?;
+        let file = file.as_ref().map(|(path, text)| (path.as_str(), text.as_str()));
+        for setting in config::SETTINGS {
+            if matches!(std::env::var(setting.env), Err(std::env::VarError::NotUnicode(_))) {
+                return Err(SettingsError::NotUtf8(setting.env));
+            }
+        }
+        Ok(Config::load(file, |name| std::env::var(name).ok(), |flag| self.values.get(flag).cloned())?)
+    }
+}
+
+/// The configuration that this command line asks for.
+///
+/// # Errors
+/// As [`Flags::load`].
+pub fn load(matches: &ArgMatches) -> Result<Config, SettingsError> {
+    let mut flags = Flags::default();
+    flags.add(matches);
+    flags.load()
 }
 
 fn read(named: Option<&Path>) -> Result<Option<(String, String)>, SettingsError> {

@@ -1,14 +1,14 @@
 //! What can be written on the command line.
 //!
-//! The flags of the control plane are made from [`config::SETTINGS`], so there is one table of settings.
+//! The flags of the control plane are the chassis's, which every binary has.
 
-use std::{collections::BTreeMap, ffi::OsString, time::Duration};
+use std::{ffi::OsString, time::Duration};
 
 use blixard::{
-    config,
     job::JobState,
     vm::{VmKind, VmState},
 };
+use blixard_chassis::settings::{Flags, add_flags};
 use clap::{ArgAction, ArgMatches, CommandFactory as _, FromArgMatches as _, error::ErrorKind};
 
 /// Where the control plane listens unless it is told otherwise.
@@ -27,10 +27,8 @@ pub(crate) struct Arguments {
 pub(crate) struct Settings {
     /// `--check-config`: print and exit.
     pub(crate) check: bool,
-    /// `--config` or BLIXARD_CONFIG.
-    pub(crate) file: Option<std::path::PathBuf>,
-    /// The flags that were given, by name without dashes.
-    pub(crate) flags: BTreeMap<&'static str, String>,
+    /// The rest.
+    pub(crate) flags: Flags,
 }
 
 /// How results are printed.
@@ -296,7 +294,7 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
     match (&cli.command, matches.subcommand()) {
         (Some(Command::Doctor | Command::Config), Some((_, matches))) => settings.add(matches),
         (Some(_), Some((name, _))) => {
-            if let Some(flag) = settings.flags.keys().next() {
+            if let Some(flag) = settings.flags.values.keys().next() {
                 let message = format!("--{flag} configures the control plane and means nothing to `mvm-ci {name}`\n");
                 return Err(definition.error(ErrorKind::ArgumentConflict, message));
             }
@@ -312,46 +310,17 @@ fn definition() -> clap::Command {
         .action(ArgAction::SetTrue)
         .help("Print the effective configuration as TOML and exit")
         .help_heading(CONTROL_PLANE);
-    with_settings(Cli::command().arg(check))
-        .mut_subcommand("doctor", with_settings)
-        .mut_subcommand("config", with_settings)
+    add_flags(Cli::command().arg(check)).mut_subcommand("doctor", add_flags).mut_subcommand("config", add_flags)
 }
 
 const CONTROL_PLANE: &str = "Control plane";
-
-fn with_settings(mut command: clap::Command) -> clap::Command {
-    command = command.arg(
-        clap::Arg::new("config")
-            .long("config")
-            .env("BLIXARD_CONFIG")
-            .value_name("FILE")
-            .value_parser(clap::value_parser!(std::path::PathBuf))
-            .help("TOML file [default: ./mvm-ci.toml when there is one]")
-            .help_heading(CONTROL_PLANE),
-    );
-    for setting in config::SETTINGS {
-        let help = format!("{} ({}) [env: {}]", setting.help, setting.allowed, setting.env);
-        let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name("VALUE").help(help);
-        // As everywhere, the last of several wins.
-        let arg = arg.overrides_with(setting.flag).allow_hyphen_values(true);
-        command = command.arg(arg.help_heading(CONTROL_PLANE));
-    }
-    command
-}
 
 impl Settings {
     fn add(&mut self, matches: &ArgMatches) {
         if let Ok(Some(true)) = matches.try_get_one::<bool>("check-config") {
             self.check = true;
         }
-        if let Some(file) = matches.get_one::<std::path::PathBuf>("config") {
-            self.file = Some(file.clone());
-        }
-        for setting in config::SETTINGS {
-            if let Some(value) = matches.get_one::<String>(setting.flag) {
-                self.flags.insert(setting.flag, value.clone());
-            }
-        }
+        self.flags.add(matches);
     }
 }
 
@@ -409,6 +378,8 @@ fn parse_duration(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn parse_line(line: &str) -> Result<Arguments, String> {
@@ -442,9 +413,12 @@ mod tests {
     #[test]
     fn settings_are_flags_of_the_control_plane_and_not_of_clients() {
         let settings = parse_line("mvm-ci --driver process --max-vms 3").expect("valid").settings;
-        assert_eq!(settings.flags, BTreeMap::from([("driver", "process".to_owned()), ("max-vms", "3".to_owned())]));
+        assert_eq!(
+            settings.flags.values,
+            BTreeMap::from([("driver", "process".to_owned()), ("max-vms", "3".to_owned())])
+        );
         let settings = parse_line("mvm-ci --max-vms 3 doctor --driver qemu").expect("valid").settings;
-        assert_eq!(settings.flags.len(), 2);
+        assert_eq!(settings.flags.values.len(), 2);
         let refused = parse_line("mvm-ci --driver qemu stats").err().expect("refused");
         assert!(refused.contains("--driver configures the control plane and means nothing to `mvm-ci stats`"));
     }

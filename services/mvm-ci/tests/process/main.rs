@@ -3,6 +3,8 @@
 mod client;
 mod contract;
 mod fake_scheduler;
+mod foreign_clients;
+mod guest;
 mod jobs;
 mod nonsense;
 mod plane;

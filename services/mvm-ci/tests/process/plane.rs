@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::support::{mvm_ci, output, processes_mentioning, signal, stdout, tempdir, text, wait_exit, wait_for};
 
-/// A running `mvm-ci --driver process`. Dropping it ends its VMs and itself and asserts that nothing is left and no error was logged.
+/// A running `mvm-ci`, on the `process` driver unless its flags say otherwise. Dropping it ends its VMs and itself and asserts that nothing is left and no error was logged.
 pub(crate) struct Plane {
     dir: TempDir,
     flags: Vec<String>,
@@ -131,7 +131,10 @@ fn log_path(dir: &Path) -> PathBuf {
 
 /// The command that starts a control plane in `dir`.
 pub(crate) fn command(dir: &Path, flags: &[String]) -> Command {
-    let mut command = mvm_ci(["--driver", "process", "--listen", "127.0.0.1:0"]);
+    let mut command = mvm_ci(["--listen", "127.0.0.1:0"]);
+    if !flags.iter().any(|flag| flag == "--driver") {
+        command.args(["--driver", "process"]);
+    }
     command.arg("--data-dir").arg(dir.join("data")).arg("--vm-state-dir").arg(dir.join("data/vm-state"));
     command.args(flags).current_dir(dir);
     command

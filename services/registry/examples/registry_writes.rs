@@ -25,7 +25,7 @@ use blixard::pb::{
     common::v1 as pb,
     registry::v1::{self as wire, registry_service_client::RegistryServiceClient},
 };
-use blixard_chassis::{Server, Tasks, client};
+use blixard_chassis::{Server, Tasks, client, telemetry};
 use blixard_registry::{Registry, RegistryConfig};
 use clap::Parser;
 use tonic::{codegen::http::uri::PathAndQuery, transport::Channel};
@@ -49,6 +49,7 @@ struct Flags {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
+    telemetry::init("warn");
     std::fs::create_dir_all(&flags.dir)?;
     let dir = tempfile::tempdir_in(&flags.dir)?;
     let config = || RegistryConfig { data_dir: dir.path().to_owned() };

@@ -11,7 +11,7 @@
 use std::{
     collections::{BTreeSet, HashSet, VecDeque},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use blixard::{
@@ -129,8 +129,14 @@ impl CommitDriver {
     }
 
     async fn commit(&mut self, mut batch: Batch) {
+        let changes = batch.units.len();
+        let begun = Instant::now();
         match self.propose(std::mem::take(&mut batch.statements)).await {
-            Ok(counts) => self.settle(batch.units, &counts).await,
+            Ok(counts) => {
+                let committed = begun.elapsed();
+                self.settle(batch.units, &counts).await;
+                tracing::debug!(changes, ?committed, answered = ?begun.elapsed(), "group commit");
+            }
             Err(Fault::Unknown(error)) => batch.refuse(&error),
             Err(Fault::RolledBack(error)) if batch.units.len() == 1 => {
                 batch

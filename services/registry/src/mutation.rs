@@ -55,7 +55,7 @@ pub(crate) enum Key {
     Node(NodeId),
 }
 
-/// A statement and its parameters.
+/// A statement and its parameters. The text travels through the Raft log with each change, so it carries no indentation.
 pub(crate) type Statement = (Cow<'static, str>, Params);
 
 impl Mutation {
@@ -112,9 +112,9 @@ pub(crate) fn config_text(config: &VmConfig) -> String {
 
 static CREATE_VM: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "INSERT INTO vms (id, kind, state, node_id, image, vcpus, memory_mib, labels, config, reason, generation,
-             revision, created_at, updated_at, created_revision)
-         SELECT ?1, ?2, '{}', ?3, ?4, ?5, ?6, ?7, ?8, '', 1, next, ?9, ?9, next FROM (SELECT {NEXT_REVISION} AS next)
+        "INSERT INTO vms (id, kind, state, node_id, image, vcpus, memory_mib, labels, config, reason, generation, \
+             revision, created_at, updated_at, created_revision) \
+         SELECT ?1, ?2, '{}', ?3, ?4, ?5, ?6, ?7, ?8, '', 1, next, ?9, ?9, next FROM (SELECT {NEXT_REVISION} AS next) \
          WHERE true ON CONFLICT (id) DO NOTHING",
         VmState::Starting
     )
@@ -141,8 +141,8 @@ static TRANSITION_VM: LazyLock<Vec<String>> = LazyLock::new(|| {
         // A VM that is draining may still run its job; in any other state it reaches here it runs none.
         let job = if to == VmState::Draining { "" } else { "job_id = NULL, " };
         format!(
-            "UPDATE vms SET state = '{to}', {job}reason = ?3, generation = generation + 1,
-                 revision = {NEXT_REVISION}, updated_at = ?4
+            "UPDATE vms SET state = '{to}', {job}reason = ?3, generation = generation + 1, \
+                 revision = {NEXT_REVISION}, updated_at = ?4 \
              WHERE id = ?1 AND (?2 = 0 OR generation = ?2) AND {}",
             may_reach(to)
         )
@@ -154,7 +154,7 @@ fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec
     let states = names(states.iter().map(|state| state.as_str()));
     let chosen = if ids.is_empty() { "" } else { "AND id IN (SELECT value FROM json_each(?2))" };
     let delete = format!(
-        "DELETE FROM vms WHERE id IN (SELECT id FROM vms WHERE state IN ({states}) {chosen}
+        "DELETE FROM vms WHERE id IN (SELECT id FROM vms WHERE state IN ({states}) {chosen} \
          ORDER BY created_revision LIMIT ?1)"
     );
     let mut params = vec![at_most.into()];
@@ -166,10 +166,10 @@ fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec
 
 static CREATE_JOB: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
-             attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes,
-             generation, revision, created_at, updated_at, created_revision, spec)
-         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0, 0, 0, 0, 0, 0, '', 0, 1, next, ?9, ?9, next, ?10
+        "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt, \
+             attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, \
+             generation, revision, created_at, updated_at, created_revision, spec) \
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0, 0, 0, 0, 0, 0, '', 0, 1, next, ?9, ?9, next, ?10 \
          FROM (SELECT {NEXT_REVISION} AS next) WHERE true ON CONFLICT (id) DO NOTHING",
         JobState::Queued
     )
@@ -200,9 +200,9 @@ fn create_job(id: JobId, spec: &pb::JobSpec, now: String) -> Statement {
 /// First the VM, if the job can be assigned …
 static ASSIGN_VM: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "UPDATE vms SET state = '{}', job_id = ?1, reason = '', generation = generation + 1,
-             revision = {NEXT_REVISION}, updated_at = ?4
-         WHERE id = ?2 AND state IN ({}) AND EXISTS (SELECT 1 FROM jobs WHERE id = ?1 AND attempt = ?3 - 1
+        "UPDATE vms SET state = '{}', job_id = ?1, reason = '', generation = generation + 1, \
+             revision = {NEXT_REVISION}, updated_at = ?4 \
+         WHERE id = ?2 AND state IN ({}) AND EXISTS (SELECT 1 FROM jobs WHERE id = ?1 AND attempt = ?3 - 1 \
              AND state IN ({}))",
         VmState::Busy,
         names(VmState::ALL.into_iter().filter(|state| state.takes_jobs()).map(VmState::as_str)),
@@ -213,12 +213,12 @@ static ASSIGN_VM: LazyLock<String> = LazyLock::new(|| {
 /// … then the job, if the change before this one was that VM's.
 static ASSIGN_JOB: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "UPDATE jobs SET state = '{}', attempt = ?3, attempt_end = NULL, vm_id = ?2, node_id = vm.node_id,
-             assignment = vm.kind, exit_code = NULL, signal = NULL, user_time_ms = 0, system_time_ms = 0,
-             max_rss_kib = 0, reason = '', log_bytes = 0, generation = jobs.generation + 1,
-             revision = {NEXT_REVISION}, updated_at = ?4, assigned_at = ?4, started_at = NULL
-         FROM (SELECT node_id, kind FROM vms WHERE id = ?2 AND job_id = ?1 AND state = '{}'
-             AND revision = {NEXT_REVISION} - 1) AS vm
+        "UPDATE jobs SET state = '{}', attempt = ?3, attempt_end = NULL, vm_id = ?2, node_id = vm.node_id, \
+             assignment = vm.kind, exit_code = NULL, signal = NULL, user_time_ms = 0, system_time_ms = 0, \
+             max_rss_kib = 0, reason = '', log_bytes = 0, generation = jobs.generation + 1, \
+             revision = {NEXT_REVISION}, updated_at = ?4, assigned_at = ?4, started_at = NULL \
+         FROM (SELECT node_id, kind FROM vms WHERE id = ?2 AND job_id = ?1 AND state = '{}' \
+             AND revision = {NEXT_REVISION} - 1) AS vm \
          WHERE jobs.id = ?1 AND jobs.attempt = ?3 - 1 AND jobs.state IN ({})",
         JobState::Assigned,
         VmState::Busy,
@@ -228,8 +228,8 @@ static ASSIGN_JOB: LazyLock<String> = LazyLock::new(|| {
 
 static START: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "UPDATE jobs SET state = '{}', attempts_started = attempts_started + 1, started_at = ?3,
-             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?4
+        "UPDATE jobs SET state = '{}', attempts_started = attempts_started + 1, started_at = ?3, \
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?4 \
          WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
         JobState::Running,
         job_sources(JobState::Running),
@@ -241,9 +241,9 @@ static RELEASE_VM: LazyLock<String> = LazyLock::new(|| {
     // Where the state table lets a Busy VM go when its job is over.
     let next = |kind| if VmState::Busy.may_go_to(VmState::Idle, kind) { VmState::Idle } else { VmState::Draining };
     format!(
-        "UPDATE vms SET state = iif(kind = '{}', '{}', '{}'), job_id = NULL, reason = '', generation = generation + 1,
-             revision = {NEXT_REVISION}, updated_at = ?3
-         WHERE id = (SELECT vm_id FROM jobs WHERE id = ?1 AND attempt = ?2 AND state IN ({}))
+        "UPDATE vms SET state = iif(kind = '{}', '{}', '{}'), job_id = NULL, reason = '', generation = generation + 1, \
+             revision = {NEXT_REVISION}, updated_at = ?3 \
+         WHERE id = (SELECT vm_id FROM jobs WHERE id = ?1 AND attempt = ?2 AND state IN ({})) \
              AND state = '{}' AND job_id = ?1",
         VmKind::Service,
         next(VmKind::Service),
@@ -255,11 +255,11 @@ static RELEASE_VM: LazyLock<String> = LazyLock::new(|| {
 
 static FINISH: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "UPDATE jobs SET state = ?3, attempt_end = 'result',
-             attempts_started = attempts_started + (started_at IS NULL AND ?4), exit_code = ?5, signal = ?6,
-             user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10,
-             reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, finished_at = ?12,
-             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13
+        "UPDATE jobs SET state = ?3, attempt_end = 'result', \
+             attempts_started = attempts_started + (started_at IS NULL AND ?4), exit_code = ?5, signal = ?6, \
+             user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
+             reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, finished_at = ?12, \
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13 \
          WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
         with_attempt()
     )
@@ -271,12 +271,12 @@ static LOSE: LazyLock<String> = LazyLock::new(|| {
     let never_started = format!("(state = '{assigned}' AND NOT ?3)");
     let requeued = format!("(NOT cancel_requested AND ({never_started} OR {started} < max_attempts))");
     format!(
-        "UPDATE jobs SET
-             state = CASE WHEN {requeued} THEN '{}' WHEN cancel_requested THEN '{}' ELSE '{}' END,
-             attempt_end = 'lost', attempts_started = {started},
-             reason = iif(cancel_requested AND reason <> '', reason, ?4),
-             finished_at = iif({requeued}, NULL, ?5), cancel_requested = 0,
-             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?5
+        "UPDATE jobs SET \
+             state = CASE WHEN {requeued} THEN '{}' WHEN cancel_requested THEN '{}' ELSE '{}' END, \
+             attempt_end = 'lost', attempts_started = {started}, \
+             reason = iif(cancel_requested AND reason <> '', reason, ?4), \
+             finished_at = iif({requeued}, NULL, ?5), cancel_requested = 0, \
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?5 \
          WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
         JobState::Queued,
         JobState::Cancelled,
@@ -319,9 +319,9 @@ fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, now: String) -> Statem
 static CANCEL: LazyLock<String> = LazyLock::new(|| {
     let queued = JobState::Queued;
     format!(
-        "UPDATE jobs SET state = iif(state = '{queued}', '{}', state), cancel_requested = (state <> '{queued}'),
-             reason = ?2, finished_at = iif(state = '{queued}', ?3, NULL), generation = generation + 1,
-             revision = {NEXT_REVISION}, updated_at = ?3
+        "UPDATE jobs SET state = iif(state = '{queued}', '{}', state), cancel_requested = (state <> '{queued}'), \
+             reason = ?2, finished_at = iif(state = '{queued}', ?3, NULL), generation = generation + 1, \
+             revision = {NEXT_REVISION}, updated_at = ?3 \
          WHERE id = ?1 AND NOT cancel_requested AND state IN ({})",
         JobState::Cancelled,
         job_sources(JobState::Cancelled)
@@ -330,8 +330,8 @@ static CANCEL: LazyLock<String> = LazyLock::new(|| {
 
 static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "UPDATE jobs SET state = '{}', reason = ?2, finished_at = ?3, generation = generation + 1,
-             revision = {NEXT_REVISION}, updated_at = ?3
+        "UPDATE jobs SET state = '{}', reason = ?2, finished_at = ?3, generation = generation + 1, \
+             revision = {NEXT_REVISION}, updated_at = ?3 \
          WHERE id = ?1 AND state = '{}'",
         JobState::Failed,
         JobState::Queued
@@ -340,12 +340,12 @@ static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
 
 static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision,
-             registered_at)
-         VALUES (?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8)
-         ON CONFLICT (id) DO UPDATE SET state = excluded.state, endpoint = excluded.endpoint,
-             driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib,
-             max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1,
+        "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, \
+             registered_at) \
+         VALUES (?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8) \
+         ON CONFLICT (id) DO UPDATE SET state = excluded.state, endpoint = excluded.endpoint, \
+             driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib, \
+             max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1, \
              revision = excluded.revision, registered_at = excluded.registered_at",
         NodeState::Ready
     )

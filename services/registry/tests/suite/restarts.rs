@@ -53,12 +53,13 @@ impl Process {
             let _ = stderr.read_to_string(&mut text);
             text
         });
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let Some(endpoint) = line.trim().strip_prefix("registry listening on ") else {
+        // Hiqlite prints there too, when it restores a snapshot.
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let endpoint = lines.find_map(|line| Some(line.strip_prefix("registry listening on ")?.to_owned()));
+        let Some(endpoint) = endpoint else {
             panic!("the registry did not start: {:?}\n{}", child.wait(), log.join().unwrap());
         };
-        Self { client: connect(endpoint), child, log: Some(log) }
+        Self { client: connect(&endpoint), child, log: Some(log) }
     }
 }
 

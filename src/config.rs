@@ -46,7 +46,7 @@ pub struct FirecrackerConfig {
     pub default_vcpus: u32,
     /// Directory of the Nix flake that builds images.
     pub flake_dir: PathBuf,
-    /// Directory of images: one directory each, with `vmlinuz` and `initramfs`.
+    /// Directory of images: one directory each, with `manifest.json`, kernel and initramfs.
     pub image_dir: PathBuf,
 }
 
@@ -268,7 +268,7 @@ pub const SETTINGS: &[Setting] = &[
         env: "FIRECRACKER_DEFAULT_MEMORY_MB",
         flag: "default-memory-mb",
         help: "Memory of a VM that asks for none, in MiB",
-        allowed: "a whole number from 64 to 1048576",
+        allowed: "a whole number from 96 to 1048576",
         set: |config, value| {
             number(value, limits::MIN_MEMORY_MIB, limits::MAX_MEMORY_MIB)
                 .map(|n| config.firecracker.default_memory_mb = n)
@@ -297,7 +297,7 @@ pub const SETTINGS: &[Setting] = &[
         key: "firecracker.image_dir",
         env: "BLIXARD_IMAGE_DIR",
         flag: "image-dir",
-        help: "Directory of images, one directory each with vmlinuz and initramfs",
+        help: "Directory of images, one directory each with manifest.json, kernel and initramfs",
         allowed: "a path",
         set: |config, value| path(value).map(|path| config.firecracker.image_dir = path),
         get: |config| config.firecracker.image_dir.display().to_string(),
@@ -428,7 +428,7 @@ mod tests {
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"
         environment variable FIRECRACKER_MAX_CONCURRENT_VMS: "0" is not allowed: a whole number from 1 to 10000
-        environment variable FIRECRACKER_DEFAULT_MEMORY_MB: "lots" is not allowed: a whole number from 64 to 1048576
+        environment variable FIRECRACKER_DEFAULT_MEMORY_MB: "lots" is not allowed: a whole number from 96 to 1048576
         environment variable FIRECRACKER_DEFAULT_VCPUS: "65" is not allowed: a whole number from 1 to 64
         environment variable FIRECRACKER_FLAKE_DIR: "" is not allowed: a path
         environment variable VM_STATE_DIR: "" is not allowed: a path

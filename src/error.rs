@@ -103,7 +103,10 @@ impl Error {
             Code::DeadlineExceeded => Reason::DeadlineExceeded,
             // What tonic's client says when its own timer fires (seen in 0.14.9).
             Code::Cancelled if status.message() == "Timeout expired" => Reason::DeadlineExceeded,
-            Code::Unavailable => Reason::PeerUnavailable,
+            // A connection that broke in the middle of a call is any of these to tonic's client. No server of ours answers
+            // with the first two, and INTERNAL never without its ErrorInfo: whether the call was obeyed is not known.
+            Code::Unavailable | Code::Unknown | Code::Cancelled => Reason::PeerUnavailable,
+            Code::Internal if status.message().starts_with("h2 protocol error") => Reason::PeerUnavailable,
             Code::ResourceExhausted => Reason::Overloaded,
             Code::InvalidArgument => Reason::InvalidField,
             _ => Reason::Internal,

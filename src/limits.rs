@@ -32,8 +32,8 @@ pub const MAX_ENV_VARS: usize = 1024;
 pub const MAX_LABELS: usize = 32;
 /// Largest number of virtual CPUs of a VM.
 pub const MAX_VCPUS: u32 = 64;
-/// Smallest memory of a VM: a Debian kernel and the agent need about 50 MiB.
-pub const MIN_MEMORY_MIB: u32 = 64;
+/// Smallest memory of a VM: Debian's cloud kernel panics for want of memory at 72 MiB and boots our image at 80.
+pub const MIN_MEMORY_MIB: u32 = 96;
 /// Largest memory of a VM: 1 TiB.
 pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 /// Longest timeout of a job: 30 days.

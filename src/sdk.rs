@@ -115,7 +115,7 @@ pub struct VmConfig {
     pub image: String,
     /// Virtual CPUs, 1 to 64.
     pub vcpus: Option<u32>,
-    /// Memory in MiB, 64 to 1,048,576.
+    /// Memory in MiB, 96 to 1,048,576.
     pub memory_mib: Option<u32>,
     /// Labels for filtering.
     pub labels: BTreeMap<String, String>,

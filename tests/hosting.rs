@@ -119,7 +119,8 @@ async fn errors_carry_error_info_across_the_socket_and_too_large_messages_are_re
 
     let huge = pb::RunJobRequest { vm_id: "x".repeat(limits::MAX_MESSAGE_BYTES + 1), ..Default::default() };
     let status = hosted.client().run_job(huge).await.expect_err("refused");
-    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    let error = Error::from_status(&status);
+    assert_eq!((error.reason, error.metadata["field"].as_str()), (Reason::InvalidField, "message"), "{status:?}");
 }
 
 #[tokio::test]

@@ -113,7 +113,7 @@ async fn connect(path: &str, hybrid: bool) -> io::Result<UnixStream> {
 
 async fn run(client: &mut GuestServiceClient<Channel>, command: Vec<String>) -> Result<ExitCode, Box<dyn Error>> {
     let begun = Instant::now();
-    let spec = JobSpec { command, vcpus: Some(1), memory_mib: Some(64), ..JobSpec::default() };
+    let spec = JobSpec { command, vcpus: Some(1), memory_mib: Some(128), ..JobSpec::default() };
     let start =
         pb::RunStart { job_id: JobId::random().to_string(), attempt: 1, spec: Some(spec), ..pb::RunStart::default() };
     let (requests, receiver) = mpsc::unbounded_channel();

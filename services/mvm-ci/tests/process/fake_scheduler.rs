@@ -117,7 +117,7 @@ impl Service {
             state.submitted.first().ok_or_else(|| Status::from(Error::new(Reason::JobNotFound, "no job")))?;
         let mut spec = submitted.spec.clone().unwrap_or_default();
         spec.vcpus.get_or_insert(1);
-        spec.memory_mib.get_or_insert(64);
+        spec.memory_mib.get_or_insert(128);
         Ok(common::Job { id: submitted.request_id.clone(), spec: Some(spec), ..state.result.clone() })
     }
 }

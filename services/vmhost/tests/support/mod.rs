@@ -329,7 +329,7 @@ pub fn vm_config(kind: common::VmKind) -> common::VmConfig {
         kind: kind.into(),
         image: "default".to_owned(),
         vcpus: Some(1),
-        memory_mib: Some(64),
+        memory_mib: Some(128),
         labels: BTreeMap::new(),
         node_id: String::new(),
     }
@@ -339,7 +339,7 @@ pub fn command(command: &[&str]) -> common::JobSpec {
     common::JobSpec {
         command: command.iter().map(|&argument| argument.to_owned()).collect(),
         vcpus: Some(1),
-        memory_mib: Some(64),
+        memory_mib: Some(128),
         ..Default::default()
     }
 }

@@ -129,7 +129,7 @@ pub(crate) fn spec(command: &[&str]) -> pbc::JobSpec {
     pbc::JobSpec {
         command: command.iter().map(|&argument| argument.to_owned()).collect(),
         vcpus: Some(1),
-        memory_mib: Some(64),
+        memory_mib: Some(128),
         ..Default::default()
     }
 }

@@ -185,6 +185,15 @@ mod tests {
     }
 
     #[test]
+    fn a_broken_connection_is_no_answer_whatever_the_client_calls_it() {
+        let broken = [Status::unavailable(""), Status::unknown("transport error"), Status::cancelled("closed")];
+        for status in broken.into_iter().chain([Status::internal("h2 protocol error: error reading a body")]) {
+            assert_eq!(Error::from_status(&status).reason, Reason::PeerUnavailable, "{status:?}");
+        }
+        assert_eq!(Error::from_status(&Status::internal("anything else")).reason, Reason::Internal);
+    }
+
+    #[test]
     fn an_invalid_field_names_field_value_and_what_is_allowed_and_cuts_long_values() {
         let error = invalid("spec.vcpus", 0, "1 to 64");
         assert_eq!(error.message, "spec.vcpus: \"0\" is not allowed: 1 to 64");

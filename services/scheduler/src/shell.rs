@@ -336,7 +336,7 @@ impl Effects {
                     config: Some(config.into()),
                     node_id: node_id.to_string(),
                 };
-                let result = self.create_vm(message).await;
+                let result = self.create_vm(message, reply.is_some()).await;
                 if let Some(reply) = reply {
                     let _ = reply.send(result.clone());
                 }
@@ -378,9 +378,11 @@ impl Effects {
         }
     }
 
-    async fn create_vm(&self, message: registry::CreateVmRequest) -> Result<Vm, Error> {
+    /// `for_user`: a fault of the registry's is the user's to hear of; nobody else would.
+    async fn create_vm(&self, message: registry::CreateVmRequest, for_user: bool) -> Result<Vm, Error> {
         let call = || async { self.peers.registry().create_vm(request(message.clone(), CALL_TIMEOUT)).await };
-        let vm = registry_call(call).await?.vm.ok_or_else(|| missing("vm"))?;
+        let answer = if for_user { repeat(call, may_pass).await } else { registry_call(call).await };
+        let vm = answer?.vm.ok_or_else(|| missing("vm"))?;
         Vm::try_from(vm)
     }
 
@@ -410,8 +412,16 @@ fn note<T>(what: &'static str, result: Result<T, Error>) -> Option<Input> {
     None
 }
 
-/// Repeats a call until the registry has an opinion: every mutation is idempotent.
+/// Repeats a call until the registry has an opinion: every mutation is idempotent. A fault of the registry's, such as a full
+/// disk, is none: what the engine wants done it wants once, and would wait for ever.
 async fn registry_call<T, F>(call: impl Fn() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    repeat(call, |reason| may_pass(reason) || reason == Reason::Internal).await
+}
+
+async fn repeat<T, F>(call: impl Fn() -> F, again: impl Fn(Reason) -> bool) -> Result<T, Error>
 where
     F: Future<Output = Result<tonic::Response<T>, Status>>,
 {
@@ -422,7 +432,7 @@ where
         .with_max_delay(Duration::from_secs(2))
         .with_jitter()
         .without_max_times();
-    attempt.retry(policy).when(|error| may_pass(error.reason)).await
+    attempt.retry(policy).when(|error| again(error.reason)).await
 }
 
 fn may_pass(reason: Reason) -> bool {

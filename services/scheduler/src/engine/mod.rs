@@ -425,7 +425,7 @@ impl Engine {
         if self.jobs.get(&id).is_some_and(|before| before.revision >= job.revision) {
             return;
         }
-        self.remove_job(id, job.attempt);
+        self.remove_job(&job);
         self.dirty = true;
         match job.state {
             JobState::Queued => self.queue.insert(&job),
@@ -449,7 +449,8 @@ impl Engine {
     }
 
     /// Takes a job's old copy out of everything.
-    fn remove_job(&mut self, id: JobId, next_attempt: u32) {
+    fn remove_job(&mut self, next: &Job) {
+        let id = next.id;
         self.placing.remove(&id);
         self.ending.remove(&id);
         self.queue.remove(id);
@@ -459,7 +460,7 @@ impl Engine {
         {
             self.job_on.remove(&vm_id);
         }
-        if before.attempt != next_attempt {
+        if before.attempt != next.attempt || next.state.is_terminal() {
             let attempt = before.attempt;
             self.forget_orders(&[OrderKey::Run(id, attempt), OrderKey::Cancel(id, attempt)]);
         }
@@ -536,7 +537,8 @@ impl Engine {
             }
             Err(error) if error.reason.retryable() || error.reason == Reason::DeadlineExceeded => {
                 self.wakes.insert((Timestamp(now.0 + ORDER_RETRY.as_millis() as i64), Wake::Order(key)));
-                return;
+                // Meanwhile the state may want only what waited for this answer.
+                return self.after_told(now, key);
             }
             Err(error) => error,
         };
@@ -556,7 +558,8 @@ impl Engine {
         self.after_told(now, key);
     }
 
-    /// A stop waits for the start to be answered, and a cancellation for the run: the vmhost must not meet them reversed.
+    /// A stop waits for the start to be answered, and a cancellation until the vmhost has the run: it must not meet them
+    /// reversed.
     fn after_told(&mut self, now: Timestamp, key: OrderKey) {
         match key {
             OrderKey::Start(vm_id) => self.want(now, OrderKey::Stop(vm_id)),
@@ -627,9 +630,12 @@ impl Engine {
             }
             OrderKey::Cancel(job_id, attempt) => {
                 let job = self.jobs.get(&job_id)?;
-                let runs = matches!(job.state, JobState::Assigned | JobState::Running) && job.attempt == attempt;
-                let told = !self.in_flight.contains(&OrderKey::Run(job_id, attempt));
-                let wanted = runs && told && job.cancel_requested;
+                // Of an Assigned job the vmhost knows only when it has taken the order; that it Runs is the vmhost's own word.
+                let known = match job.state {
+                    JobState::Assigned => self.told.contains(&OrderKey::Run(job_id, attempt)),
+                    state => state == JobState::Running,
+                };
+                let wanted = known && job.attempt == attempt && job.cancel_requested;
                 Some((job.node_id.clone().filter(|_| wanted)?, Order::Cancel { job_id, attempt }))
             }
         }

@@ -231,6 +231,50 @@ fn a_stop_waits_until_the_start_has_been_answered() {
     assert!(matches!(&effects[..], [Effect::Tell { order: Order::Stop { .. }, .. }]), "{effects:?}");
 }
 
+fn away() -> Result<(), Error> {
+    Err(Error::new(Reason::DeadlineExceeded, "no answer"))
+}
+
+#[test]
+fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
+    let mut engine = engine(SETTINGS);
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
+    assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
+    let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: away() });
+    assert!(matches!(&effects[..], [Effect::Tell { order: Order::Stop { .. }, .. }]), "{effects:?}");
+}
+
+/// Job 1, Assigned to VM 7 and told to run there.
+fn assigned() -> (Engine, Job, OrderKey) {
+    let mut engine = engine(SETTINGS);
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Busy)));
+    let (state, place) = (JobState::Assigned, (Some(vm_id(7)), Some(node_id())));
+    let job = Job { state, attempt: 1, vm_id: place.0, node_id: place.1, ..queued(1, 3, spec(|_| {})) };
+    let effects = engine.step(Timestamp(0), Input::Job(job.clone()));
+    assert!(matches!(&effects[..], [Effect::Tell { order: Order::Run(_), .. }]), "{effects:?}");
+    (engine, job, OrderKey::Run(job_id(1), 1))
+}
+
+fn is_cancel(effects: &[Effect]) -> bool {
+    matches!(effects, [Effect::Tell { order: Order::Cancel { .. }, .. }])
+}
+
+#[test]
+fn a_cancellation_of_a_running_job_does_not_wait_for_an_answer_that_was_lost() {
+    let (mut engine, job, run) = assigned();
+    let running = Job { state: JobState::Running, cancel_requested: true, revision: 4, ..job };
+    assert!(is_cancel(&engine.step(Timestamp(0), Input::Job(running))));
+    assert_eq!(engine.step(Timestamp(0), Input::Told { order: run, result: away() }), []);
+}
+
+#[test]
+fn what_a_vmhost_was_told_of_a_job_is_forgotten_with_the_job() {
+    let (mut engine, job, run) = assigned();
+    engine.step(Timestamp(0), Input::Told { order: run, result: Ok(()) });
+    engine.step(Timestamp(0), Input::Job(Job { state: JobState::Succeeded, revision: 4, ..job }));
+    assert!(engine.told.is_empty() && engine.in_flight.is_empty() && engine.jobs.is_empty());
+}
+
 #[test]
 fn pre_warmed_vms_are_kept_while_nothing_waits() {
     let mut engine = Engine::new(Settings { pre_warm_count: 2, ..SETTINGS });
@@ -455,7 +499,7 @@ impl World {
         for round in 0..20_000usize {
             // Many boots succeed here, so that every job can end.
             let idle = !(0..=9).any(|kind| self.happen(kind, round * 5 + 1));
-            if idle && self.effects.is_empty() && self.events.is_empty() {
+            if idle && self.effects.is_empty() && self.events.is_empty() && self.started.is_empty() {
                 return;
             }
         }

@@ -72,7 +72,7 @@ impl AttemptHandle {
         let (closed_sender, closed) = oneshot::channel();
         // An earlier vmhost has asked for what is only attached to.
         let asked = assignment.spec.is_none();
-        let pump = Pump { assignment, log, link, events, asked };
+        let pump = Pump { assignment, log, link, events, asked, heard: false };
         (Self { close, closed }, pump.run(close_receiver, closed_sender))
     }
 
@@ -90,6 +90,8 @@ struct Pump {
     events: mpsc::Sender<Event>,
     /// Whether the guest may have been asked to start it.
     asked: bool,
+    /// Whether the guest has answered on the latest connection.
+    heard: bool,
 }
 
 /// Why a conversation ended.
@@ -123,10 +125,9 @@ impl Pump {
 
     /// Talks to the guest until there is nothing more to be had from it, then waits to be closed.
     async fn converse(&mut self) {
-        let mut failing_since: Option<Instant> = None;
-        let mut pause = Duration::ZERO;
+        let mut outage = Outage::default();
         loop {
-            let before = (self.log.next_offset(), self.asked);
+            self.heard = false;
             let error = match self.attach().await {
                 Broken::Final => break,
                 Broken::Connection(error) => error,
@@ -134,18 +135,13 @@ impl Pump {
             tracing::info!(job_id = %self.assignment.job, %error, offset = self.log.next_offset(),
                 "lost the guest agent in the middle of an attempt; attaching again");
             self.link.forget();
-            if before != (self.log.next_offset(), self.asked) {
-                (failing_since, pause) = (None, Duration::ZERO);
-            }
-            let since = *failing_since.get_or_insert_with(Instant::now);
-            if since.elapsed() > AGENT_PATIENCE {
+            let Some(pause) = outage.broke(self.heard, Instant::now()) else {
                 let reason =
                     format!("the guest agent could not be reached for {} s: {error}", AGENT_PATIENCE.as_secs());
                 self.tell(Input::Lost { started: true, usable: false, reason }).await;
                 break;
-            }
+            };
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE);
         }
         std::future::pending::<()>().await;
     }
@@ -197,6 +193,7 @@ impl Pump {
                     };
                 }
             };
+            self.heard = true;
             if let Some(started) = batch.started {
                 let at = started.started_at.map_or_else(Timestamp::now, Timestamp::from);
                 self.tell(Input::Started { at }).await;
@@ -266,6 +263,27 @@ impl Pump {
     }
 }
 
+/// Since when the agent has not answered, and how long to wait before the next try.
+#[derive(Default)]
+struct Outage {
+    since: Option<Instant>,
+    pause: Duration,
+}
+
+impl Outage {
+    /// A connection broke, on which the guest had been `heard` or not: the pause before the next. `None`: patience is over.
+    /// However long the guest was heard without a word of output, an outage begins at its break.
+    fn broke(&mut self, heard: bool, now: Instant) -> Option<Duration> {
+        if heard {
+            *self = Self::default();
+        }
+        let since = *self.since.get_or_insert(now);
+        let pause = self.pause;
+        self.pause = (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE);
+        (now.duration_since(since) <= AGENT_PATIENCE).then_some(pause)
+    }
+}
+
 /// Messages that can be handled together.
 #[derive(Default)]
 struct Batch {
@@ -315,4 +333,19 @@ async fn ready_now(
         Poll::Pending => Poll::Ready(None),
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_with_an_agent_begins_anew_once_it_was_heard_though_the_job_was_silent() {
+        let (mut outage, start) = (Outage::default(), Instant::now());
+        assert_eq!(outage.broke(true, start), Some(Duration::ZERO));
+        let later = start + AGENT_PATIENCE * 10;
+        assert_eq!(outage.broke(true, later), Some(Duration::ZERO), "heard in between");
+        assert_eq!(outage.broke(false, later + AGENT_PATIENCE), Some(FIRST_PAUSE));
+        assert_eq!(outage.broke(false, later + AGENT_PATIENCE + FIRST_PAUSE), None);
+    }
 }

@@ -49,6 +49,17 @@ enum Command {
     Stop { stop: Stop, reply: Reply },
 }
 
+impl Command {
+    fn into_reply(self) -> Reply {
+        match self {
+            Self::Accepted { reply }
+            | Self::Run { reply, .. }
+            | Self::Cancel { reply, .. }
+            | Self::Stop { reply, .. } => reply,
+        }
+    }
+}
+
 type Reply = oneshot::Sender<Result<(), Error>>;
 
 /// What a driver's own tasks tell it.
@@ -202,9 +213,7 @@ impl Driver {
     async fn run(mut self, unreported: Vec<Report>, inputs: Vec<Input>) {
         if self.life.state() == VmState::Starting {
             if let Err(error) = self.begin().await {
-                tracing::error!(vm_id = %self.id, %error, "a VM could not be written down; it is not started");
-                self.host.forget(self.id);
-                return;
+                return self.refuse(&error).await;
             }
         } else {
             self.resume(unreported).await;
@@ -223,6 +232,16 @@ impl Driver {
             }
         }
         self.tasks.token().cancel();
+    }
+
+    /// Leaves nothing of a VM that could not begin, and tells those who asked for it.
+    async fn refuse(mut self, error: &std::io::Error) {
+        noted(self.id, self.dir.remove());
+        self.host.forget(self.id);
+        let error = internal(self.id, "a VM could not be written down", error);
+        while let Some(command) = self.commands.recv().await {
+            let _ = command.into_reply().send(Err(error.clone()));
+        }
     }
 
     /// Writes the intent down and starts the machine.
@@ -581,5 +600,7 @@ fn not_accepting(vm_id: VmId, state: VmState) -> Error {
 }
 
 fn internal(vm_id: VmId, what: &'static str, error: &std::io::Error) -> Error {
-    Error::internal(|error_id| tracing::error!(error_id, %vm_id, %error, what, "a node's disk failed"))
+    let fault = Error::internal(|error_id| tracing::error!(error_id, %vm_id, %error, what, "a node's disk failed"));
+    // Whose disk is full wants to read it where the job or VM is.
+    Error { message: format!("{what} on its node: {error} ({})", fault.message), ..fault }
 }

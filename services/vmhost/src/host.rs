@@ -20,6 +20,7 @@ use blixard::{
     vm::{VmConfig, VmState},
 };
 use blixard_chassis::Tasks;
+use futures::future::join_all;
 use pb::vm_host_service_server::VmHostServiceServer;
 
 use crate::{
@@ -235,8 +236,10 @@ impl Host {
     pub(crate) async fn start_vm(self: &Arc<Self>, vm_id: VmId, config: VmConfig) -> Result<(), Error> {
         self.admit(&config)?;
         let vm = self.find_or_spawn(vm_id, config)?;
-        vm.accepted().await.map_err(|error| {
-            Error::internal(|error_id| tracing::error!(error_id, %vm_id, %error, "a VM was not accepted"))
+        vm.accepted().await.map_err(|error| match error.reason {
+            // Its driver went with us: the next vmhost is asked again.
+            Reason::VmNotFound => Error::new(Reason::ShuttingDown, "this vmhost is shutting down"),
+            _ => error,
         })
     }
 
@@ -334,6 +337,14 @@ impl Host {
         vm.run(Run::new(job, attempt, spec.timeout), spec.into()).await
     }
 
+    /// Ends an attempt that some VM is just beginning, or has just ended: whichever it is meets this behind that.
+    async fn cancel_unseen(&self, job: JobId, attempt: u32) -> Result<(), Error> {
+        let vms: Vec<VmHandle> = self.vms().values().cloned().collect();
+        let answers = join_all(vms.iter().map(|vm| vm.cancel(job, attempt))).await;
+        let failed = answers.into_iter().filter_map(Result::err).find(|error| error.reason != Reason::VmNotFound);
+        failed.map_or(Ok(()), Err)
+    }
+
     /// Ends an attempt, if it runs.
     pub(crate) async fn cancel_job(&self, job: JobId, attempt: u32) -> Result<(), Error> {
         let running = self.vms().values().find(|vm| vm.view.borrow().run == Some((job, attempt))).cloned();
@@ -347,7 +358,8 @@ impl Host {
                     Err(Error::new(Reason::JobNotFound, format!("this node has no attempt {attempt} of job {job}"))
                         .with("job_id", job))
                 }
-                Ok(Fence::Running | Fence::Ended | Fence::Stale { .. }) | Err(_) => Ok(()),
+                Ok(Fence::Running) => self.cancel_unseen(job, attempt).await,
+                Ok(Fence::Ended | Fence::Stale { .. }) | Err(_) => Ok(()),
             },
         }
     }

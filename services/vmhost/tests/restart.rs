@@ -238,6 +238,20 @@ async fn damaged_records_are_cleared_away_and_reported() {
     world.assert_nothing_left().await;
 }
 
+#[tokio::test]
+async fn a_vm_that_can_not_be_written_down_is_refused_with_the_cause() {
+    let world = World::new().await;
+    let node = world.node().await;
+    let vm = VmId::random();
+    fs::write(world.vm_state_dir().join(vm.to_string()), "in the way").unwrap();
+    let start = pb::StartVmRequest { vm_id: vm.to_string(), config: Some(vm_config(VmKind::Service)) };
+    let error = node.client.clone().start_vm(start).await.unwrap_err();
+    assert!(error.message().contains("a VM could not be written down on its node: Not a directory"), "{error}");
+    assert_eq!(node.hosted().await, []);
+    fs::remove_file(world.vm_state_dir().join(vm.to_string())).unwrap();
+    world.assert_nothing_left().await;
+}
+
 /// The program itself.
 struct Program {
     child: Child,

@@ -551,7 +551,9 @@ impl Engine {
             }
             OrderKey::Run(job_id, attempt) if error.reason != Reason::StaleAttempt => {
                 let reason = format!("its node refused it: {}", error.message);
-                effects.push(Effect::LoseAttempt { job_id, attempt, started: false, reason });
+                // A fault is no refusal: nobody knows how far the node came, and without a price it would be asked for ever.
+                let started = error.reason == Reason::Internal;
+                effects.push(Effect::LoseAttempt { job_id, attempt, started, reason });
             }
             OrderKey::Run(..) | OrderKey::Cancel(..) => {}
         }

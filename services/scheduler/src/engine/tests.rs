@@ -268,6 +268,15 @@ fn a_cancellation_of_a_running_job_does_not_wait_for_an_answer_that_was_lost() {
 }
 
 #[test]
+fn an_attempt_that_its_node_refused_is_free_and_one_that_met_a_fault_of_the_node_counts() {
+    for (reason, counts) in [(Reason::VmNotAccepting, false), (Reason::Internal, true)] {
+        let (mut engine, _, order) = assigned();
+        let effects = engine.step(Timestamp(0), Input::Told { order, result: Err(Error::new(reason, "no")) });
+        assert!(matches!(effects[..], [Effect::LoseAttempt { started, .. }] if started == counts), "{effects:?}");
+    }
+}
+
+#[test]
 fn what_a_vmhost_was_told_of_a_job_is_forgotten_with_the_job() {
     let (mut engine, job, run) = assigned();
     engine.step(Timestamp(0), Input::Told { order: run, result: Ok(()) });

@@ -339,6 +339,16 @@ async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed)
     until("the process that was left has ended", || left.has_ended()).await;
 }
 
+#[tokio::test]
+async fn a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended() {
+    let Some(bed) = Bed::qemu().await else { return };
+    let launch = bed.launch();
+    drop(start(&bed.driver(), &launch).await);
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts");
+    assert!(adopted.is_none());
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
 /// A process that carries a VM's mark, as one does that vmhost started and never got to record.
 struct Sleeper(Child);
 

@@ -12,12 +12,9 @@ use std::{
     fs::File,
     io,
     os::unix::process::CommandExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,7 +22,7 @@ use blixard_chassis::Tasks;
 use rustix::process::{Pid, Resource, Rlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{UnixStream, unix::pipe},
+    net::{UnixListener, UnixStream, unix::pipe},
     sync::{mpsc, watch},
     time::Instant,
 };
@@ -44,6 +41,8 @@ pub const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 const CONSOLE_DRAIN: Duration = Duration::from_secs(2);
 /// Between two tries to reach the serial port's socket.
 const SERIAL_RETRY: Duration = Duration::from_millis(2);
+/// Between two tries to accept a knock when this process has no descriptor left for it.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Longest answer to `CONNECT`: "OK 4294967295\n".
 const MAX_ANSWER_BYTES: usize = 32;
 
@@ -70,13 +69,10 @@ pub(super) struct Kind {
 pub(super) enum Agent {
     /// It listens on this socket itself.
     Direct(&'static str),
-    /// Through a hypervisor's vsock proxy: `CONNECT <port>\n`, answered with `OK <n>\n`.
-    Hybrid {
-        /// The proxy's socket.
-        socket: &'static str,
-        /// Whether the proxy may be connected to yet, given the pids of the machine's processes, main process first.
-        ready: fn(&[ProcessId]) -> bool,
-    },
+    /// Through this socket of a hypervisor's vsock proxy: `CONNECT <port>\n`, answered with `OK <n>\n`. Not before the
+    /// agent has knocked: once it serves it connects to the host's port of the same number, and the proxy from there to
+    /// the socket `<socket>_<port>`. That file is removed then, so that its presence says: never knocked.
+    Hybrid(&'static str),
 }
 
 impl Agent {
@@ -84,7 +80,15 @@ impl Agent {
     fn retry(self) -> Duration {
         match self {
             Self::Direct(_) => Duration::from_millis(1),
-            Self::Hybrid { .. } => Duration::from_millis(20),
+            Self::Hybrid(_) => Duration::from_millis(20),
+        }
+    }
+
+    /// Where its knock arrives.
+    fn knock_socket(self, sockets: &SocketDir) -> Option<PathBuf> {
+        match self {
+            Self::Direct(_) => None,
+            Self::Hybrid(socket) => Some(sockets.for_us(&format!("{socket}_{AGENT_PORT}"))),
         }
     }
 }
@@ -98,6 +102,7 @@ pub(super) struct Starting {
     output: File,
     receiver: pipe::Receiver,
     sockets: SocketDir,
+    knocks: Option<UnixListener>,
     /// In the order of their start.
     processes: Vec<(&'static str, Held)>,
 }
@@ -115,9 +120,11 @@ impl Starting {
             .map_err(cannot(format!("record a new machine in {}", dir.display())))?;
         let (output, receiver) = console::make_output(dir).map_err(cannot("make the FIFO for output"))?;
         let sockets = SocketDir::open(dir).map_err(cannot("open the machine's directory"))?;
+        let knocks = kind.agent.knock_socket(&sockets).map(UnixListener::bind).transpose();
+        let knocks = knocks.map_err(cannot("listen for the guest agent's knock"))?;
         let recorder = Recorder::open(dir);
         let launch = launch.clone();
-        Ok(Self { kind, launch, record, recorder, output, receiver, sockets, processes: Vec::new() })
+        Ok(Self { kind, launch, record, recorder, output, receiver, sockets, knocks, processes: Vec::new() })
     }
 
     pub(super) fn sockets(&self) -> &SocketDir {
@@ -172,7 +179,7 @@ impl Starting {
         self.processes.sort_by_key(|(name, _)| rank(*name));
         let processes = self.processes.into_iter().map(|(_, process)| process).collect();
         let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder);
-        HostMachine::watch_over(core, Some(self.receiver), tasks)
+        HostMachine::watch_over(core, Some(self.receiver), self.knocks, tasks)
     }
 
     /// Something failed: ends what runs, and says what it had printed.
@@ -244,7 +251,7 @@ pub(super) async fn adopt(kind: Kind, launch: &Launch, tasks: &Tasks) -> Result<
             // A FIFO that is gone costs messages, not the machine.
             let output = console::open_output(&launch.dir)
                 .inspect_err(|error| tracing::warn!(vm_id = %launch.vm_id, %error, "no output of the adopted machine"));
-            Ok(Some(HostMachine::watch_over(core, output.ok(), tasks)))
+            Ok(Some(HostMachine::watch_over(core, output.ok(), None, tasks)))
         }
         None => sweep(launch).await.map(|_| None),
     }
@@ -274,16 +281,17 @@ struct Core {
     processes: Vec<Held>,
     sockets: SocketDir,
     recorder: Recorder,
-    /// Whether a hybrid agent's proxy has been seen ready: it stays so.
-    proxy_ready: AtomicBool,
+    /// Whether the agent has said that it serves, if it says so ([`Agent::Hybrid`]).
+    knocked: watch::Sender<bool>,
     exit: watch::Sender<Option<MachineExit>>,
 }
 
 impl Core {
     fn new(kind: Kind, launch: &Launch, processes: Vec<Held>, sockets: SocketDir, recorder: Recorder) -> Self {
         let marks = Marks::new(launch.vm_id, &launch.dir);
-        let (proxy_ready, exit) = (AtomicBool::new(false), watch::Sender::new(None));
-        Self { kind, marks, processes, sockets, recorder, proxy_ready, exit }
+        let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
+        let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
+        Self { kind, marks, processes, sockets, recorder, knocked, exit }
     }
 
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
@@ -302,7 +310,10 @@ impl Core {
             }
         }
         let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
-        Ok(Some(Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir))))
+        let core = Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir));
+        // Its knock went to nobody, or will. No job has met it, so nothing is lost with it.
+        let knocked = *core.knocked.borrow();
+        Ok(knocked.then_some(core))
     }
 
     /// Resolves when one of the processes has ended: its index.
@@ -378,6 +389,19 @@ impl Core {
         }
     }
 
+    async fn await_knock(&self, knocks: UnixListener) {
+        while let Err(error) = knocks.accept().await {
+            tracing::warn!(%error, "cannot accept a guest agent's knock");
+            tokio::time::sleep(ACCEPT_RETRY).await;
+        }
+        // First, so that whoever could reach the agent has left a machine that can be adopted.
+        let removed = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), std::fs::remove_file);
+        if let Err(error) = removed {
+            tracing::warn!(%error, "a machine that knocked cannot be marked so: a later vmhost will end it");
+        }
+        self.knocked.send_replace(true);
+    }
+
     /// Tries until the agent answers.
     async fn reach_agent(&self) -> UnixStream {
         loop {
@@ -391,14 +415,9 @@ impl Core {
     async fn try_agent(&self) -> io::Result<UnixStream> {
         match self.kind.agent {
             Agent::Direct(socket) => UnixStream::connect(self.sockets.for_us(socket)).await,
-            Agent::Hybrid { socket, ready } => {
-                if !self.proxy_ready.load(Ordering::Relaxed) {
-                    let processes: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
-                    let ready = tokio::task::spawn_blocking(move || ready(&processes)).await.unwrap_or(false);
-                    self.proxy_ready.store(ready, Ordering::Relaxed);
-                    // Even then at the next try: "ready" is what precedes readiness by a moment.
-                    return Err(io::ErrorKind::ConnectionRefused.into());
-                }
+            Agent::Hybrid(socket) => {
+                // The sender lives as long as `self`.
+                let _ = self.knocked.subscribe().wait_for(|knocked| *knocked).await;
                 connect_hybrid(&self.sockets.for_us(socket), AGENT_PORT).await
             }
         }
@@ -427,7 +446,12 @@ struct HostMachine {
 }
 
 impl HostMachine {
-    fn watch_over(core: Core, output: Option<pipe::Receiver>, tasks: &Tasks) -> Arc<dyn Machine> {
+    fn watch_over(
+        core: Core,
+        output: Option<pipe::Receiver>,
+        knocks: Option<UnixListener>,
+        tasks: &Tasks,
+    ) -> Arc<dyn Machine> {
         let machine = Self { core: Arc::new(core), tasks: tasks.child() };
         // Open for as long as one task holds its sender: as long as console bytes may come.
         let (console_guard, console_open) = mpsc::channel(1);
@@ -443,6 +467,9 @@ impl HostMachine {
                 core.record_serial(socket).await;
                 drop(console_guard);
             });
+        }
+        if let Some(knocks) = knocks {
+            machine.spawn("machine agent's knock", |core| async move { core.await_knock(knocks).await });
         }
         machine.spawn("machine console store", |core| async move { core.recorder.keep_persisting().await });
         let supervised = Tasks::clone(&machine.tasks);

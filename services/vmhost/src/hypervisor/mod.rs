@@ -40,7 +40,7 @@ pub use doctor::{Check, diagnose};
 pub use process::Process;
 pub use qemu::Qemu;
 
-/// The guest agent's vsock port.
+/// The guest agent's vsock port. The agent also connects to the host's port of this number once it serves: it knocks.
 pub const AGENT_PORT: u32 = 1024;
 
 /// What to launch.
@@ -71,8 +71,8 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// nothing of it runs. A caller that drops the future before its end does not know what runs: it must sweep.
     async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError>;
 
-    /// After a restart of vmhost: the machine launched into `launch.dir` earlier, if its main process lives. `None`: it
-    /// is dead, and every process left of it has been ended.
+    /// After a restart of vmhost: the machine launched into `launch.dir` earlier, if it lives and has been up. `None`: it
+    /// is dead or its agent was never heard of, and every process left of it has been ended.
     async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError>;
 
     /// Ends every process that belongs to `launch`, whatever was or was not recorded, and says how many there were.

@@ -11,8 +11,8 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-/// `sun_path` has 108 bytes, one of them for the final zero.
-const MAX_PATH_BYTES: usize = 107;
+/// `sun_path` has 108 bytes, one of them for the final zero, and a vsock proxy appends `_<port>` to the path it is given.
+const MAX_PATH_BYTES: usize = 107 - "_1024".len();
 
 /// A directory with sockets in it.
 #[derive(Debug)]

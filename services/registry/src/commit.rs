@@ -4,9 +4,9 @@
 //!   callers ─► queue (bounded) ─► batch ─► txn ─► rows and events after it ─► each caller's own answer
 //!                 full: OVERLOADED                      └─► newest revision, which wakes the watchers
 //! ```
-//! A caller that is alone waits for nobody. Mutations of the same row go into one commit after the other, in the order
-//! they came. A batch that SQLite refuses is rolled back whole and replayed one by one, so that nobody pays for a
-//! neighbour.
+//! A caller that is alone waits for nobody. The next commit goes to the disk while the last one is applied, read and
+//! answered. Mutations of the same row go into one commit after the other, in the order they came. A batch that SQLite
+//! refuses is rolled back whole and replayed one by one, so that nobody pays for a neighbour.
 
 use std::{
     collections::{BTreeSet, HashSet, VecDeque},
@@ -19,6 +19,7 @@ use blixard::{
     job::JobState,
     time::Timestamp,
 };
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use hiqlite::{Client, Param, rusqlite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     mutation::{Key, Mutation, Statement},
     read::{Readers, newest_revision},
-    rows::{JobRow, VmRow, find_node, text},
+    rows::{JobRow, VmRow, find_node, number, text},
     verdict::{After, Answer, Verdict, judge},
 };
 
@@ -38,6 +39,10 @@ const BATCH_MUTATIONS: usize = 1024;
 const BATCH_BYTES: usize = 1024 * 1024;
 /// How long a commit may take. A snapshot of a large database stalls one for a second.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(20);
+/// Commits at once: one on its way to the disk while the one before it is applied, read and answered.
+const COMMITS_UNDER_WAY: usize = 2;
+/// A commit of no more rows than this is read where it was made: another thread would take longer to begin.
+const READ_HERE: usize = 16;
 /// How often a mutation whose guard was overtaken in its own commit is tried again.
 const TRIES: u32 = 5;
 
@@ -76,11 +81,13 @@ impl CommitHandle {
 
 /// The task that commits.
 pub(crate) struct CommitDriver {
-    client: Client,
-    readers: Arc<Readers>,
+    committer: Committer,
     queue: mpsc::Receiver<Unit>,
     newest: watch::Sender<u64>,
     waiting: VecDeque<Unit>,
+    under_way: FuturesUnordered<BoxFuture<'static, Done>>,
+    /// The rows of the commits under way: what shares one with them waits.
+    taken: HashSet<Key>,
 }
 
 /// Why a commit did not take place, or may not have.
@@ -96,73 +103,149 @@ impl CommitDriver {
     pub(crate) fn new(client: Client, readers: Arc<Readers>, revision: u64) -> (Self, CommitHandle) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let (newest, watch) = watch::channel(revision);
-        let driver = Self { client, readers, queue, newest, waiting: VecDeque::new() };
+        let driver = Self {
+            committer: Committer { client, readers },
+            queue,
+            newest,
+            waiting: VecDeque::new(),
+            under_way: FuturesUnordered::new(),
+            taken: HashSet::new(),
+        };
         (driver, CommitHandle { queue: sender, newest: watch })
     }
 
-    /// Commits until `stop` is cancelled; who waits then is told SHUTTING_DOWN.
+    /// Commits until `stop` is cancelled; who waits then is told SHUTTING_DOWN, once the commits under way are answered.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
-            if self.waiting.is_empty() {
-                let first = tokio::select! {
-                    first = self.queue.recv() => first,
-                    () = stop.cancelled() => None,
-                };
-                let Some(first) = first else { break };
-                self.waiting.push_back(first);
-            } else if stop.is_cancelled() {
-                break;
+            tokio::select! {
+                biased;
+                Some(done) = self.under_way.next() => self.settle(done),
+                () = stop.cancelled() => break,
+                unit = self.queue.recv(), if self.waiting.len() < QUEUE => match unit {
+                    Some(unit) => self.waiting.push_back(unit),
+                    None => break,
+                },
             }
             while self.waiting.len() < QUEUE
                 && let Ok(unit) = self.queue.try_recv()
             {
                 self.waiting.push_back(unit);
             }
-            let now = Timestamp::now();
-            let batch = take_batch(&mut self.waiting, now);
-            self.commit(batch).await;
+            self.begin_commits();
         }
         self.queue.close();
+        while let Some(done) = self.under_way.next().await {
+            self.settle(done);
+        }
         while let Some(unit) = self.waiting.pop_front().or_else(|| self.queue.try_recv().ok()) {
             let _ = unit.reply.send(Err(shutting_down()));
         }
     }
 
-    async fn commit(&mut self, mut batch: Batch) {
+    /// Begins as many commits as may be under way at once.
+    fn begin_commits(&mut self) {
+        while self.under_way.len() < COMMITS_UNDER_WAY && !self.waiting.is_empty() {
+            let batch = take_batch(&mut self.waiting, &self.taken, Timestamp::now());
+            if batch.units.is_empty() {
+                break;
+            }
+            self.taken.extend(batch.units.iter().flat_map(|(unit, _)| unit.mutation.keys()));
+            let seen = *self.newest.borrow();
+            self.under_way.push(self.committer.clone().commit(batch, seen).boxed());
+        }
+    }
+
+    /// Tells the log and the watchers of a commit, and answers. Commits may end in any order: each shows the database as
+    /// it was at one time after it, so `newest` and the log never skip a revision and never go back.
+    fn settle(&mut self, done: Done) {
+        let seen = *self.newest.borrow();
+        done.events.iter().filter(|event| event.revision > seen).for_each(Event::log);
+        if done.newest > seen {
+            self.newest.send_replace(done.newest);
+        }
+        for (mut unit, verdict) in done.units.into_iter().rev() {
+            for key in unit.mutation.keys() {
+                self.taken.remove(&key);
+            }
+            match verdict {
+                Verdict::Accepted(answer) => drop(unit.reply.send(Ok(answer))),
+                Verdict::Denied(error) => drop(unit.reply.send(Err(error))),
+                Verdict::Again if unit.tries < TRIES => {
+                    unit.tries += 1;
+                    self.waiting.push_front(unit);
+                }
+                Verdict::Again => {
+                    let log = |id: &str| tracing::error!(error_id = id, mutation = ?unit.mutation, "a change stays undecided");
+                    let _ = unit.reply.send(Err(Error::internal(log)));
+                }
+            }
+        }
+    }
+}
+
+/// A commit that is over: what its mutations came to, the events since its driver last looked and the newest revision.
+#[derive(Default)]
+struct Done {
+    units: Vec<(Unit, Verdict)>,
+    events: Vec<Event>,
+    newest: u64,
+}
+
+impl Done {
+    fn refused(units: Vec<(Unit, usize)>, error: &Error) -> Self {
+        let deny = |(unit, _)| (unit, Verdict::Denied(error.clone()));
+        Self { units: units.into_iter().map(deny).collect(), ..Self::default() }
+    }
+
+    /// Adds what a later commit came to.
+    fn add(&mut self, later: Self) {
+        self.units.extend(later.units);
+        self.events.extend(later.events);
+        self.newest = self.newest.max(later.newest);
+    }
+}
+
+/// Carries out one commit.
+#[derive(Clone)]
+struct Committer {
+    client: Client,
+    readers: Arc<Readers>,
+}
+
+impl Committer {
+    async fn commit(self, mut batch: Batch, seen: u64) -> Done {
         let changes = batch.units.len();
         let begun = Instant::now();
         match self.propose(std::mem::take(&mut batch.statements)).await {
             Ok(counts) => {
                 let committed = begun.elapsed();
-                self.settle(batch.units, &counts).await;
-                tracing::debug!(changes, ?committed, answered = ?begun.elapsed(), "group commit");
+                let done = self.read(batch.units, &counts, seen).await;
+                tracing::debug!(changes, ?committed, read = ?begun.elapsed(), "group commit");
+                done
             }
-            Err(Fault::Unknown(error)) => batch.refuse(&error),
-            Err(Fault::RolledBack(error)) if batch.units.len() == 1 => {
-                batch
-                    .refuse(&Error::internal(|id| tracing::error!(error_id = id, %error, "registry refused a change")));
-            }
+            Err(Fault::Unknown(error)) => Done::refused(batch.units, &error),
+            Err(Fault::RolledBack(error)) if changes == 1 => Done::refused(batch.units, &refusal(&error)),
             Err(Fault::RolledBack(error)) => {
-                tracing::warn!(%error, changes = batch.units.len(), "a group commit was rolled back; replaying its changes");
-                self.replay(batch.units).await;
+                tracing::warn!(%error, changes, "a group commit was rolled back; replaying its changes");
+                self.replay(batch.units, seen).await
             }
         }
     }
 
     /// Commits units one by one.
-    async fn replay(&mut self, units: Vec<(Unit, usize)>) {
+    async fn replay(&self, units: Vec<(Unit, usize)>, seen: u64) -> Done {
+        let mut all = Done { newest: seen, ..Done::default() };
         for (unit, _) in units {
             let statements = unit.mutation.statements(Timestamp::now());
-            let last = statements.len() - 1;
-            match self.propose(statements).await {
-                Ok(counts) => self.settle(vec![(unit, last)], &counts).await,
-                Err(Fault::Unknown(error)) => drop(unit.reply.send(Err(error))),
-                Err(Fault::RolledBack(error)) => {
-                    let log = |id: &str| tracing::error!(error_id = id, %error, "registry refused a change");
-                    let _ = unit.reply.send(Err(Error::internal(log)));
-                }
-            }
+            let units = vec![(unit, statements.len() - 1)];
+            let done = match self.propose(statements).await {
+                Ok(counts) => self.read(units, &counts, all.newest).await,
+                Err(Fault::Unknown(error)) => Done::refused(units, &error),
+                Err(Fault::RolledBack(error)) => Done::refused(units, &refusal(&error)),
+            };
+            all.add(done);
         }
+        all
     }
 
     /// One Raft entry. Returns the number of rows that each statement changed.
@@ -187,35 +270,27 @@ impl CommitDriver {
         })
     }
 
-    /// Reads what a commit left, tells the log and the watchers, and answers.
-    async fn settle(&mut self, units: Vec<(Unit, usize)>, counts: &[usize]) {
+    /// Reads what a commit left and judges its mutations.
+    async fn read(&self, units: Vec<(Unit, usize)>, counts: &[usize], seen: u64) -> Done {
         let keys: BTreeSet<_> = units.iter().flat_map(|(unit, _)| unit.mutation.keys()).collect();
-        let seen = *self.newest.borrow();
-        let (after, events, newest) =
-            match self.readers.read(move |connection| read_after(connection, keys, seen)).await {
-                Ok(read) => read,
-                Err(error) => {
-                    units.into_iter().for_each(|(unit, _)| drop(unit.reply.send(Err(error.clone()))));
-                    return;
-                }
-            };
-        events.iter().for_each(Event::log);
-        self.newest.send_replace(newest);
-        for (mut unit, last) in units.into_iter().rev() {
-            match judge(&unit.mutation, counts.get(last).copied().unwrap_or(0), &after) {
-                Verdict::Accepted(answer) => drop(unit.reply.send(Ok(answer))),
-                Verdict::Denied(error) => drop(unit.reply.send(Err(error))),
-                Verdict::Again if unit.tries < TRIES => {
-                    unit.tries += 1;
-                    self.waiting.push_front(unit);
-                }
-                Verdict::Again => {
-                    let log = |id: &str| tracing::error!(error_id = id, mutation = ?unit.mutation, "a change stays undecided");
-                    let _ = unit.reply.send(Err(Error::internal(log)));
-                }
+        let few = keys.len() <= READ_HERE;
+        let read = move |connection: &rusqlite::Connection| read_after(connection, keys, seen);
+        let read = if few { self.readers.read_here(read) } else { self.readers.read(read).await };
+        match read {
+            Ok((after, events, newest)) => {
+                let judge = |(unit, last): (Unit, usize)| {
+                    let verdict = judge(&unit.mutation, counts.get(last).copied().unwrap_or(0), &after);
+                    (unit, verdict)
+                };
+                Done { units: units.into_iter().map(judge).collect(), events, newest }
             }
+            Err(error) => Done::refused(units, &error),
         }
     }
+}
+
+fn refusal(error: &hiqlite::Error) -> Error {
+    Error::internal(|id| tracing::error!(error_id = id, %error, "registry refused a change"))
 }
 
 /// What one commit holds: each unit with the index of its last statement.
@@ -224,21 +299,16 @@ struct Batch {
     statements: Vec<Statement>,
 }
 
-impl Batch {
-    fn refuse(self, error: &Error) {
-        self.units.into_iter().for_each(|(unit, _)| drop(unit.reply.send(Err(error.clone()))));
-    }
-}
-
-/// Takes as much as one commit may hold, leaving behind what shares a row with something before it.
-fn take_batch(waiting: &mut VecDeque<Unit>, now: Timestamp) -> Batch {
+/// Takes as much as one commit may hold, leaving behind what shares a row with something before it: in this commit, or in
+/// one under way, whose rows are `under_way`.
+fn take_batch(waiting: &mut VecDeque<Unit>, under_way: &HashSet<Key>, now: Timestamp) -> Batch {
     let mut batch = Batch { units: Vec::new(), statements: Vec::new() };
     let mut taken: HashSet<Key> = HashSet::new();
     let mut bytes = 0;
     let mut left = VecDeque::new();
     while let Some(unit) = waiting.pop_front() {
         let keys = unit.mutation.keys();
-        let free = keys.iter().all(|key| !taken.contains(key));
+        let free = keys.iter().all(|key| !taken.contains(key) && !under_way.contains(key));
         // The rows of one that stays behind are taken too: what comes later must not overtake it.
         taken.extend(keys);
         if !free {
@@ -274,6 +344,7 @@ fn size((sql, params): &Statement) -> usize {
 
 /// An event of a commit, as far as the log tells of it.
 struct Event {
+    revision: u64,
     entity: String,
     from: String,
     to: String,
@@ -284,7 +355,7 @@ struct Event {
 impl Event {
     /// The lines that the usage guide promises.
     fn log(&self) {
-        let Self { entity, from, to, job_id, vm_id } = self;
+        let Self { entity, from, to, job_id, vm_id, .. } = self;
         match (entity.as_str(), from.as_str(), to.as_str()) {
             ("vm", "", state) => tracing::info!(%vm_id, %state, "VM registered"),
             ("vm", _, "") => tracing::info!(%vm_id, "VM purged"),
@@ -310,7 +381,7 @@ fn read_after(
             Key::Node(id) => drop(find_node(connection, id.as_str())?.map(|node| after.nodes.insert(id, node))),
         }
     }
-    let sql = "SELECT entity, from_state, to_state, job_id, vm_id FROM events WHERE revision > ?1 ORDER BY revision";
+    let sql = "SELECT entity, from_state, to_state, job_id, vm_id, revision FROM events WHERE revision > ?1 ORDER BY revision";
     let mut statement = connection.prepare_cached(sql)?;
     let event = |row: &rusqlite::Row<'_>| {
         Ok(Event {
@@ -319,6 +390,7 @@ fn read_after(
             to: text(row, 2)?,
             job_id: text(row, 3)?,
             vm_id: text(row, 4)?,
+            revision: number(row, 5)?,
         })
     };
     let events = statement.query_map([i64::try_from(seen).unwrap_or(i64::MAX)], event)?.collect::<Result<_, _>>()?;
@@ -350,7 +422,7 @@ mod tests {
         let mut waiting: VecDeque<_> = mutations.into_iter().map(unit).collect();
         let mut batches = Vec::new();
         while !waiting.is_empty() {
-            let batch = take_batch(&mut waiting, Timestamp(0));
+            let batch = take_batch(&mut waiting, &HashSet::new(), Timestamp(0));
             assert!(!batch.units.is_empty());
             assert!(batch.units.len() == 1 || batch.statements.iter().map(size).sum::<usize>() <= BATCH_BYTES);
             batches.push(batch.units.into_iter().map(|(unit, _)| unit.mutation.keys()).collect());
@@ -367,6 +439,18 @@ mod tests {
         let taken = batches(vec![assign(a), assign(b), cancel(c), cancel(b)]);
         let (vm, a, b, c) = (Key::Vm(vm_id), Key::Job(a), Key::Job(b), Key::Job(c));
         assert_eq!(taken, [vec![vec![a, vm.clone()], vec![c]], vec![vec![b.clone(), vm]], vec![vec![b]]]);
+    }
+
+    #[test]
+    fn rows_of_a_commit_under_way_wait_and_are_not_overtaken() {
+        let [a, b] = [JobId::random(), JobId::random()];
+        let vm_id = VmId::random();
+        let assign = Mutation::AssignJob { job_id: a, vm_id, attempt: 1 };
+        let mut waiting = [assign, cancel(a), cancel(b)].map(unit).into();
+        let batch = take_batch(&mut waiting, &HashSet::from([Key::Vm(vm_id)]), Timestamp(0));
+        let keys: Vec<_> = batch.units.iter().flat_map(|(unit, _)| unit.mutation.keys()).collect();
+        assert_eq!(keys, [Key::Job(b)]);
+        assert_eq!(waiting.len(), 2);
     }
 
     #[test]

@@ -12,8 +12,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::failure::Failure;
 use crate::ControlPlane;
 
-/// Ours at info; those below only when something is wrong (the SQL writer warns of every first start and shutdown).
-const LOG_FILTER: &str = "info,hiqlite=warn,hiqlite::store::state_machine::sqlite::writer=error,hiqlite_wal=warn,openraft=error,h2=warn,hyper=warn";
 /// Worker threads: the work is short and mostly waits, and memory grows with every thread.
 const MAX_WORKERS: usize = 8;
 /// The count of VMs in the farewell must not hold up the exit.
@@ -21,7 +19,7 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs the control plane until SIGINT or SIGTERM.
 pub(crate) fn serve(config: Config) -> Result<ExitCode, Failure> {
-    blixard_chassis::telemetry::init(LOG_FILTER);
+    blixard_chassis::telemetry::init(&format!("info,{},h2=warn,hyper=warn", blixard_registry::LOG_DIRECTIVES));
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(cores.clamp(2, MAX_WORKERS)).enable_all().build()?;

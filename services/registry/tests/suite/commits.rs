@@ -1,10 +1,10 @@
 //! Group commit: everybody gets their own answer.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use blixard::{
     job::JobState,
-    pb::registry::v1 as wire,
+    pb::registry::v1::{self as wire, watch_response::Message},
     vm::{VmKind, VmState},
 };
 use hiqlite::rusqlite::Connection;
@@ -153,5 +153,52 @@ async fn many_jobs_on_few_vms_keep_job_and_vm_in_step() {
     );
     // Creations and first steps, then four changes of jobs and two of VMs for each job.
     assert_eq!(counts.revision, 4 * 2 + 40 * 6);
+    kit.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_sees_each_revision_once_and_in_order_while_many_write_the_same_rows() {
+    const WRITERS: usize = 64;
+    const JOBS_EACH: usize = 5;
+    let mut kit = Kit::start().await;
+    let vm = kit.vm_in(VmKind::Service, VmState::Ready).await;
+    let first = kit.vm(&vm).await.revision + 1;
+    let mut watch = kit.client.watch(wire::WatchRequest { start_revision: first }).await.unwrap().into_inner();
+
+    let mut writers = tokio::task::JoinSet::new();
+    for _ in 0..WRITERS {
+        let (mut client, vm) = (kit.client.clone(), vm.clone());
+        writers.spawn(async move {
+            let mut newest = 0;
+            for _ in 0..JOBS_EACH {
+                let id = uuid();
+                let created = client.create_job(create_job(&id)).await.unwrap().into_inner().job.unwrap();
+                // All writers want the one VM; who gets it gives it back.
+                let assigned = client.assign_job(assign(&id, &vm, 1)).await;
+                if assigned.is_ok() {
+                    client.finish_attempt(finished(&id, 1, JobState::Succeeded)).await.unwrap();
+                }
+                let request = wire::CancelJobRequest { job_id: id, ..Default::default() };
+                let ended = client.cancel_job(request).await.unwrap().into_inner().job.unwrap();
+                assert!(created.revision > newest && ended.revision > created.revision);
+                newest = ended.revision;
+            }
+            newest
+        });
+    }
+    let mut last = 0;
+    while let Some(newest) = writers.join_next().await {
+        last = last.max(newest.unwrap());
+    }
+    let mut expected = first;
+    while expected <= last {
+        let message = tokio::time::timeout(Duration::from_secs(60), watch.message()).await.unwrap().unwrap().unwrap();
+        if let Some(Message::Event(_)) = message.message {
+            assert_eq!(message.revision, expected);
+            expected += 1;
+        }
+    }
+    assert!(last - first >= (2 * WRITERS * JOBS_EACH) as u64 - 1);
+    drop(watch);
     kit.stop().await;
 }

@@ -29,7 +29,7 @@ use tracing::Instrument as _;
 
 /// Ours fires this much (or a tenth of the timeout) before the caller's, so that the answer that names the reason arrives
 /// before the caller's own timer, and tonic's, cut the call.
-const MARGIN: Duration = Duration::from_millis(10);
+const MARGIN: Duration = Duration::from_millis(25);
 
 /// When a call must be answered; in the extensions of every request.
 #[derive(Debug, Clone, Copy)]
@@ -219,7 +219,32 @@ fn shutting_down() -> Status {
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt as _;
+
     use super::*;
+
+    /// What a server answers to a call that its handler never does.
+    async fn answer_to_silence(timeout: &'static str, token: CancellationToken) -> Status {
+        let silent = tower::service_fn(|_: Request<Body>| std::future::pending::<Result<Response<Body>, Status>>());
+        let request = Request::builder().uri("/p.S/M").header("grpc-timeout", timeout).body(Body::empty());
+        let answer = AdmissionLayer::new(token).layer(silent).oneshot(request.expect("a request")).await;
+        Status::from_header_map(answer.expect("an answer").headers()).expect("a status")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_missed_deadline_is_answered_as_deadline_exceeded_before_the_callers_own_timer() {
+        let began = tokio::time::Instant::now();
+        let status = answer_to_silence("500m", CancellationToken::new()).await;
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+        assert_eq!(Error::from_status(&status).reason, Reason::DeadlineExceeded);
+        assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_malformed_timeout_is_refused() {
+        let status = answer_to_silence("soon", CancellationToken::new()).await;
+        assert_eq!(Error::from_status(&status).reason, Reason::InvalidField, "{status:?}");
+    }
 
     #[test]
     fn timeouts_parse_as_the_grpc_protocol_says() {

@@ -108,7 +108,7 @@ impl VmHandle {
         self.ask(|reply| Command::Cancel { job, attempt, reply }).await
     }
 
-    /// Ends the VM; returns when that is on disk.
+    /// Ends the VM; returns when that is on disk, if the disk takes it.
     pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
         let stop = Stop { deadline: after(Timestamp::now(), grace), reason };
         self.ask(|reply| Command::Stop { stop, reply }).await
@@ -329,12 +329,9 @@ impl Driver {
                 let _ = reply.send(Ok(()));
             }
             Command::Stop { stop, reply } => {
-                let answer = self.intend_stop(&stop).await;
-                let stopping = answer.is_ok();
-                let _ = reply.send(answer);
-                if stopping {
-                    self.step(Input::Stop(stop)).await;
-                }
+                self.intend_stop(&stop).await;
+                let _ = reply.send(Ok(()));
+                self.step(Input::Stop(stop)).await;
             }
         }
     }
@@ -366,14 +363,13 @@ impl Driver {
         Ok(Some(log))
     }
 
-    async fn intend_stop(&mut self, stop: &Stop) -> Result<(), Error> {
+    /// A full disk does not keep a VM alive: ending it makes room, and whoever wants its end asks again after a crash.
+    async fn intend_stop(&mut self, stop: &Stop) {
         // One that is on disk stays as it is: only its deadline may shrink, and that is not worth another write.
-        if self.record.stop.is_some() || self.life.state().is_terminal() {
-            return Ok(());
+        if self.record.stop.is_none() && !self.life.state().is_terminal() {
+            self.record.stop = Some(stop.clone());
+            noted(self.id, self.dir.intend_vm(&self.record).await);
         }
-        self.record.stop = Some(stop.clone());
-        let written = self.dir.intend_vm(&self.record).await;
-        written.map_err(|error| internal(self.id, "a VM's end could not be written down", &error))
     }
 
     async fn step(&mut self, input: Input) {

@@ -252,6 +252,19 @@ async fn a_vm_that_can_not_be_written_down_is_refused_with_the_cause() {
     world.assert_nothing_left().await;
 }
 
+#[tokio::test]
+async fn a_vm_is_stopped_though_its_end_can_not_be_written_down() {
+    let world = World::new().await;
+    let node = world.node().await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    // What a record is first written to can't be.
+    let beside = world.vm_state_dir().join(vm.to_string()).join("vm.tmp");
+    fs::create_dir(&beside).unwrap();
+    node.stop_vm(vm, Some(0)).await.unwrap();
+    world.wait_vm(vm, VmState::Terminated).await;
+    world.assert_nothing_left().await;
+}
+
 /// The program itself.
 struct Program {
     child: Child,

@@ -535,7 +535,7 @@ impl Engine {
                 self.told.insert(key);
                 return self.after_told(now, key);
             }
-            Err(error) if error.reason.retryable() || error.reason == Reason::DeadlineExceeded => {
+            Err(error) if asked_again(key, error.reason) => {
                 self.wakes.insert((Timestamp(now.0 + ORDER_RETRY.as_millis() as i64), Wake::Order(key)));
                 // Meanwhile the state may want only what waited for this answer.
                 return self.after_told(now, key);
@@ -869,6 +869,13 @@ impl Engine {
         }
         None
     }
+}
+
+/// Whether an order that was answered like this is given again. One to stop is, until the node has no such VM: a VM that is
+/// given up while it lives is never ended.
+fn asked_again(key: OrderKey, reason: Reason) -> bool {
+    let must_end = matches!(key, OrderKey::Stop(_)) && reason == Reason::Internal;
+    must_end || reason.retryable() || reason == Reason::DeadlineExceeded
 }
 
 fn is_ours(config: &VmConfig) -> bool {

@@ -244,6 +244,15 @@ fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
     assert!(matches!(&effects[..], [Effect::Tell { order: Order::Stop { .. }, .. }]), "{effects:?}");
 }
 
+#[test]
+fn a_stop_that_met_a_fault_of_the_node_is_given_again_and_the_vm_not_given_up() {
+    let mut engine = engine(SETTINGS);
+    let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Draining)));
+    let fault = Err(Error::new(Reason::Internal, "a full disk"));
+    assert_eq!(engine.step(Timestamp(0), Input::Told { order: OrderKey::Stop(vm_id(7)), result: fault }), []);
+    assert_eq!(engine.step(engine.next_wake().expect("a retry"), Input::Tick), effects);
+}
+
 /// Job 1, Assigned to VM 7 and told to run there.
 fn assigned() -> (Engine, Job, OrderKey) {
     let mut engine = engine(SETTINGS);

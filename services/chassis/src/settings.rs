@@ -47,7 +47,9 @@ pub fn add_flags(mut command: Command) -> Command {
     for setting in config::SETTINGS {
         let help = format!("{} ({}) [env: {}]", setting.help, setting.allowed, setting.env);
         let arg = Arg::new(setting.flag).long(setting.flag).value_name("VALUE").help(help);
-        command = command.arg(arg.allow_hyphen_values(true).help_heading(HEADING));
+        // As everywhere, the last of several wins.
+        let arg = arg.overrides_with(setting.flag).allow_hyphen_values(true);
+        command = command.arg(arg.help_heading(HEADING));
     }
     command
 }

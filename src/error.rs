@@ -39,7 +39,7 @@ impl Reason {
     pub fn code(self) -> Code {
         match self {
             Self::Unspecified | Self::Internal => Code::Internal,
-            Self::InvalidField | Self::RequestIdReused => Code::InvalidArgument,
+            Self::InvalidField | Self::RequestIdReused | Self::QueryRefused => Code::InvalidArgument,
             Self::VmNotFound | Self::JobNotFound | Self::NodeNotFound | Self::LogNotFound => Code::NotFound,
             Self::IllegalTransition
             | Self::StaleAttempt
@@ -48,7 +48,7 @@ impl Reason {
             | Self::VmNotAccepting
             | Self::GuestRefused => Code::FailedPrecondition,
             Self::StaleGeneration => Code::Aborted,
-            Self::Overloaded => Code::ResourceExhausted,
+            Self::Overloaded | Self::QueryBudgetExceeded => Code::ResourceExhausted,
             Self::OffsetBeyondEnd | Self::RevisionCompacted => Code::OutOfRange,
             Self::PeerUnavailable | Self::ShuttingDown => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
@@ -181,7 +181,7 @@ mod tests {
             assert_eq!(retry, reason == Reason::Overloaded, "{reason:?}");
             seen += 1;
         }
-        assert_eq!(seen, 20, "a reason was added or lost: keep the list in error.proto without holes");
+        assert_eq!(seen, 22, "a reason was added or lost: keep the list in error.proto without holes");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!   service ── parse, one call, encode
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
+//!     ├─► query ── users' SQL, on threads of their own, within budgets
 //!     └─► watch ── a cursor into the events table
 //! ```
 //! Architecture invariants: every change writes its event in the same transaction (triggers, [`schema`]); an answered
@@ -13,7 +14,10 @@
 mod commit;
 mod embedded;
 mod list;
+mod memory;
 mod mutation;
+mod query;
+mod query_rules;
 mod read;
 mod rows;
 mod schema;
@@ -28,7 +32,7 @@ use blixard::{limits, pb::registry::v1::registry_service_server::RegistryService
 use blixard_chassis::Tasks;
 
 pub use crate::service::Service;
-use crate::{commit::CommitDriver, embedded::Embedded, read::Readers};
+use crate::{commit::CommitDriver, embedded::Embedded, query::Queries, read::Readers};
 
 /// Time for the commit that is under way when the registry is shut down.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
@@ -107,7 +111,9 @@ impl Registry {
         let (driver, commits) = CommitDriver::new(embedded.client.clone(), readers.clone(), revision);
         let committer = Tasks::new();
         committer.spawn("registry committer", driver.run(committer.token().clone()));
-        let service = Service { commits, readers, stop: tasks.token().clone() };
+        let stop = tasks.token().clone();
+        let queries = Queries::new(embedded.database.clone(), stop.clone());
+        let service = Service { commits, readers, queries, stop };
         Ok(Self { service, embedded, committer })
     }
 

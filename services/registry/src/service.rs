@@ -23,6 +23,7 @@ use crate::{
     commit::CommitHandle,
     list::{self, Filter, List, PageRequest},
     mutation::{Mutation, Outcome},
+    query::Queries,
     read::{Readers, newest_revision},
     rows::{JobRow, VmRow, number},
     verdict::{Answer, job_not_found, vm_not_found},
@@ -39,6 +40,7 @@ const MAX_PURGE_IDS: usize = 1000;
 pub struct Service {
     pub(crate) commits: CommitHandle,
     pub(crate) readers: Arc<Readers>,
+    pub(crate) queries: Arc<Queries>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -257,6 +259,12 @@ impl RegistryService for Service {
         let start = request.into_inner().start_revision;
         let watcher = Watcher::begin(self.readers.clone(), self.commits.newest(), self.stop.clone(), start).await?;
         Ok(Response::new(Box::pin(watcher.stream())))
+    }
+
+    type QueryStream = Pin<Box<dyn Stream<Item = Result<wire::QueryResponse, Status>> + Send>>;
+
+    async fn query(&self, request: Request<wire::QueryRequest>) -> Answered<Self::QueryStream> {
+        Ok(Response::new(Box::pin(self.queries.start(request.into_inner())?)))
     }
 }
 

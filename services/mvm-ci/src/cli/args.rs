@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Job(JobArgs),
     /// VMs: create, list, look at, stop, purge.
     Vm(VmArgs),
+    /// Ask the registry in SQL: one read-only statement on the tables of docs/SCHEMA.md.
+    Sql(SqlArgs),
     /// Count VMs, jobs and nodes.
     Stats,
     /// Say what this machine can run and how to mend what it cannot.
@@ -282,6 +284,19 @@ pub(crate) struct VmStopArgs {
     /// Wait until they have ended.
     #[arg(long)]
     pub(crate) wait: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct SqlArgs {
+    /// The statement.
+    #[arg(value_name = "STATEMENT")]
+    pub(crate) statement: String,
+    /// Value of the next ? in it: NULL, a number, or text ('7' is text); may be repeated.
+    #[arg(long, allow_hyphen_values = true, value_name = "V")]
+    pub(crate) param: Vec<String>,
+    /// Cut the answer after this many rows, at most 100000.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rows: Option<u32>,
 }
 
 /// Parses the command line.

@@ -7,7 +7,10 @@ use blixard::{
     error::{DOMAIN, Error, Reason, invalid},
     job::Job,
     limits,
-    pb::scheduler::v1::{self as pb, scheduler_service_client::SchedulerServiceClient},
+    pb::{
+        registry::v1::{self as registry, registry_service_client::RegistryServiceClient},
+        scheduler::v1::{self as pb, scheduler_service_client::SchedulerServiceClient},
+    },
 };
 use tonic::{
     Code, Request, Response, Status,
@@ -24,10 +27,11 @@ const RETRIES: usize = 12;
 
 type Stub = SchedulerServiceClient<Channel>;
 
-/// A client of the scheduler's contract.
+/// A client of the scheduler's contract, and of the registry's queries.
 #[derive(Clone)]
 pub(crate) struct Client {
     stub: Stub,
+    registry: RegistryServiceClient<Channel>,
 }
 
 impl Client {
@@ -38,10 +42,11 @@ impl Client {
             .filter(|parsed| parsed.uri().scheme_str() == Some("http") && parsed.uri().host().is_some())
             .ok_or_else(|| invalid("endpoint", endpoint, "http://host:port"))?;
         let channel = blixard_chassis::client::tune(parsed).connect().await.map_err(|_| unreachable(endpoint))?;
+        let registry = RegistryServiceClient::new(channel.clone()).max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
         let stub = Stub::new(channel)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-        Ok(Self { stub })
+        Ok(Self { stub, registry })
     }
 
     /// A unary call that may be repeated: each of the contract's may, as mutations carry ids.
@@ -71,6 +76,14 @@ impl Client {
     pub(crate) async fn watch_job(&self, job_id: &str) -> Result<tonic::Streaming<pb::WatchJobResponse>, Status> {
         let request = pb::WatchJobRequest { job_id: job_id.to_owned() };
         Ok(self.stub.clone().watch_job(request).await?.into_inner())
+    }
+
+    /// Starts a query; not repeated here.
+    pub(crate) async fn query(
+        &self,
+        request: registry::QueryRequest,
+    ) -> Result<tonic::Streaming<registry::QueryResponse>, Status> {
+        Ok(self.registry.clone().query(request).await?.into_inner())
     }
 
     /// Opens a job's log; not repeated here.

@@ -14,6 +14,7 @@ mod output;
 mod progress;
 mod run;
 mod serve;
+mod sql;
 mod stats;
 mod vm;
 
@@ -67,6 +68,9 @@ fn dispatch(arguments: Arguments, printer: &Printer) -> Result<ExitCode, Failure
             block_on(async { job::job(Client::connect(&endpoint).await?, args, printer).await })
         }
         Some(Command::Vm(args)) => block_on(async { vm::vm(Client::connect(&endpoint).await?, args, printer).await }),
+        Some(Command::Sql(args)) => {
+            block_on(async { sql::sql(Client::connect(&endpoint).await?, args, printer).await })
+        }
         Some(Command::Stats) => block_on(async { stats::stats(Client::connect(&endpoint).await?, printer).await }),
     }
 }

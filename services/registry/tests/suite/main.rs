@@ -4,5 +4,6 @@
 mod commits;
 mod kit;
 mod lists;
+mod queries;
 mod restarts;
 mod tables;

@@ -226,6 +226,10 @@ impl RegistryService for FakeRegistry {
     async fn get_counts(&self, _: Request<pb::GetCountsRequest>) -> Answer<pb::GetCountsResponse> {
         unused()
     }
+    type QueryStream = BoxStream<'static, Result<pb::QueryResponse, Status>>;
+    async fn query(&self, _: Request<pb::QueryRequest>) -> Answer<Self::QueryStream> {
+        unused()
+    }
     type WatchStream = BoxStream<'static, Result<pb::WatchResponse, Status>>;
     async fn watch(&self, _: Request<pb::WatchRequest>) -> Answer<Self::WatchStream> {
         unused()

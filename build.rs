@@ -9,6 +9,7 @@ const PROTOS: &[&str] = &[
     "blixard/common/v1/vm.proto",
     "blixard/guest/v1/guest.proto",
     "blixard/registry/v1/registry.proto",
+    "blixard/registry/v1/replica.proto",
     "blixard/scheduler/v1/scheduler.proto",
     "blixard/vmhost/v1/vmhost.proto",
 ];

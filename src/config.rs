@@ -8,6 +8,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf};
 use crate::{
     id::{NAME_ALLOWED, NodeId},
     limits,
+    replica::{REPLICAS_ALLOWED, Replicas},
     vm::Defaults,
 };
 
@@ -20,6 +21,8 @@ pub struct Config {
     pub firecracker: FirecrackerConfig,
     /// Where things are stored.
     pub storage: StorageConfig,
+    /// Whether the registry is alone or one of several replicas.
+    pub registry: RegistryConfig,
     /// How VMs are managed.
     pub vm_manager: VmManagerConfig,
 }
@@ -59,6 +62,17 @@ pub struct StorageConfig {
     pub vm_state_dir: PathBuf,
 }
 
+/// Whether the registry is alone or one of several replicas.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryConfig {
+    /// All replicas, the same on each; none: the registry is alone.
+    pub replicas: Replicas,
+    /// Which of them this one is; 0 when it is alone.
+    pub replica_id: u64,
+    /// A file with the secret that the replicas know each other by.
+    pub secret_file: PathBuf,
+}
+
 /// How VMs are managed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmManagerConfig {
@@ -95,6 +109,11 @@ impl Default for Config {
                 image_dir: "./images".into(),
             },
             storage: StorageConfig { data_dir: "./data".into(), vm_state_dir: "./data/vm-state".into() },
+            registry: RegistryConfig {
+                replicas: Replicas::default(),
+                replica_id: 0,
+                secret_file: "./registry.secret".into(),
+            },
             vm_manager: VmManagerConfig { auto_scaling: true, pre_warm_count: 0 },
         }
     }
@@ -321,6 +340,33 @@ pub const SETTINGS: &[Setting] = &[
         get: |config| config.storage.vm_state_dir.display().to_string(),
     },
     Setting {
+        key: "registry.replicas",
+        env: "BLIXARD_REGISTRY_REPLICAS",
+        flag: "replicas",
+        help: "All replicas of the registry, the same list on each; empty: the registry is alone",
+        allowed: REPLICAS_ALLOWED,
+        set: |config, value| value.parse().ok().map(|replicas| config.registry.replicas = replicas),
+        get: |config| config.registry.replicas.to_string(),
+    },
+    Setting {
+        key: "registry.replica_id",
+        env: "BLIXARD_REGISTRY_REPLICA_ID",
+        flag: "replica-id",
+        help: "Which of the replicas this one is; it listens where the list says",
+        allowed: "a whole number from 0 to 255; 0 when it is alone",
+        set: |config, value| number(value, 0, u8::MAX.into()).map(|id| config.registry.replica_id = id.into()),
+        get: |config| config.registry.replica_id.to_string(),
+    },
+    Setting {
+        key: "registry.secret_file",
+        env: "BLIXARD_REGISTRY_SECRET_FILE",
+        flag: "secret-file",
+        help: "A file with the secret by which the replicas know each other, 16 bytes or more, the same on each",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.registry.secret_file = path),
+        get: |config| config.registry.secret_file.display().to_string(),
+    },
+    Setting {
         key: "vm_manager.auto_scaling",
         env: "BLIXARD_AUTO_SCALING",
         flag: "auto-scaling",
@@ -434,7 +480,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, vm_manager.auto_scaling, vm_manager.pre_warm_count
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

@@ -48,9 +48,9 @@ impl Reason {
             | Self::VmNotAccepting
             | Self::GuestRefused => Code::FailedPrecondition,
             Self::StaleGeneration => Code::Aborted,
-            Self::Overloaded | Self::QueryBudgetExceeded => Code::ResourceExhausted,
+            Self::Overloaded | Self::QueryBudgetExceeded | Self::DiskFull => Code::ResourceExhausted,
             Self::OffsetBeyondEnd | Self::RevisionCompacted => Code::OutOfRange,
-            Self::PeerUnavailable | Self::ShuttingDown => Code::Unavailable,
+            Self::PeerUnavailable | Self::ShuttingDown | Self::ReplicaBehind => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
         }
     }
@@ -58,7 +58,15 @@ impl Reason {
     /// Whether the same call may succeed later without anything else being changed.
     #[must_use]
     pub fn retryable(self) -> bool {
-        matches!(self, Self::Overloaded | Self::PeerUnavailable | Self::ShuttingDown | Self::StaleGeneration)
+        matches!(
+            self,
+            Self::Overloaded
+                | Self::PeerUnavailable
+                | Self::ShuttingDown
+                | Self::StaleGeneration
+                | Self::ReplicaBehind
+                | Self::DiskFull
+        )
     }
 }
 
@@ -132,7 +140,7 @@ impl From<Error> for Status {
             DOMAIN,
             error.metadata.clone().into_iter().collect::<std::collections::HashMap<_, _>>(),
         );
-        if error.reason == Reason::Overloaded {
+        if matches!(error.reason, Reason::Overloaded | Reason::DiskFull) {
             details.set_retry_info(Some(RETRY_WHEN_FULL));
         }
         if error.reason == Reason::InvalidField

@@ -12,12 +12,12 @@ fn every_setting_is_documented_with_its_names_default_and_what_is_allowed() {
     let mut missing = String::new();
     for setting in SETTINGS {
         let (key, env, flag) = (setting.key, setting.env, setting.flag);
-        let row = format!(
-            "| `{key}` | `{env}` | `--{flag}` | `{}` | {} | {} |",
-            setting.value(&defaults),
-            setting.help,
-            setting.allowed
-        );
+        let default = match setting.value(&defaults) {
+            none if none.is_empty() => "(none)".to_owned(),
+            value => format!("`{value}`"),
+        };
+        let row =
+            format!("| `{key}` | `{env}` | `--{flag}` | {default} | {} | {} |", setting.help, setting.allowed);
         if !text.contains(&row) {
             missing += &format!("{row}\n");
         }

@@ -2,6 +2,11 @@
 
 use std::{collections::BTreeSet, fmt, str::FromStr};
 
+/// Metadata of an answer: a revision that covers everything the answer shows.
+pub const REVISION: &str = "blixard-revision";
+/// Metadata of a request: the oldest revision that its answer may show.
+pub const MIN_REVISION: &str = "blixard-min-revision";
+
 /// What a list of replicas looks like.
 pub const REPLICAS_ALLOWED: &str = "empty, or 3, 5 or 7 of ID=HOST:GRPC_PORT/RAFT_PORT/API_PORT with commas between them, \
      such as 1=10.0.0.1:50052/50062/50072; ids from 1 on, each once";

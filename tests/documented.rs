@@ -16,8 +16,7 @@ fn every_setting_is_documented_with_its_names_default_and_what_is_allowed() {
             none if none.is_empty() => "(none)".to_owned(),
             value => format!("`{value}`"),
         };
-        let row =
-            format!("| `{key}` | `{env}` | `--{flag}` | {default} | {} | {} |", setting.help, setting.allowed);
+        let row = format!("| `{key}` | `{env}` | `--{flag}` | {default} | {} | {} |", setting.help, setting.allowed);
         if !text.contains(&row) {
             missing += &format!("{row}\n");
         }

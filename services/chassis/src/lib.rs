@@ -9,11 +9,13 @@
 
 pub mod admission;
 pub mod client;
+pub mod replicated;
 pub mod server;
 pub mod settings;
 pub mod signals;
 pub mod tasks;
 pub mod telemetry;
 
+pub use replicated::ReplicatedChannel;
 pub use server::Server;
 pub use tasks::Tasks;

@@ -3,8 +3,9 @@
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use blixard::{limits, pb};
+use futures::future::join_all;
 use http::{Request, Response};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
@@ -34,7 +35,8 @@ pub struct Server {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
     health: HealthReporter,
-    ready: Option<CancellationToken>,
+    serving: Option<watch::Receiver<bool>>,
+    health_of: Vec<(&'static str, watch::Receiver<bool>)>,
 }
 
 /// The address can't be had.
@@ -73,7 +75,7 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         let mut routes = Routes::builder();
         routes.add_service(health_service);
-        Ok(Self { listener, address, routes, names: Vec::new(), health, ready: None })
+        Ok(Self { listener, address, routes, names: Vec::new(), health, serving: None, health_of: Vec::new() })
     }
 
     /// Where it listens.
@@ -113,18 +115,19 @@ impl Server {
         self
     }
 
-    /// Health says NOT_SERVING until `ready` is cancelled, although calls are answered: for a server whose services need
-    /// each other, through it, to start.
+    /// Health says NOT_SERVING while `serving` is false, although calls are answered: for a server whose services need
+    /// each other, through it, to start, or whose services can't always do their work.
     #[must_use]
-    pub fn serving_after(mut self, ready: CancellationToken) -> Self {
-        self.ready = Some(ready);
+    pub fn serving_while(mut self, serving: watch::Receiver<bool>) -> Self {
+        self.serving = Some(serving);
         self
     }
 
-    /// To tell clients that a service is not well.
+    /// Another name in the health service, SERVING while `serving` is true.
     #[must_use]
-    pub fn health(&self) -> HealthReporter {
-        self.health.clone()
+    pub fn with_health(mut self, name: &'static str, serving: watch::Receiver<bool>) -> Self {
+        self.health_of.push((name, serving));
+        self
     }
 
     /// Serves until the process is asked to end (SIGINT, SIGTERM), then ends the tasks in order.
@@ -164,20 +167,21 @@ impl Server {
         let (v1, v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
         self.routes.add_service(v1);
         self.routes.add_service(v1alpha);
-        let first = if self.ready.is_some() { ServingStatus::NotServing } else { ServingStatus::Serving };
-        announce(&self.health, &self.names, first).await;
-
         let stop = tasks.token().clone();
+        let all = self.names.iter().copied().chain([""]).collect();
+        let mut healths = vec![Health { names: all, serving: self.serving, reporter: self.health.clone() }];
+        healths.extend(self.health_of.into_iter().map(|(name, serving)| Health {
+            names: vec![name],
+            serving: Some(serving),
+            reporter: self.health.clone(),
+        }));
+        for health in &healths {
+            health.announce().await;
+        }
         let until_stopped = {
-            let (stop, health, names) = (stop.clone(), self.health.clone(), self.names.clone());
+            let stop = stop.clone();
             async move {
-                if let Some(ready) = self.ready
-                    && stop.run_until_cancelled(ready.cancelled()).await.is_some()
-                {
-                    announce(&health, &names, ServingStatus::Serving).await;
-                }
-                stop.cancelled().await;
-                announce(&health, &names, ServingStatus::NotServing).await;
+                join_all(healths.into_iter().map(|health| health.follow(&stop))).await;
             }
         };
         let serving = tonic::transport::Server::builder()
@@ -195,9 +199,34 @@ impl Server {
     }
 }
 
-/// Sets the health of every service and of the server as a whole.
-async fn announce(health: &HealthReporter, names: &[&'static str], status: ServingStatus) {
-    for name in names.iter().chain([&""]) {
-        health.set_service_status(name, status).await;
+/// Names of the health service that share a state.
+struct Health {
+    names: Vec<&'static str>,
+    /// `None`: always.
+    serving: Option<watch::Receiver<bool>>,
+    reporter: HealthReporter,
+}
+
+impl Health {
+    async fn announce(&self) {
+        let serving = self.serving.as_ref().is_none_or(|serving| *serving.borrow());
+        self.set(if serving { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
+    }
+
+    async fn set(&self, status: ServingStatus) {
+        for name in &self.names {
+            self.reporter.set_service_status(name, status).await;
+        }
+    }
+
+    /// Tells of every change until `stop`, and then that it is over.
+    async fn follow(mut self, stop: &CancellationToken) {
+        while let Some(serving) = &mut self.serving
+            && let Some(Ok(())) = stop.run_until_cancelled(serving.changed()).await
+        {
+            self.announce().await;
+        }
+        stop.cancelled().await;
+        self.set(ServingStatus::NotServing).await;
     }
 }

@@ -20,7 +20,7 @@ use blixard_chassis::{Server, Tasks, client, server::BindError};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use blixard_vmhost::{VmHost, VmHostConfig};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::watch;
 
 /// How long each part has to end. VMs outlive it, so there is little to wait for.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(8);
@@ -90,7 +90,11 @@ impl ControlPlane {
     pub async fn start(config: Config, agent_command: Vec<OsString>) -> Result<Self, StartError> {
         let bound = Server::bind(config.server.listen).await?;
         let (server, services) = (Tasks::new(), Tasks::new());
-        let registry = RegistryConfig { data_dir: config.storage.data_dir.clone() };
+        if !config.registry.replicas.is_empty() {
+            let message = "registry.replicas is set, but this program's registry is alone: run registry, scheduler and vmhost as processes";
+            return Err(StartError(message.to_owned()));
+        }
+        let registry = RegistryConfig::alone(config.storage.data_dir.clone());
         let registry = Registry::start(registry, &services).await.map_err(|error| StartError::new(&error))?;
         let parts = Parts { server, services, registry };
         let (address, endpoint) = (bound.local_addr(), bound.local_endpoint());
@@ -121,9 +125,12 @@ impl ControlPlane {
         &self.driver
     }
 
-    /// Resolves when the server has failed.
-    pub async fn failed(&self) {
-        self.parts.server.token().cancelled().await;
+    /// Resolves, with the reason, when it can't go on.
+    pub async fn failed(&self) -> String {
+        tokio::select! {
+            () = self.parts.server.token().cancelled() => "the server failed: see the log above".to_owned(),
+            reason = self.parts.registry.failed() => reason,
+        }
     }
 
     /// Stops serving, ends everything in order, keeps the VMs: the next start on the same directories adopts them.
@@ -157,15 +164,16 @@ impl Parts {
         };
         let scheduler = Scheduler::start(scheduler, &self.services).await.map_err(|error| StartError::new(&error))?;
 
-        let ready = CancellationToken::new();
+        let ready = watch::Sender::new(false);
         let bound = bound
-            .serving_after(ready.clone())
+            .serving_while(ready.subscribe())
             .add_service(self.registry.service())
+            .add_service(self.registry.replica_service())
             .add_service(vmhost.service())
             .add_service(scheduler.service());
         serve(bound, &self.server);
         wait_for_node(&endpoint).await.map_err(|error| StartError::new(&error))?;
-        ready.cancel();
+        ready.send_replace(true);
         Ok(vmhost.driver().to_owned())
     }
 

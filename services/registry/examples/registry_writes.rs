@@ -52,7 +52,7 @@ async fn main() -> anyhow::Result<()> {
     telemetry::init("warn");
     std::fs::create_dir_all(&flags.dir)?;
     let dir = tempfile::tempdir_in(&flags.dir)?;
-    let config = || RegistryConfig { data_dir: dir.path().to_owned() };
+    let config = || RegistryConfig::alone(dir.path().to_owned());
     let length = Duration::from_secs(flags.seconds);
 
     let tasks = Tasks::new();

@@ -26,7 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     mutation::{Key, Mutation, Statement},
-    read::{Readers, newest_revision},
+    read::{Readers, advance, newest_revision},
+    replica::Role,
     rows::{JobRow, VmRow, find_node, number, text},
     verdict::{After, Answer, Verdict, judge},
 };
@@ -57,7 +58,6 @@ struct Unit {
 #[derive(Clone)]
 pub(crate) struct CommitHandle {
     queue: mpsc::Sender<Unit>,
-    newest: watch::Receiver<u64>,
 }
 
 impl CommitHandle {
@@ -70,12 +70,7 @@ impl CommitHandle {
             }
             mpsc::error::TrySendError::Closed(_) => shutting_down(),
         })?;
-        answer.await.unwrap_or_else(|_| Err(shutting_down()))
-    }
-
-    /// The newest revision; changes with each commit.
-    pub(crate) fn newest(&self) -> watch::Receiver<u64> {
-        self.newest.clone()
+        answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
     }
 }
 
@@ -83,7 +78,10 @@ impl CommitHandle {
 pub(crate) struct CommitDriver {
     committer: Committer,
     queue: mpsc::Receiver<Unit>,
-    newest: watch::Sender<u64>,
+    newest: Arc<watch::Sender<u64>>,
+    /// Up to this revision the log has told of everything.
+    logged: u64,
+    role: watch::Receiver<Role>,
     waiting: VecDeque<Unit>,
     under_way: FuturesUnordered<BoxFuture<'static, Done>>,
     /// The rows of the commits under way: what shares one with them waits.
@@ -99,28 +97,36 @@ enum Fault {
 }
 
 impl CommitDriver {
-    /// A driver to run and the handle to it. `revision` is the newest one in the database.
-    pub(crate) fn new(client: Client, readers: Arc<Readers>, revision: u64) -> (Self, CommitHandle) {
+    /// A driver to run and the handle to it. It commits while this replica leads, and tells `newest` of each commit.
+    pub(crate) fn new(
+        client: Client,
+        readers: Arc<Readers>,
+        newest: Arc<watch::Sender<u64>>,
+        role: watch::Receiver<Role>,
+    ) -> (Self, CommitHandle) {
         let (sender, queue) = mpsc::channel(QUEUE);
-        let (newest, watch) = watch::channel(revision);
         let driver = Self {
-            committer: Committer { client, readers },
+            committer: Committer { client, readers, role: role.clone() },
             queue,
             newest,
+            logged: 0,
+            role,
             waiting: VecDeque::new(),
             under_way: FuturesUnordered::new(),
             taken: HashSet::new(),
         };
-        (driver, CommitHandle { queue: sender, newest: watch })
+        (driver, CommitHandle { queue: sender })
     }
 
     /// Commits until `stop` is cancelled; who waits then is told SHUTTING_DOWN, once the commits under way are answered.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut term = None;
         loop {
             tokio::select! {
                 biased;
                 Some(done) = self.under_way.next() => self.settle(done),
                 () = stop.cancelled() => break,
+                Ok(()) = self.role.changed() => {}
                 unit = self.queue.recv(), if self.waiting.len() < QUEUE => match unit {
                     Some(unit) => self.waiting.push_back(unit),
                     None => break,
@@ -131,15 +137,33 @@ impl CommitDriver {
             {
                 self.waiting.push_back(unit);
             }
-            self.begin_commits();
+            let leads = self.role.borrow_and_update().leads();
+            if leads != std::mem::replace(&mut term, leads) {
+                self.forget_commits_under_way();
+                self.logged = *self.newest.borrow();
+            }
+            match leads {
+                Some(_) => self.begin_commits(),
+                None => self.refuse_waiting(&no_leader()),
+            }
         }
         self.queue.close();
         while let Some(done) = self.under_way.next().await {
             self.settle(done);
         }
+        self.refuse_waiting(&shutting_down());
+    }
+
+    fn refuse_waiting(&mut self, error: &Error) {
         while let Some(unit) = self.waiting.pop_front().or_else(|| self.queue.try_recv().ok()) {
-            let _ = unit.reply.send(Err(shutting_down()));
+            let _ = unit.reply.send(Err(error.clone()));
         }
+    }
+
+    /// Another leader may carry them out, or nobody. Who waits for them is told that the outcome is unknown.
+    fn forget_commits_under_way(&mut self) {
+        self.under_way.clear();
+        self.taken.clear();
     }
 
     /// Begins as many commits as may be under way at once.
@@ -150,19 +174,16 @@ impl CommitDriver {
                 break;
             }
             self.taken.extend(batch.units.iter().flat_map(|(unit, _)| unit.mutation.keys()));
-            let seen = *self.newest.borrow();
-            self.under_way.push(self.committer.clone().commit(batch, seen).boxed());
+            self.under_way.push(self.committer.clone().commit(batch, self.logged).boxed());
         }
     }
 
     /// Tells the log and the watchers of a commit, and answers. Commits may end in any order: each shows the database as
     /// it was at one time after it, so `newest` and the log never skip a revision and never go back.
     fn settle(&mut self, done: Done) {
-        let seen = *self.newest.borrow();
-        done.events.iter().filter(|event| event.revision > seen).for_each(Event::log);
-        if done.newest > seen {
-            self.newest.send_replace(done.newest);
-        }
+        done.events.iter().filter(|event| event.revision > self.logged).for_each(Event::log);
+        self.logged = self.logged.max(done.newest);
+        advance(&self.newest, done.newest);
         for (mut unit, verdict) in done.units.into_iter().rev() {
             for key in unit.mutation.keys() {
                 self.taken.remove(&key);
@@ -210,6 +231,7 @@ impl Done {
 struct Committer {
     client: Client,
     readers: Arc<Readers>,
+    role: watch::Receiver<Role>,
 }
 
 impl Committer {
@@ -250,10 +272,15 @@ impl Committer {
 
     /// One Raft entry. Returns the number of rows that each statement changed.
     async fn propose(&self, statements: Vec<Statement>) -> Result<Vec<usize>, Fault> {
+        let term = self.role.borrow().leads();
         let Ok(result) = tokio::time::timeout(COMMIT_DEADLINE, self.client.txn(statements)).await else {
             let message = "the commit did not end in time; the outcome is unknown";
             return Err(Fault::Unknown(Error::new(Reason::DeadlineExceeded, message)));
         };
+        // Hiqlite sends what a deposed leader proposes to the new one, whose database is not the one that is read here.
+        if self.role.borrow().leads() != term || !self.client.is_leader_db().await {
+            return Err(Fault::Unknown(outcome_unknown()));
+        }
         use hiqlite::Error as Hiqlite;
         let counts = result.and_then(|counts| counts.into_iter().collect());
         counts.map_err(|error: Hiqlite| match error {
@@ -264,8 +291,7 @@ impl Committer {
             | Hiqlite::QueryParams(_) => Fault::RolledBack(error),
             error => {
                 tracing::error!(%error, "registry commit failed");
-                let message = "the registry's log takes no changes now; the outcome is unknown, try again";
-                Fault::Unknown(Error::new(Reason::PeerUnavailable, message).with("peer", "registry"))
+                Fault::Unknown(outcome_unknown())
             }
         })
     }
@@ -394,7 +420,20 @@ fn read_after(
         })
     };
     let events = statement.query_map([i64::try_from(seen).unwrap_or(i64::MAX)], event)?.collect::<Result<_, _>>()?;
-    Ok((after, events, newest_revision(connection)?))
+    after.revision = newest_revision(connection)?;
+    let newest = after.revision;
+    Ok((after, events, newest))
+}
+
+fn outcome_unknown() -> Error {
+    let message =
+        "the registry's log took the change at a moment when it may be lost; the outcome is unknown, try again";
+    Error::new(Reason::PeerUnavailable, message).with("peer", "registry")
+}
+
+fn no_leader() -> Error {
+    Error::new(Reason::PeerUnavailable, "this replica of the registry does not lead; try again")
+        .with("peer", "registry")
 }
 
 fn shutting_down() -> Error {
@@ -467,7 +506,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_queue_is_overloaded_and_a_closed_one_is_shutting_down() {
         let (queue, receiver) = mpsc::channel(1);
-        let handle = CommitHandle { queue, newest: watch::channel(0).1 };
+        let handle = CommitHandle { queue };
         handle.queue.try_send(unit(cancel(JobId::random()))).unwrap();
         let refused = handle.submit(cancel(JobId::random())).await.unwrap_err();
         assert_eq!(refused.reason, Reason::Overloaded);

@@ -1,9 +1,10 @@
-//! The embedded Hiqlite node: one Raft member with its SQLite state machine, on loopback, in `data_dir/hiqlite/`.
+//! The embedded Hiqlite node: one Raft member with its SQLite state machine, in `data_dir/hiqlite/`.
 //!
 //! ```text
 //!   registry.lock     held while a process uses the directory; its text is that process' id
-//!   secrets           what Raft members authenticate each other with; 0600
-//!   addresses         where this node listens, the same at each start
+//!   secrets           alone: what Raft members authenticate each other with; 0600
+//!   addresses         alone: where this node listens, on loopback, the same at each start
+//!   replica           one of several: whose data this is
 //!   logs/             the Raft log: what makes an answer durable
 //!   state_machine/    SQLite, rebuilt from snapshot and log after a crash
 //!   hiqlite.db        link to state_machine/db/hiqlite.db, for `sqlite3`
@@ -19,22 +20,50 @@ use std::{
     time::Duration,
 };
 
-use hiqlite::{Client, LogSync, Node, NodeConfig};
-use tokio::net::TcpSocket;
+use blixard::replica::Replica;
+use hiqlite::{Client, LogSync, Node, NodeConfig, RaftConfig};
+use tokio::net::{TcpSocket, lookup_host};
 
-use crate::{StartError, schema};
+use crate::{
+    StartError,
+    read::Readers,
+    replica::{Membership, bootstrap::Beginning, peers::Secret},
+    schema,
+};
 
 /// The largest Raft entry must stay well below this (one that did not fit stopped the log's writer for good); a group
 /// commit is at most 1 MiB and a job's spec about 600 KiB.
-const WAL_SIZE: u32 = 16 * 1024 * 1024;
+pub(crate) const WAL_SIZE: u32 = 16 * 1024 * 1024;
 /// Raft entries between snapshots, which are also the most that a start after a crash replays: about 3 s of it.
 const ENTRIES_PER_SNAPSHOT: u64 = 10_000;
 /// Heartbeat of a node that is alone. Hiqlite waits five heartbeats at its first start for another cluster to show up and
 /// then half a second at a time for a leader; with its default of 500 ms a first start takes 5 s. A lone voter elects
 /// itself at its next tick (1.5 heartbeats), so nothing else depends on it. More members need their own, slower timing.
 const LONE_HEARTBEAT_MS: u64 = 20;
+/// Heartbeat of one of several members.
+const HEARTBEAT_MS: u64 = 150;
+/// How many heartbeats without a word make a member stand for election, at least and at most.
+const ELECTION_HEARTBEATS: std::ops::Range<u64> = 10..20;
 /// Time for a start to replay what the log holds.
 const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
+
+/// The directory of a node, held by this process.
+pub(crate) struct DataDir {
+    pub(crate) path: PathBuf,
+    lock: File,
+}
+
+impl DataDir {
+    /// Takes the directory, or tells who has it.
+    pub(crate) fn take(data_dir: &Path) -> Result<Self, StartError> {
+        let path = data_dir.join("hiqlite");
+        let failed = |source| StartError::DataDir { path: path.clone(), source };
+        fs::create_dir_all(&path).map_err(failed)?;
+        let lock = lock(&path)?;
+        link(&path).map_err(failed)?;
+        Ok(Self { path, lock })
+    }
+}
 
 /// A running node.
 pub(crate) struct Embedded {
@@ -42,43 +71,71 @@ pub(crate) struct Embedded {
     pub(crate) client: Client,
     /// The SQLite file.
     pub(crate) database: PathBuf,
+    /// Where everything is.
+    pub(crate) dir: PathBuf,
+    /// Whether it has no other members.
+    alone: bool,
     /// Held until the node has shut down.
     lock: File,
 }
 
 impl Embedded {
-    /// Starts the node and waits until every change that was ever acknowledged is visible.
-    pub(crate) async fn start(data_dir: &Path) -> Result<Self, StartError> {
-        let dir = data_dir.join("hiqlite");
-        let failed = |source| StartError::DataDir { path: dir.clone(), source };
-        fs::create_dir_all(&dir).map_err(failed)?;
-        let lock = lock(&dir)?;
-        let secrets = secrets(&dir.join("secrets")).map_err(failed)?;
-        link(&dir).map_err(failed)?;
-
-        // Hiqlite uses rustls, in which two providers are compiled in: one must be chosen.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let reserved = reserve(&dir.join("addresses"))?;
+    /// Starts a node that has no other members.
+    pub(crate) async fn start_alone(dir: DataDir) -> Result<Self, StartError> {
+        let secrets = secrets(&dir.path.join("secrets"))
+            .map_err(|source| StartError::DataDir { path: dir.path.clone(), source })?;
+        let reserved = reserve(&dir.path.join("addresses"))?;
         let [raft, api] = reserved.each_ref().map(|(_, address)| *address);
-        let client = Box::pin(hiqlite::start_node(node_config(&dir, &secrets, raft, api))).await?;
-        drop(reserved);
-
-        let database = dir.join("state_machine/db/hiqlite.db");
-        let ready = async {
-            barrier(&client).await?;
-            schema::migrate(&client).await
+        let node = Node { id: 1, addr_raft: raft.to_string(), addr_api: api.to_string() };
+        let config = NodeConfig {
+            node_id: 1,
+            nodes: vec![node],
+            listen_addr_api: api.ip().to_string().into(),
+            listen_addr_raft: raft.ip().to_string().into(),
+            raft_config: timing(LONE_HEARTBEAT_MS),
+            ..node_config(&dir.path, secrets)
         };
-        match tokio::time::timeout(REPLAY_DEADLINE, ready).await.unwrap_or(Err(StartError::Replay)) {
-            Ok(()) => Ok(Self { client, database, lock }),
-            Err(error) => {
-                let _ = client.shutdown().await;
-                Err(error)
-            }
-        }
+        let node = Self::start(config, dir, true).await;
+        drop(reserved);
+        node
     }
 
-    /// Flushes and stops the node, and gives the directory back.
+    /// Starts one of several members; returns once it knows a leader.
+    pub(crate) async fn start_member(
+        dir: DataDir,
+        membership: &Membership,
+        beginning: Beginning,
+    ) -> Result<Self, StartError> {
+        let secret = Secret::new(&membership.secret);
+        let secrets = [secret.derive("blixard raft"), secret.derive("blixard hiqlite")];
+        let own = membership.own()?;
+        let host = resolve(&own.address(own.raft_port)).await?.ip();
+        let host = if host.is_ipv6() { format!("[{host}]") } else { host.to_string() };
+        let config = NodeConfig {
+            node_id: membership.id,
+            nodes: nodes(membership, beginning),
+            listen_addr_api: host.clone().into(),
+            listen_addr_raft: host.into(),
+            raft_config: timing(HEARTBEAT_MS),
+            ..node_config(&dir.path, secrets)
+        };
+        Self::start(config, dir, false).await
+    }
+
+    async fn start(config: NodeConfig, dir: DataDir, alone: bool) -> Result<Self, StartError> {
+        // Hiqlite uses rustls, in which two providers are compiled in: one must be chosen.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Box::pin(hiqlite::start_node(config)).await?;
+        let database = dir.path.join("state_machine/db/hiqlite.db");
+        Ok(Self { client, database, dir: dir.path, alone, lock: dir.lock })
+    }
+
+    /// Flushes and stops the node, and gives the directory back. One of several members does not take the ten seconds that
+    /// Hiqlite wants for it (0.15.3): every change is on the disk already, and the next start repairs the rest.
     pub(crate) async fn shutdown(&self) {
+        if !self.alone {
+            return;
+        }
         if let Err(error) = self.client.shutdown().await {
             tracing::warn!(%error, "registry did not shut down cleanly; it repairs itself at the next start");
         }
@@ -88,24 +145,58 @@ impl Embedded {
     }
 }
 
-fn node_config(dir: &Path, secrets: &[String; 2], raft: SocketAddr, api: SocketAddr) -> NodeConfig {
+/// Makes a member that Raft has chosen ready to lead: everything that was ever acknowledged is in its database, which has
+/// this program's schema, and changes are proposed to this member's own core.
+pub(crate) async fn prepare(client: &Client, readers: &Readers) -> Result<(), StartError> {
+    let ready = async {
+        // Hiqlite proposes to the leader of its last error (0.15.3); this makes it look again.
+        client.wait_for_cluster_sync_timeout(REPLAY_DEADLINE).await?;
+        barrier(client).await?;
+        schema::migrate(client).await
+    };
+    tokio::time::timeout(REPLAY_DEADLINE, ready).await.unwrap_or(Err(StartError::Replay))?;
+    readers.look().map_err(StartError::Database)
+}
+
+/// The members as Hiqlite is told of them. Of one that joins it must never believe that it is the first: it takes half of
+/// the list not answering for a new registry, so the others stand in it several times (0.15.3, `should_node_1_skip_init`).
+fn nodes(membership: &Membership, beginning: Beginning) -> Vec<Node> {
+    let copies = if beginning == Beginning::Join { 4 } else { 1 };
+    let node = |replica: &Replica| Node {
+        id: replica.id,
+        addr_raft: replica.address(replica.raft_port),
+        addr_api: replica.address(replica.api_port),
+    };
+    let times = |replica: &Replica| if replica.id == membership.id { 1 } else { copies };
+    membership.replicas.iter().flat_map(|replica| std::iter::repeat_n(node(replica), times(replica))).collect()
+}
+
+/// The address that a name of this machine stands for.
+pub(crate) async fn resolve(address: &str) -> Result<SocketAddr, StartError> {
+    let failed = |source| StartError::Address { address: address.to_owned(), source };
+    let found = lookup_host(address).await.map_err(failed)?.next();
+    found.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+}
+
+/// A lone node counts in short heartbeats (see [`LONE_HEARTBEAT_MS`]); members elect a new leader after five to ten.
+fn timing(heartbeat_ms: u64) -> RaftConfig {
     let mut timing = NodeConfig::default_raft_config(ENTRIES_PER_SNAPSHOT);
-    timing.heartbeat_interval = LONE_HEARTBEAT_MS;
-    timing.election_timeout_min = 10 * LONE_HEARTBEAT_MS;
-    timing.election_timeout_max = 20 * LONE_HEARTBEAT_MS;
+    timing.heartbeat_interval = heartbeat_ms;
+    timing.election_timeout_min = ELECTION_HEARTBEATS.start * heartbeat_ms;
+    timing.election_timeout_max = ELECTION_HEARTBEATS.end * heartbeat_ms;
+    timing
+}
+
+fn node_config(dir: &Path, secrets: [String; 2]) -> NodeConfig {
+    let [secret_raft, secret_api] = secrets;
     NodeConfig {
-        node_id: 1,
-        nodes: vec![Node { id: 1, addr_raft: raft.to_string(), addr_api: api.to_string() }],
-        listen_addr_api: api.ip().to_string().into(),
-        listen_addr_raft: raft.ip().to_string().into(),
         data_dir: dir.display().to_string().into(),
         filename_db: "hiqlite.db".into(),
         // The only mode in which an answer means that the change is on the disk.
         wal_sync: LogSync::Immediate,
         wal_size: WAL_SIZE,
-        raft_config: timing,
-        secret_raft: secrets[0].clone(),
-        secret_api: secrets[1].clone(),
+        secret_raft,
+        secret_api,
         ..NodeConfig::default()
     }
 }

@@ -1,6 +1,7 @@
 //! The registry: VMs, jobs, nodes and their events, the one durable truth of a control plane.
 //!
 //! ```text
+//!   replica ── may this replica answer? here, through the leader, or not
 //!   service ── parse, one call, encode
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
@@ -8,17 +9,20 @@
 //!     └─► watch ── a cursor into the events table
 //! ```
 //! Architecture invariants: every change writes its event in the same transaction (triggers, [`schema`]); an answered
-//! change is on the disk; a change that the state tables of the root package do not allow is refused inside the
-//! transaction. It must not know who its callers are.
+//! change is on the disks of a majority; a change that the state tables of the root package do not allow is refused inside
+//! the transaction. It must not know who its callers are.
 
 mod commit;
+mod config;
 mod embedded;
+mod error;
 mod list;
 mod memory;
 mod mutation;
 mod query;
 mod query_rules;
 mod read;
+mod replica;
 mod rows;
 mod schema;
 mod service;
@@ -26,13 +30,39 @@ mod time;
 mod verdict;
 mod watch;
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    error::Error as _,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
-use blixard::{limits, pb::registry::v1::registry_service_server::RegistryServiceServer};
+use blixard::{
+    limits,
+    pb::registry::v1::{registry_service_server::RegistryServiceServer, replica_service_server::ReplicaServiceServer},
+};
 use blixard_chassis::Tasks;
+use tokio::sync::watch as channel;
+use tokio_util::sync::CancellationToken;
 
-pub use crate::service::Service;
-use crate::{commit::CommitDriver, embedded::Embedded, query::Queries, read::Readers};
+use crate::{
+    commit::CommitDriver,
+    embedded::{DataDir, Embedded},
+    query::Queries,
+    read::Readers,
+    replica::{
+        Role,
+        bootstrap::{self, Identity},
+        driver::{Outputs, ReplicaDriver},
+        peers::{Peers, Secret},
+        service::Report,
+    },
+};
+pub use crate::{
+    config::RegistryConfig,
+    error::StartError,
+    replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
+    service::Service,
+};
 
 /// Time for the commit that is under way when the registry is shut down.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
@@ -41,88 +71,112 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
 /// start after a crash warn a lot), their errors do.
 pub const LOG_DIRECTIVES: &str = "hiqlite=error,hiqlite_wal=error,openraft=error";
 
-/// What a registry needs to know.
-#[derive(Debug, Clone)]
-pub struct RegistryConfig {
-    /// The database is in `hiqlite/` below it.
-    pub data_dir: PathBuf,
-}
-
-/// Why a registry did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// Another process has the data directory.
-    #[error("the data directory {} is in use by process {owner}: stop it, or choose another with --data-dir", path.display())]
-    InUse {
-        /// The directory.
-        path: PathBuf,
-        /// Its process id.
-        owner: String,
-    },
-    /// The data directory can't be used.
-    #[error("cannot use {}", path.display())]
-    DataDir {
-        /// What could not be used.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// A newer program has written the database.
-    #[error("the database has schema version {found} and this program knows {known}: use a newer program")]
-    NewerSchema {
-        /// The version in the database.
-        found: i64,
-        /// The newest version this program knows.
-        known: i64,
-    },
-    /// No loopback port can be had.
-    #[error("no free port on 127.0.0.1")]
-    Port(#[source] io::Error),
-    /// The log could not be replayed in time.
-    #[error("the database did not become ready in time")]
-    Replay,
-    /// Hiqlite failed.
-    #[error("the database did not start")]
-    Hiqlite(#[from] hiqlite::Error),
-    /// The database could not be read.
-    #[error("the database can't be read")]
-    Read(#[source] blixard::error::Error),
-}
+/// The same for one of several replicas, whose peers come and go: what that means, [`replica`] tells itself.
+pub const REPLICA_LOG_DIRECTIVES: &str = "hiqlite=off,hiqlite_wal=error,openraft=off";
 
 /// A running registry.
 pub struct Registry {
-    service: Service,
-    embedded: Embedded,
+    gate: Gate,
+    replica: replica::service::Service,
+    serving: channel::Receiver<bool>,
+    leading: channel::Receiver<bool>,
+    failed: channel::Receiver<Option<String>>,
+    node: Arc<OnceLock<Embedded>>,
     /// The committer's own tree: it works until [`Registry::shutdown`], while services that end may still report to it.
     committer: Tasks,
 }
 
+/// What becomes of a registry that starts.
+struct Opening {
+    membership: Option<Membership>,
+    peers: Option<Arc<Peers>>,
+    outputs: Outputs,
+    /// The newest revision that the database shows.
+    newest: Arc<channel::Sender<u64>>,
+    local: Arc<OnceLock<RegistryServiceServer<Service>>>,
+    node: Arc<OnceLock<Embedded>>,
+    failed: channel::Sender<Option<String>>,
+    committer: Tasks,
+    /// Cancelled when watches are to end.
+    stop: CancellationToken,
+}
+
 impl Registry {
-    /// Starts the embedded database and everything on it. Watches end when `tasks` are shut down; changes are taken until
-    /// [`Registry::shutdown`].
+    /// Starts the database and everything on it. A registry that is alone is ready when this returns; a replica makes
+    /// itself ready in the background, for which it needs a majority of the others. Watches end when `tasks` are shut
+    /// down; changes are taken until [`Registry::shutdown`].
     ///
     /// # Errors
-    /// The data directory is in use or can't be used, or the database is damaged or from a newer program.
+    /// The data directory is in use, another's or can't be used, or the database is damaged or from a newer program.
     pub async fn start(config: RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
-        let embedded = Embedded::start(&config.data_dir).await?;
-        let readers = Readers::new(embedded.database.clone());
-        let revision = readers.read(read::newest_revision).await.map_err(StartError::Read)?;
-        let (driver, commits) = CommitDriver::new(embedded.client.clone(), readers.clone(), revision);
-        let committer = Tasks::new();
-        committer.spawn("registry committer", driver.run(committer.token().clone()));
-        let stop = tasks.token().clone();
-        let queries = Queries::new(embedded.database.clone(), stop.clone());
-        let service = Service { commits, readers, queries, stop };
-        Ok(Self { service, embedded, committer })
+        let dir = DataDir::take(&config.data_dir)?;
+        match config.membership {
+            None => Self::start_alone(dir, tasks).await,
+            Some(membership) => Self::start_replica(dir, membership, tasks),
+        }
+    }
+
+    async fn start_alone(dir: DataDir, tasks: &Tasks) -> Result<Self, StartError> {
+        Identity::of(&dir.path).check_alone()?;
+        let (opening, mut registry) = Opening::new(None, None, Role::Starting, tasks);
+        let node = Embedded::start_alone(dir).await?;
+        let readers = opening.readers(&node);
+        if let Err(error) = embedded::prepare(&node.client, &readers).await {
+            node.shutdown().await;
+            return Err(error);
+        }
+        let driver = opening.open(node, readers);
+        let committer = registry.committer.clone();
+        committer.clone().spawn("registry replica", opening.watch_over(driver));
+        // It leads at once; if its core ends instead, `failed` tells.
+        tokio::select! {
+            _ = registry.serving.wait_for(|serving| *serving) => {}
+            _ = registry.failed.wait_for(Option::is_some) => {}
+        }
+        Ok(registry)
+    }
+
+    fn start_replica(dir: DataDir, membership: Membership, tasks: &Tasks) -> Result<Self, StartError> {
+        let has_data = Identity::of(&dir.path).check(membership.id)?;
+        let peers = Arc::new(Peers::new(&membership).map_err(StartError::Endpoint)?);
+        let role = if has_data { Role::Starting } else { Role::Empty };
+        let (opening, registry) = Opening::new(Some(membership), Some(peers), role, tasks);
+        let committer = registry.committer.clone();
+        committer.spawn("registry replica", Box::pin(opening.join(dir, has_data)));
+        Ok(registry)
     }
 
     /// The gRPC service, with the contract's limits set.
     #[must_use]
-    pub fn service(&self) -> RegistryServiceServer<Service> {
-        RegistryServiceServer::new(self.service.clone())
-            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
+    pub fn service(&self) -> Gate {
+        self.gate.clone()
+    }
+
+    /// What this replica says of itself.
+    #[must_use]
+    pub fn replica_service(&self) -> ReplicaServiceServer<replica::service::Service> {
+        ReplicaServiceServer::new(self.replica.clone())
+    }
+
+    /// Whether it serves.
+    #[must_use]
+    pub fn serving(&self) -> channel::Receiver<bool> {
+        self.serving.clone()
+    }
+
+    /// Whether it leads.
+    #[must_use]
+    pub fn leading(&self) -> channel::Receiver<bool> {
+        self.leading.clone()
+    }
+
+    /// Resolves with the reason when the registry can't go on: the process has to be started again.
+    pub async fn failed(&self) -> String {
+        match self.failed.clone().wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            // It has been shut down.
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// Ends the commit that is under way, refuses those that wait and closes the database.
@@ -130,6 +184,109 @@ impl Registry {
         if !self.committer.shutdown(SHUTDOWN_GRACE).await {
             tracing::warn!("registry shut down in the middle of a commit");
         }
-        self.embedded.shutdown().await;
+        if let Some(node) = self.node.get() {
+            node.shutdown().await;
+        }
+    }
+}
+
+impl Opening {
+    fn new(membership: Option<Membership>, peers: Option<Arc<Peers>>, role: Role, tasks: &Tasks) -> (Self, Registry) {
+        let newest = Arc::new(channel::Sender::new(0));
+        let (role, closed) = (channel::Sender::new(role), channel::Sender::new(None));
+        let (serving, leading) = (channel::Sender::new(false), channel::Sender::new(false));
+        let (report, failed) = (channel::Sender::new(Report::default()), channel::Sender::new(None));
+        let (local, node, committer) = (Arc::default(), Arc::default(), Tasks::new());
+        let replica = replica::service::Service {
+            id: membership.as_ref().map_or(1, |membership| membership.id),
+            replicas: membership.as_ref().map(|membership| membership.replicas.to_string()).unwrap_or_default(),
+            secret: membership.as_ref().map(|membership| Secret::new(&membership.secret)),
+            role: role.subscribe(),
+            report: report.subscribe(),
+            newest: newest.subscribe(),
+        };
+        let gate = Gate {
+            local: Arc::clone(&local),
+            role: role.subscribe(),
+            closed: closed.subscribe(),
+            newest: newest.subscribe(),
+            peers: peers.clone(),
+        };
+        let registry = Registry {
+            gate,
+            replica,
+            serving: serving.subscribe(),
+            leading: leading.subscribe(),
+            failed: failed.subscribe(),
+            node: Arc::clone(&node),
+            committer: committer.clone(),
+        };
+        let outputs = Outputs { role, serving, leading, report, closed };
+        let stop = tasks.token().clone();
+        (Self { membership, peers, outputs, newest, local, node, failed, committer, stop }, registry)
+    }
+
+    /// From a directory to a replica that serves, for as long as it can.
+    async fn join(self, dir: DataDir, has_data: bool) {
+        let stop = self.committer.token().clone();
+        let begun = stop.run_until_cancelled(self.begin(dir, has_data)).await;
+        match begun {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(driver))) => self.watch_over(driver).await,
+            Some(Err(error)) => self.fail(&error),
+        }
+    }
+
+    /// Starts the database when that is safe; returns when a leader is known.
+    async fn begin(&self, dir: DataDir, has_data: bool) -> Result<Option<ReplicaDriver>, StartError> {
+        let (Some(membership), Some(peers)) = (&self.membership, &self.peers) else { return Ok(None) };
+        let beginning = bootstrap::wait_to_begin(membership, peers, has_data).await?;
+        tracing::info!(replica = membership.id, ?beginning, "registry replica starts");
+        let identity = Identity::of(&dir.path);
+        let node = Embedded::start_member(dir, membership, beginning).await?;
+        identity.write(membership.id)?;
+        self.outputs.role.send_replace(Role::Starting);
+        let readers = self.readers(&node);
+        Ok(Some(self.open(node, readers)))
+    }
+
+    fn readers(&self, node: &Embedded) -> Arc<Readers> {
+        Readers::new(node.database.clone(), self.newest.clone())
+    }
+
+    /// Opens what serves on a database.
+    fn open(&self, node: Embedded, readers: Arc<Readers>) -> ReplicaDriver {
+        let role = self.outputs.role.subscribe();
+        let (driver, commits) = CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role);
+        self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
+        let queries = Queries::new(node.database.clone(), self.stop.clone());
+        let newest = self.newest.subscribe();
+        let service = Service { commits, readers: readers.clone(), queries, newest, stop: self.stop.clone() };
+        let service = RegistryServiceServer::new(service)
+            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+        let _ = self.local.set(service);
+        let majority = self.membership.as_ref().map_or(1, |membership| membership.replicas.majority());
+        let driver = ReplicaDriver::new(&node, readers, self.peers.clone(), majority);
+        let _ = self.node.set(node);
+        driver
+    }
+
+    async fn watch_over(self, driver: ReplicaDriver) {
+        let stop = self.committer.token().clone();
+        if let Err(error) = Box::pin(driver.run(&self.outputs, stop)).await {
+            self.fail(&error);
+        }
+    }
+
+    fn fail(&self, error: &StartError) {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        self.outputs.stop_serving();
+        self.failed.send_replace(Some(text));
     }
 }

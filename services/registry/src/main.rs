@@ -4,24 +4,42 @@ use std::io::Write as _;
 
 use anyhow::Context as _;
 use blixard_chassis::{Server, Tasks, settings, telemetry};
-use blixard_registry::{LOG_DIRECTIVES, Registry, RegistryConfig};
+use blixard_registry::{LOG_DIRECTIVES, REPLICA_LOG_DIRECTIVES, Registry, RegistryConfig};
 use clap::Command;
+
+/// The name under which health tells the leader from its followers.
+const LEADER_HEALTH: &str = "blixard.registry.v1.RegistryService/leader";
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    telemetry::init(&format!("info,{LOG_DIRECTIVES}"));
     let command = Command::new("registry")
         .version(env!("CARGO_PKG_VERSION"))
         .about("The durable truth of a control plane: VMs, jobs, nodes and their events");
     let config = settings::load(&settings::add_flags(command).get_matches())?;
+    let own = RegistryConfig::load(&config)?;
+    let directives = if own.membership.is_some() { REPLICA_LOG_DIRECTIVES } else { LOG_DIRECTIVES };
+    telemetry::init(&format!("info,{directives}"));
 
     let tasks = Tasks::new();
-    let server = Server::bind(config.server.listen).await?;
-    let registry = Box::pin(Registry::start(RegistryConfig { data_dir: config.storage.data_dir }, &tasks)).await?;
+    // A replica listens where the list says. That the address is this machine's and free is also what keeps a second
+    // replica of the same id from running.
+    let server = Server::bind(own.listen(config.server.listen).await?).await?;
+    let registry = Box::pin(Registry::start(own, &tasks)).await?;
     // One line for whoever started us with port 0.
     writeln!(std::io::stdout(), "registry listening on {}", server.local_endpoint())?;
-    let served = server.add_service(registry.service()).run(&tasks).await;
-    // Last: calls that were let finish may still change something.
-    registry.shutdown().await;
-    served.context("serving")
+    let served = server
+        .serving_while(registry.serving())
+        .with_health(LEADER_HEALTH, registry.leading())
+        .add_service(registry.service())
+        .add_service(registry.replica_service())
+        .run(&tasks);
+    tokio::select! {
+        served = served => {
+            // Last: calls that were let finish may still change something.
+            registry.shutdown().await;
+            served.context("serving")
+        }
+        // What is acknowledged is on the disk; whoever supervises this process starts it again.
+        reason = registry.failed() => anyhow::bail!(reason),
+    }
 }

@@ -27,16 +27,54 @@ const SHOWN_COMMAND_BYTES: usize = 200;
 /// A change.
 #[derive(Debug, Clone)]
 pub(crate) enum Mutation {
-    CreateVm { id: VmId, config: VmConfig, node_id: NodeId },
-    TransitionVm { id: VmId, to: VmState, expected_generation: u64, reason: String },
-    PurgeVms { states: Vec<VmState>, ids: Vec<VmId>, at_most: u32 },
-    CreateJob { id: JobId, spec: pb::JobSpec },
-    AssignJob { job_id: JobId, vm_id: VmId, attempt: u32 },
-    StartAttempt { job_id: JobId, attempt: u32, started_at: Timestamp },
-    FinishAttempt { job_id: JobId, attempt: u32, outcome: Outcome },
-    CancelJob { id: JobId, reason: String },
-    FailQueuedJob { id: JobId, reason: String },
-    RegisterNode { node: Node },
+    CreateVm {
+        id: VmId,
+        config: VmConfig,
+        node_id: NodeId,
+    },
+    TransitionVm {
+        id: VmId,
+        to: VmState,
+        expected_generation: u64,
+        reason: String,
+    },
+    PurgeVms {
+        states: Vec<VmState>,
+        ids: Vec<VmId>,
+        at_most: u32,
+    },
+    CreateJob {
+        id: JobId,
+        spec: pb::JobSpec,
+    },
+    AssignJob {
+        job_id: JobId,
+        vm_id: VmId,
+        attempt: u32,
+    },
+    StartAttempt {
+        job_id: JobId,
+        attempt: u32,
+        started_at: Timestamp,
+    },
+    FinishAttempt {
+        job_id: JobId,
+        attempt: u32,
+        outcome: Outcome,
+    },
+    CancelJob {
+        id: JobId,
+        reason: String,
+    },
+    FailQueuedJob {
+        id: JobId,
+        reason: String,
+    },
+    RegisterNode {
+        node: Node,
+    },
+    /// Changes nothing: when it is committed, a majority has confirmed that nobody else leads.
+    ConfirmRevision,
 }
 
 /// What an attempt came to.
@@ -70,6 +108,7 @@ impl Mutation {
             Self::AssignJob { job_id, vm_id, .. } => vec![Key::Job(*job_id), Key::Vm(*vm_id)],
             Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
             Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
+            Self::ConfirmRevision => vec![],
         }
     }
 
@@ -101,6 +140,7 @@ impl Mutation {
                 vec![(sql(&FAIL_QUEUED), vec![id.text(), reason.into(), now.into()])]
             }
             Self::RegisterNode { node } => vec![register_node(node, now)],
+            Self::ConfirmRevision => vec![("UPDATE purge_clock SET at = at WHERE false".into(), vec![])],
         }
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use blixard::error::{Error, Reason};
 use hiqlite::rusqlite::{self, Connection, OpenFlags};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// Reads at once. They are short and CPU-bound; more than the cores of a small machine only wait for each other.
 const CONNECTIONS: usize = 4;
@@ -25,13 +25,15 @@ const STATEMENTS: usize = 128;
 /// The pool.
 pub(crate) struct Readers {
     database: PathBuf,
+    newest: Arc<watch::Sender<u64>>,
     idle: Mutex<Vec<Connection>>,
     slots: Semaphore,
 }
 
 impl Readers {
-    pub(crate) fn new(database: PathBuf) -> Arc<Self> {
-        Arc::new(Self { database, idle: Mutex::default(), slots: Semaphore::new(CONNECTIONS) })
+    /// Every read tells `newest` of the revision it saw.
+    pub(crate) fn new(database: PathBuf, newest: Arc<watch::Sender<u64>>) -> Arc<Self> {
+        Arc::new(Self { database, newest, idle: Mutex::default(), slots: Semaphore::new(CONNECTIONS) })
     }
 
     /// Runs `read` in one read transaction.
@@ -58,6 +60,11 @@ impl Readers {
         self.read_blocking(read).map_err(failed)
     }
 
+    /// Tells `newest` of what the database shows by now.
+    pub(crate) fn look(&self) -> rusqlite::Result<()> {
+        self.read_blocking(|_| Ok(()))
+    }
+
     fn read_blocking<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let connection = match idle {
@@ -66,6 +73,10 @@ impl Readers {
         };
         let transaction = connection.unchecked_transaction()?;
         let result = read(&transaction);
+        // A replica that has just joined has no tables yet.
+        if let Ok(revision) = newest_revision(&transaction) {
+            advance(&self.newest, revision);
+        }
         transaction.finish()?;
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
         result
@@ -88,4 +99,13 @@ fn failed(error: rusqlite::Error) -> Error {
 pub(crate) fn newest_revision(connection: &Connection) -> rusqlite::Result<u64> {
     let mut statement = connection.prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'events'")?;
     statement.query_row([], |row| crate::rows::number(row, 0))
+}
+
+/// Tells everybody who waits for it of a newer revision; an older one is no news.
+pub(crate) fn advance(newest: &watch::Sender<u64>, revision: u64) {
+    newest.send_if_modified(|newest| {
+        let newer = revision > *newest;
+        *newest = revision.max(*newest);
+        newer
+    });
 }

@@ -16,6 +16,8 @@ use blixard::{
     vm::{VmConfig, VmKind, VmState, parse_labels},
 };
 use futures::Stream;
+use hiqlite::rusqlite::Connection;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
@@ -41,6 +43,7 @@ pub struct Service {
     pub(crate) commits: CommitHandle,
     pub(crate) readers: Arc<Readers>,
     pub(crate) queries: Arc<Queries>,
+    pub(crate) newest: watch::Receiver<u64>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -50,14 +53,14 @@ impl Service {
     async fn vm(&self, mutation: Mutation) -> Result<Option<pb::Vm>, Error> {
         match self.commits.submit(mutation).await? {
             Answer::Vm(vm) => Ok(Some(*vm)),
-            Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) => Err(wrong_answer()),
+            Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer()),
         }
     }
 
     async fn job(&self, mutation: Mutation) -> Result<Option<pb::Job>, Error> {
         match self.commits.submit(mutation).await? {
             Answer::Job(job) => Ok(Some(*job)),
-            Answer::Vm(_) | Answer::Node(_) | Answer::Purged(_) => Err(wrong_answer()),
+            Answer::Vm(_) | Answer::Node(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer()),
         }
     }
 }
@@ -237,7 +240,7 @@ impl RegistryService for Service {
         let node = Node::try_from(pb::Node { state: 0, ..node })?;
         match self.commits.submit(Mutation::RegisterNode { node }).await? {
             Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(*node) })),
-            Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) => Err(wrong_answer().into()),
+            Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer().into()),
         }
     }
 
@@ -253,11 +256,18 @@ impl RegistryService for Service {
         Ok(Response::new(self.readers.read(counts).await?))
     }
 
+    async fn get_revision(&self, _: Request<wire::GetRevisionRequest>) -> Answered<wire::GetRevisionResponse> {
+        match self.commits.submit(Mutation::ConfirmRevision).await? {
+            Answer::Revision(revision) => Ok(Response::new(wire::GetRevisionResponse { revision })),
+            Answer::Vm(_) | Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) => Err(wrong_answer().into()),
+        }
+    }
+
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::WatchResponse, Status>> + Send>>;
 
     async fn watch(&self, request: Request<wire::WatchRequest>) -> Answered<Self::WatchStream> {
         let start = request.into_inner().start_revision;
-        let watcher = Watcher::begin(self.readers.clone(), self.commits.newest(), self.stop.clone(), start).await?;
+        let watcher = Watcher::begin(self.readers.clone(), self.newest.clone(), self.stop.clone(), start).await?;
         Ok(Response::new(Box::pin(watcher.stream())))
     }
 
@@ -268,7 +278,7 @@ impl RegistryService for Service {
     }
 }
 
-fn counts(connection: &hiqlite::rusqlite::Connection) -> hiqlite::rusqlite::Result<wire::GetCountsResponse> {
+fn counts(connection: &Connection) -> hiqlite::rusqlite::Result<wire::GetCountsResponse> {
     let count = |table: &str| -> hiqlite::rusqlite::Result<Vec<(String, u64)>> {
         let sql = format!("SELECT state, count(*) FROM {table} GROUP BY state");
         connection.prepare_cached(&sql)?.query_map([], |row| Ok((row.get(0)?, number(row, 1)?)))?.collect()

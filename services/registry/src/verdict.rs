@@ -25,6 +25,8 @@ pub(crate) struct After {
     pub(crate) vms: HashMap<VmId, VmRow>,
     pub(crate) jobs: HashMap<JobId, JobRow>,
     pub(crate) nodes: HashMap<NodeId, pb::Node>,
+    /// The newest revision.
+    pub(crate) revision: u64,
 }
 
 /// The answer to a mutation that took place or had taken place before.
@@ -34,6 +36,7 @@ pub(crate) enum Answer {
     Job(Box<pb::Job>),
     Node(Box<pb::Node>),
     Purged(usize),
+    Revision(u64),
 }
 
 /// What a mutation came to.
@@ -71,6 +74,7 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
             Some(row) => deny_transition(row, *to, *expected_generation),
         },
         Mutation::PurgeVms { .. } => Verdict::Accepted(Answer::Purged(changed)),
+        Mutation::ConfirmRevision => Verdict::Accepted(Answer::Revision(after.revision)),
         Mutation::RegisterNode { node } => match after.nodes.get(&node.id) {
             None => Verdict::Again,
             Some(node) => Verdict::Accepted(Answer::Node(Box::new(node.clone()))),
@@ -148,7 +152,8 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         | Mutation::TransitionVm { .. }
         | Mutation::PurgeVms { .. }
         | Mutation::CreateJob { .. }
-        | Mutation::RegisterNode { .. } => Verdict::Again,
+        | Mutation::RegisterNode { .. }
+        | Mutation::ConfirmRevision => Verdict::Again,
     }
 }
 

@@ -15,7 +15,7 @@ use blixard::{
         vmhost::v1::vm_host_service_client::VmHostServiceClient,
     },
 };
-use blixard_chassis::client;
+use blixard_chassis::{ReplicatedChannel, client};
 use tonic::{Status, transport::Channel};
 
 use crate::engine::Nodes;
@@ -23,27 +23,34 @@ use crate::engine::Nodes;
 /// Deadline of the scheduler's own calls: a registry that fails over answers within it, and every call is repeatable.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(crate) type RegistryClient = RegistryServiceClient<Channel>;
+pub(crate) type RegistryClient = RegistryServiceClient<ReplicatedChannel>;
 pub(crate) type VmHostClient = VmHostServiceClient<Channel>;
 
 /// Cheap to clone; all clones share the connections and the view of the nodes.
 #[derive(Clone)]
 pub(crate) struct Peers {
     registry: RegistryClient,
+    registry_channel: ReplicatedChannel,
     nodes: Arc<RwLock<Arc<Nodes>>>,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
 }
 
 impl Peers {
     pub(crate) fn new(registry_endpoint: &str) -> Result<Self, Error> {
-        let registry = RegistryServiceClient::new(client::channel(registry_endpoint)?)
+        let registry_channel = ReplicatedChannel::new(registry_endpoint)?;
+        let registry = RegistryServiceClient::new(registry_channel.clone())
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-        Ok(Self { registry, nodes: Arc::default(), channels: Arc::default() })
+        Ok(Self { registry, registry_channel, nodes: Arc::default(), channels: Arc::default() })
     }
 
     pub(crate) fn registry(&self) -> RegistryClient {
         self.registry.clone()
+    }
+
+    /// Whatever is read from the registry from now on must show this revision.
+    pub(crate) fn saw(&self, revision: u64) {
+        self.registry_channel.saw(revision);
     }
 
     /// The nodes as the engine last saw them.

@@ -183,6 +183,7 @@ impl Shell {
     fn on_watch(&mut self, listed: &Listed, message: registry::WatchResponse) {
         use registry::{watch_event::Object, watch_response::Message};
         let revision = message.revision;
+        self.peers.saw(revision);
         let Some(Message::Event(event)) = message.message else { return };
         let result = match event.object {
             Some(Object::Job(job)) => Job::try_from(job).map(|job| {

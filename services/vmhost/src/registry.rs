@@ -12,9 +12,8 @@ use blixard::{
     time::Timestamp,
     vm::VmState,
 };
-use blixard_chassis::client;
+use blixard_chassis::{ReplicatedChannel, client};
 use pb::registry_service_client::RegistryServiceClient;
-use tonic::transport::Channel;
 
 use crate::logs::{EndRecord, Outcome};
 
@@ -28,7 +27,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// The registry, as seen from this node.
 #[derive(Debug, Clone)]
 pub(crate) struct Registry {
-    client: RegistryServiceClient<Channel>,
+    client: RegistryServiceClient<ReplicatedChannel>,
     node_id: NodeId,
 }
 
@@ -70,7 +69,7 @@ impl Registry {
     /// # Errors
     /// The endpoint is no `http://host:port`.
     pub(crate) fn new(endpoint: &str, node_id: NodeId) -> Result<Self, Error> {
-        let client = RegistryServiceClient::new(client::channel(endpoint)?)
+        let client = RegistryServiceClient::new(ReplicatedChannel::new(endpoint)?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { client, node_id })

@@ -43,9 +43,9 @@ async fn until_signalled(config: Config) -> Result<ExitCode, Failure> {
 
     tokio::select! {
         _ = signals.next() => {}
-        () = plane.failed() => {
+        reason = plane.failed() => {
             plane.shutdown().await;
-            return Err(Failure::Start("the server failed: see the log above".to_owned()));
+            return Err(Failure::Start(reason));
         }
     }
     say_farewell(plane.endpoint()).await;

@@ -167,7 +167,7 @@ async fn a_data_directory_that_cannot_be_made_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
-    let error = Registry::start(RegistryConfig { data_dir: file }, &Tasks::new()).await.err().unwrap();
+    let error = Registry::start(RegistryConfig::alone(file), &Tasks::new()).await.err().unwrap();
     assert!(matches!(error, StartError::DataDir { .. }) && error.to_string().contains("file/hiqlite"), "{error}");
 }
 
@@ -178,7 +178,7 @@ async fn a_database_of_a_newer_program_is_refused() {
     let database = Connection::open(kit.dir.path().join("hiqlite/hiqlite.db")).unwrap();
     database.execute("INSERT INTO schema_migrations (version) VALUES (999)", []).unwrap();
     drop(database);
-    let config = RegistryConfig { data_dir: kit.dir.path().to_owned() };
+    let config = RegistryConfig::alone(kit.dir.path().to_owned());
     let error = Registry::start(config, &Tasks::new()).await.err().unwrap();
     assert!(matches!(error, StartError::NewerSchema { found: 999, known: 1 }), "{error}");
 }

@@ -1,0 +1,288 @@
+//! The task that looks after a replica: it observes, asks the leader, and does what the watchdog decides.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use blixard::error::{Error, Reason};
+use futures::{FutureExt as _, future::BoxFuture};
+use hiqlite::Client;
+use tokio::{sync::watch, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Role,
+    peers::{Answer, Mismatch, Peers},
+    service::Report,
+    watchdog::{CORE_ENDED, Effect, Observation, Tip, Watchdog},
+};
+use crate::{
+    StartError,
+    embedded::{self, Embedded},
+    read::Readers,
+};
+
+/// How often a replica is looked at: a new leader takes changes, and a follower's watchers see them, within this. A look
+/// copies Raft's metrics: microseconds.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often one that is alone is: there is nothing to see but its core's end.
+const LOOK_ALONE_EVERY: Duration = Duration::from_millis(500);
+/// How often a follower asks its leader how far it is.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+/// How often the disk is looked at. At full speed the log grows by some 50 MiB in this time.
+const LOOK_AT_DISK_EVERY: Duration = Duration::from_secs(1);
+/// How often the others are asked whether they are well enough to begin again.
+const RESEED_EVERY: Duration = Duration::from_secs(5);
+/// The disk must have room for this much of log, and a snapshot beside it: a log that could not grow would end the core.
+const LOG_RESERVE_BYTES: u64 = 4 * embedded::WAL_SIZE as u64;
+/// Where it is remembered that the process before this one was stuck.
+const STUCK_MARKER: &str = "stuck";
+
+/// What the driver tells others.
+pub(crate) struct Outputs {
+    pub(crate) role: watch::Sender<Role>,
+    pub(crate) serving: watch::Sender<bool>,
+    pub(crate) leading: watch::Sender<bool>,
+    pub(crate) report: watch::Sender<Report>,
+    pub(crate) closed: watch::Sender<Option<Error>>,
+}
+
+impl Outputs {
+    fn become_role(&self, role: Role) {
+        self.role.send_replace(role);
+        self.leading.send_replace(role.leads().is_some());
+        self.serving.send_replace(role.serves());
+    }
+
+    /// Nothing is served any more.
+    pub(crate) fn stop_serving(&self) {
+        self.become_role(Role::NoQuorum);
+    }
+}
+
+/// See the module.
+pub(crate) struct ReplicaDriver {
+    client: Client,
+    readers: Arc<Readers>,
+    dir: PathBuf,
+    database: PathBuf,
+    peers: Option<Arc<Peers>>,
+    majority: usize,
+    watchdog: Watchdog,
+    tip: Option<Tip>,
+    asking: Option<BoxFuture<'static, (Instant, Result<Vec<Answer>, Mismatch>)>>,
+    ask_at: Instant,
+    preparing: Option<BoxFuture<'static, (u64, Result<(), StartError>)>>,
+    disk_at: Instant,
+    reseed_at: Instant,
+    applied: u64,
+}
+
+impl ReplicaDriver {
+    pub(crate) fn new(node: &Embedded, readers: Arc<Readers>, peers: Option<Arc<Peers>>, majority: usize) -> Self {
+        let now = Instant::now();
+        let stuck_before = node.dir.join(STUCK_MARKER).exists();
+        Self {
+            client: node.client.clone(),
+            readers,
+            dir: node.dir.clone(),
+            database: node.database.clone(),
+            peers,
+            majority,
+            watchdog: Watchdog::new(majority, stuck_before, now),
+            tip: None,
+            asking: None,
+            ask_at: now,
+            preparing: None,
+            disk_at: now,
+            reseed_at: now,
+            applied: 0,
+        }
+    }
+
+    /// Looks after the replica until `stop`, or until it can't go on.
+    pub(crate) async fn run(mut self, outputs: &Outputs, stop: CancellationToken) -> Result<(), StartError> {
+        let every = if self.peers.is_some() { LOOK_EVERY } else { LOOK_ALONE_EVERY };
+        let mut look = tokio::time::interval(every);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                _ = look.tick() => {}
+                (asked_at, answers) = maybe(&mut self.asking) => self.heard(asked_at, answers),
+                (term, ready) = maybe(&mut self.preparing) => self.prepared(term, ready)?,
+            }
+            self.look(outputs).await?;
+        }
+    }
+
+    async fn look(&mut self, outputs: &Outputs) -> Result<(), StartError> {
+        let now = Instant::now();
+        let (seen, last_log_index) = observe(&self.client).await;
+        if !seen.leads && seen.applied != self.applied {
+            // What its leader has committed, for its watchers; an error of the database shows where it is read for somebody.
+            let _ = self.readers.look();
+        }
+        self.applied = seen.applied;
+        self.ask(now, seen);
+        self.look_at_disk(outputs, now);
+        for effect in self.watchdog.step(now, seen, self.tip) {
+            self.carry_out(outputs, effect).await?;
+        }
+        outputs.report.send_replace(Report { seen, last_log_index });
+        Ok(())
+    }
+
+    /// Asks the leader how far it is; or everybody, when none is known.
+    fn ask(&mut self, now: Instant, seen: Observation) {
+        let Some(peers) = self.peers.clone().filter(|_| self.asking.is_none() && !seen.leads && now >= self.ask_at)
+        else {
+            return;
+        };
+        self.ask_at = now + ASK_EVERY;
+        let leader = seen.leader;
+        self.asking = Some(
+            async move {
+                let answers = match leader {
+                    Some(leader) => peers.ask(leader).await.into_iter().collect(),
+                    None => peers.ask_all().await,
+                };
+                (now, answers)
+            }
+            .boxed(),
+        );
+    }
+
+    fn heard(&mut self, asked_at: Instant, answers: Result<Vec<Answer>, Mismatch>) {
+        self.asking = None;
+        match answers {
+            Ok(answers) => {
+                if let Some(leader) = answers.into_iter().find(Answer::leads) {
+                    self.tip = Some(Tip { asked_at, applied: leader.replica.applied_index });
+                }
+            }
+            Err(mismatch) => tracing::error!(%mismatch, "a replica is not one of this registry"),
+        }
+    }
+
+    async fn carry_out(&mut self, outputs: &Outputs, effect: Effect) -> Result<(), StartError> {
+        match effect {
+            Effect::Become(role) => self.become_role(outputs, role),
+            Effect::Prepare { term } => {
+                let (client, readers) = (self.client.clone(), self.readers.clone());
+                self.preparing = Some(async move { (term, embedded::prepare(&client, &readers).await) }.boxed());
+            }
+            Effect::Restart(why) => {
+                tracing::error!(why, "this replica can't go on; it has to be started again");
+                if why != CORE_ENDED {
+                    let _ = fs::write(self.dir.join(STUCK_MARKER), "");
+                }
+                return Err(StartError::Stuck(why));
+            }
+            Effect::Reseed => self.reseed().await?,
+        }
+        Ok(())
+    }
+
+    fn become_role(&self, outputs: &Outputs, role: Role) {
+        outputs.become_role(role);
+        if self.peers.is_some() {
+            tracing::info!(?role, "registry replica");
+        }
+        if role.serves() {
+            let _ = fs::remove_file(self.dir.join(STUCK_MARKER));
+        }
+    }
+
+    fn prepared(&mut self, term: u64, ready: Result<(), StartError>) -> Result<(), StartError> {
+        self.preparing = None;
+        match ready {
+            Ok(()) => self.watchdog.prepared(term, true),
+            // No other try would end differently.
+            Err(error @ (StartError::NewerSchema { .. } | StartError::Replay)) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "this replica is not ready to lead yet");
+                self.watchdog.prepared(term, false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the data aside and ends the process, if the others are a majority without this replica.
+    async fn reseed(&mut self) -> Result<(), StartError> {
+        let Some(peers) = self.peers.clone().filter(|_| Instant::now() >= self.reseed_at) else { return Ok(()) };
+        self.reseed_at = Instant::now() + RESEED_EVERY;
+        let answers = peers.ask_all().await.unwrap_or_default();
+        let well = answers.iter().filter(|answer| answer.is_well()).count();
+        if well < self.majority || !answers.iter().any(Answer::leads) {
+            tracing::warn!(
+                well,
+                "this replica does not catch up, and too few of the others are well for it to begin again"
+            );
+            return Ok(());
+        }
+        let aside = set_aside(&self.dir).map_err(|source| StartError::DataDir { path: self.dir.clone(), source })?;
+        tracing::error!(aside = %aside.display(), "this replica does not catch up; its data is set aside, and its next start takes the leader's");
+        Err(StartError::Stuck("its data was set aside"))
+    }
+
+    fn look_at_disk(&mut self, outputs: &Outputs, now: Instant) {
+        if now < self.disk_at {
+            return;
+        }
+        self.disk_at = now + LOOK_AT_DISK_EVERY;
+        let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let needed = LOG_RESERVE_BYTES + fs::metadata(&self.database).map_or(0, |database| database.len());
+        let full = free < needed;
+        if full != outputs.closed.borrow().is_some() {
+            tracing::warn!(free, needed, full, "the registry's disk");
+            outputs.closed.send_replace(full.then(|| disk_full(free, needed)));
+        }
+    }
+}
+
+/// What is seen of a replica, and the newest entry of its log.
+async fn observe(client: &Client) -> (Observation, u64) {
+    let Ok(metrics) = client.metrics_db().await else {
+        return (Observation { ended: true, ..Observation::default() }, 0);
+    };
+    let seen = Observation {
+        ended: metrics.running_state.is_err(),
+        leads: metrics.state.is_leader(),
+        leader: metrics.current_leader,
+        term: metrics.current_term,
+        voters: metrics.membership_config.voter_ids().count(),
+        quorum_ack: metrics.millis_since_quorum_ack.map(Duration::from_millis),
+        applied: metrics.last_applied.map_or(0, |log| log.index),
+    };
+    (seen, metrics.last_log_index.unwrap_or(0))
+}
+
+fn disk_full(free: u64, needed: u64) -> Error {
+    let message = format!("the registry's disk has {free} bytes free and needs {needed} to take changes safely");
+    Error::new(Reason::DiskFull, message).with("free_bytes", free).with("needed_bytes", needed)
+}
+
+/// Moves the data away, beside where it was; what was set aside before goes.
+fn set_aside(dir: &Path) -> io::Result<PathBuf> {
+    let aside = dir.with_extension("aside");
+    match fs::remove_dir_all(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::rename(dir, &aside)?;
+    fs::File::open(dir.parent().unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(aside)
+}
+
+/// What the future that is under way ends with; for ever, when there is none.
+async fn maybe<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}

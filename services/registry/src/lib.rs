@@ -51,7 +51,8 @@ use crate::{
     read::Readers,
     replica::{
         Role,
-        bootstrap::{self, Identity},
+        bootstrap::{self, Beginning, Identity},
+        doubt::Doubt,
         driver::{Outputs, ReplicaDriver},
         peers::{Peers, Secret},
         service::Report,
@@ -242,8 +243,17 @@ impl Opening {
         let (Some(membership), Some(peers)) = (&self.membership, &self.peers) else { return Ok(None) };
         let beginning = bootstrap::wait_to_begin(membership, peers, has_data).await?;
         tracing::info!(replica = membership.id, ?beginning, "registry replica starts");
-        let identity = Identity::of(&dir.path);
-        let node = Embedded::start_member(dir, membership, beginning).await?;
+        let (identity, doubt) = (Identity::of(&dir.path), Doubt::of(&dir.path));
+        let node = tokio::select! {
+            node = Embedded::start_member(dir, membership, beginning) => node?,
+            () = bootstrap::overdue(peers), if beginning == Beginning::Resume => {
+                if doubt.was_there_before() {
+                    doubt.begin_again(peers, membership.replicas.majority()).await?;
+                }
+                doubt.note();
+                return Err(StartError::Stuck("it finds no leader, though there is one"));
+            }
+        };
         identity.write(membership.id)?;
         self.outputs.role.send_replace(Role::Starting);
         let readers = self.readers(&node);

@@ -13,11 +13,15 @@ use std::{
 
 use super::{
     Membership,
-    peers::{Mismatch, Peers},
+    peers::{Answer, Mismatch, Peers},
 };
 
 /// How often the others are asked.
 const ASK_EVERY: Duration = Duration::from_millis(250);
+/// How often the others are looked at while a replica starts.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A replica with data knows its leader within seconds, however long its log is.
+const START_WITHIN: Duration = Duration::from_secs(60);
 /// How often it is told whom a replica waits for.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
@@ -149,6 +153,27 @@ pub(crate) async fn wait_to_begin(
             );
         }
         tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+/// Tells, while a replica starts, what it waits for. Resolves when it should have started long since: some other replica
+/// has been leading for [`START_WITHIN`], and this one still knows no leader.
+pub(crate) async fn overdue(peers: &Peers) {
+    let mut since = None;
+    let mut told = false;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let led = peers.ask_all().await.is_ok_and(|answers| answers.iter().any(Answer::leads));
+        let now = tokio::time::Instant::now();
+        since = led.then(|| since.unwrap_or(now));
+        match since {
+            Some(since) if now - since > START_WITHIN => return,
+            Some(_) => {}
+            None if !std::mem::replace(&mut told, true) => {
+                tracing::warn!("this replica waits for a majority of the replicas to elect a leader");
+            }
+            None => {}
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! The task that looks after a replica: it observes, asks the leader, and does what the watchdog decides.
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
+    fs,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Role,
+    doubt::Doubt,
     peers::{Answer, Mismatch, Peers},
     service::Report,
     watchdog::{CORE_ENDED, Effect, Observation, Tip, Watchdog},
@@ -38,8 +39,6 @@ const LOOK_AT_DISK_EVERY: Duration = Duration::from_secs(1);
 const RESEED_EVERY: Duration = Duration::from_secs(5);
 /// The disk must have room for this much of log, and a snapshot beside it: a log that could not grow would end the core.
 const LOG_RESERVE_BYTES: u64 = 4 * embedded::WAL_SIZE as u64;
-/// Where it is remembered that the process before this one was stuck.
-const STUCK_MARKER: &str = "stuck";
 
 /// What the driver tells others.
 pub(crate) struct Outputs {
@@ -68,6 +67,7 @@ pub(crate) struct ReplicaDriver {
     client: Client,
     readers: Arc<Readers>,
     dir: PathBuf,
+    doubt: Doubt,
     database: PathBuf,
     peers: Option<Arc<Peers>>,
     majority: usize,
@@ -84,7 +84,7 @@ pub(crate) struct ReplicaDriver {
 impl ReplicaDriver {
     pub(crate) fn new(node: &Embedded, readers: Arc<Readers>, peers: Option<Arc<Peers>>, majority: usize) -> Self {
         let now = Instant::now();
-        let stuck_before = node.dir.join(STUCK_MARKER).exists();
+        let doubt = Doubt::of(&node.dir);
         Self {
             client: node.client.clone(),
             readers,
@@ -92,7 +92,8 @@ impl ReplicaDriver {
             database: node.database.clone(),
             peers,
             majority,
-            watchdog: Watchdog::new(majority, stuck_before, now),
+            watchdog: Watchdog::new(majority, doubt.was_there_before(), now),
+            doubt,
             tip: None,
             asking: None,
             ask_at: now,
@@ -178,11 +179,17 @@ impl ReplicaDriver {
             Effect::Restart(why) => {
                 tracing::error!(why, "this replica can't go on; it has to be started again");
                 if why != CORE_ENDED {
-                    let _ = fs::write(self.dir.join(STUCK_MARKER), "");
+                    self.doubt.note();
                 }
                 return Err(StartError::Stuck(why));
             }
-            Effect::Reseed => self.reseed().await?,
+            Effect::Reseed => {
+                let now = Instant::now();
+                if let Some(peers) = self.peers.as_ref().filter(|_| now >= self.reseed_at) {
+                    self.reseed_at = now + RESEED_EVERY;
+                    self.doubt.begin_again(peers, self.majority).await?;
+                }
+            }
         }
         Ok(())
     }
@@ -193,7 +200,7 @@ impl ReplicaDriver {
             tracing::info!(?role, "registry replica");
         }
         if role.serves() {
-            let _ = fs::remove_file(self.dir.join(STUCK_MARKER));
+            self.doubt.dispel();
         }
     }
 
@@ -209,24 +216,6 @@ impl ReplicaDriver {
             }
         }
         Ok(())
-    }
-
-    /// Sets the data aside and ends the process, if the others are a majority without this replica.
-    async fn reseed(&mut self) -> Result<(), StartError> {
-        let Some(peers) = self.peers.clone().filter(|_| Instant::now() >= self.reseed_at) else { return Ok(()) };
-        self.reseed_at = Instant::now() + RESEED_EVERY;
-        let answers = peers.ask_all().await.unwrap_or_default();
-        let well = answers.iter().filter(|answer| answer.is_well()).count();
-        if well < self.majority || !answers.iter().any(Answer::leads) {
-            tracing::warn!(
-                well,
-                "this replica does not catch up, and too few of the others are well for it to begin again"
-            );
-            return Ok(());
-        }
-        let aside = set_aside(&self.dir).map_err(|source| StartError::DataDir { path: self.dir.clone(), source })?;
-        tracing::error!(aside = %aside.display(), "this replica does not catch up; its data is set aside, and its next start takes the leader's");
-        Err(StartError::Stuck("its data was set aside"))
     }
 
     fn look_at_disk(&mut self, outputs: &Outputs, now: Instant) {
@@ -265,18 +254,6 @@ async fn observe(client: &Client) -> (Observation, u64) {
 fn disk_full(free: u64, needed: u64) -> Error {
     let message = format!("the registry's disk has {free} bytes free and needs {needed} to take changes safely");
     Error::new(Reason::DiskFull, message).with("free_bytes", free).with("needed_bytes", needed)
-}
-
-/// Moves the data away, beside where it was; what was set aside before goes.
-fn set_aside(dir: &Path) -> io::Result<PathBuf> {
-    let aside = dir.with_extension("aside");
-    match fs::remove_dir_all(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    fs::rename(dir, &aside)?;
-    fs::File::open(dir.parent().unwrap_or(Path::new(".")))?.sync_all()?;
-    Ok(aside)
 }
 
 /// What the future that is under way ends with; for ever, when there is none.

@@ -7,6 +7,7 @@
 //! A registry that is alone is the same thing with one member that always leads.
 
 pub(crate) mod bootstrap;
+pub(crate) mod doubt;
 pub(crate) mod driver;
 pub(crate) mod peers;
 pub(crate) mod route;

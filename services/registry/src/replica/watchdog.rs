@@ -130,16 +130,17 @@ impl Watchdog {
         // Until enough replicas have joined, "a majority" would be fewer disks than was promised.
         let quorum = seen.voters >= self.majority
             && (seen.voters == 1 || seen.quorum_ack.is_some_and(|age| age < QUORUM_LOST_AFTER));
-        if !quorum {
-            return if self.has_caught_up() { Role::NoQuorum } else { Role::Starting };
-        }
-        if self.prepared == Some(seen.term) {
-            self.caught_up_at = Some(now);
-            return Role::Leader { term: seen.term };
-        }
-        if self.preparing != Some(seen.term) {
-            self.preparing = Some(seen.term);
-            effects.push(Effect::Prepare { term: seen.term });
+        match (quorum, self.prepared == Some(seen.term)) {
+            (true, true) => {
+                self.caught_up_at = Some(now);
+                return Role::Leader { term: seen.term };
+            }
+            (true, false) if self.preparing != Some(seen.term) => {
+                self.preparing = Some(seen.term);
+                effects.push(Effect::Prepare { term: seen.term });
+            }
+            (false, true) => return Role::NoQuorum,
+            (true | false, false) => {}
         }
         // Its database may lack what the leader before it had acknowledged.
         if self.is_fresh(now) { Role::Follower { leader: None } } else { self.stale_role(None) }

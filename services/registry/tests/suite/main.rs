@@ -5,5 +5,6 @@ mod commits;
 mod kit;
 mod lists;
 mod queries;
+mod replicas;
 mod restarts;
 mod tables;

@@ -103,7 +103,7 @@ fn check_read(table: &str, column: &str, through: Option<&str>, private: &BTreeS
     let own = column.is_empty()
         && !private.contains(&table.to_ascii_lowercase())
         && !["sqlite_", "pragma_", "dbstat"].iter().any(|prefix| table.to_ascii_lowercase().starts_with(prefix));
-    if TABLES.iter().any(|name| same(name)) || behind_view || own {
+    if TABLES.iter().any(same) || behind_view || own {
         return Ok(());
     }
     Err(refused(&format!("the table {table}, which is not public (docs/SCHEMA.md has those that are)"), table))

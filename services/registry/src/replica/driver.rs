@@ -62,6 +62,11 @@ impl Outputs {
     }
 }
 
+/// When others were asked, and what they said.
+type Asked = (Instant, Result<Vec<Answer>, Mismatch>);
+/// The term to lead in, and whether that can begin.
+type Prepared = (u64, Result<(), StartError>);
+
 /// See the module.
 pub(crate) struct ReplicaDriver {
     client: Client,
@@ -73,9 +78,9 @@ pub(crate) struct ReplicaDriver {
     majority: usize,
     watchdog: Watchdog,
     tip: Option<Tip>,
-    asking: Option<BoxFuture<'static, (Instant, Result<Vec<Answer>, Mismatch>)>>,
+    asking: Option<BoxFuture<'static, Asked>>,
     ask_at: Instant,
-    preparing: Option<BoxFuture<'static, (u64, Result<(), StartError>)>>,
+    preparing: Option<BoxFuture<'static, Prepared>>,
     disk_at: Instant,
     reseed_at: Instant,
     applied: u64,

@@ -226,6 +226,9 @@ impl RegistryService for FakeRegistry {
     async fn get_counts(&self, _: Request<pb::GetCountsRequest>) -> Answer<pb::GetCountsResponse> {
         unused()
     }
+    async fn get_revision(&self, _: Request<pb::GetRevisionRequest>) -> Answer<pb::GetRevisionResponse> {
+        unused()
+    }
     type QueryStream = BoxStream<'static, Result<pb::QueryResponse, Status>>;
     async fn query(&self, _: Request<pb::QueryRequest>) -> Answer<Self::QueryStream> {
         unused()

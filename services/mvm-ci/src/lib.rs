@@ -4,6 +4,7 @@
 //!   mvm-ci                    ControlPlane: registry + vmhost + scheduler behind one gRPC server, over loopback
 //!   mvm-ci run|job|vm|stats   a client of SchedulerService at --endpoint, and of nothing else
 //!   mvm-ci guest-agent        the guest agent, for the `process` driver (hidden)
+//!   mvm-ci query-worker       one SQL query of the registry, confined (hidden)
 //! ```
 //!
 //! [`ControlPlane`] is public so that tests and examples can run one in their own process. The client half must not know

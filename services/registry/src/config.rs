@@ -16,13 +16,16 @@ pub struct RegistryConfig {
     pub data_dir: PathBuf,
     /// Which of several replicas it is; `None`: it is alone.
     pub membership: Option<Membership>,
+    /// The program to start for each query: one that begins with [`crate::query_worker`].
+    pub query_worker: PathBuf,
 }
 
 impl RegistryConfig {
-    /// Of a registry that is alone.
+    /// Of a registry that is alone, in a program that begins with [`crate::query_worker`].
     #[must_use]
     pub fn alone(data_dir: PathBuf) -> Self {
-        Self { data_dir, membership: None }
+        // The program that runs, also when its file has been replaced since.
+        Self { data_dir, membership: None, query_worker: "/proc/self/exe".into() }
     }
 
     /// What a configuration asks for.
@@ -45,7 +48,7 @@ impl RegistryConfig {
         if secret.len() < MIN_SECRET_BYTES {
             return Err(StartError::WeakSecret { path, found: secret.len(), needed: MIN_SECRET_BYTES });
         }
-        Ok(Self { data_dir, membership: Some(Membership { replicas, id, secret }) })
+        Ok(Self { membership: Some(Membership { replicas, id, secret }), ..Self::alone(data_dir) })
     }
 
     /// Where it is to be served: a replica where the list says, a registry that is alone at `otherwise`.

@@ -5,7 +5,7 @@
 //!   service ── parse, one call, encode
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
-//!     ├─► query ── users' SQL, on threads of their own, within budgets
+//!     ├─► query ── users' SQL, in processes of their own, within budgets
 //!     └─► watch ── a cursor into the events table
 //! ```
 //! Architecture invariants: every change writes its event in the same transaction (triggers, [`schema`]); an answered
@@ -17,10 +17,10 @@ mod config;
 mod embedded;
 mod error;
 mod list;
-mod memory;
 mod mutation;
 mod query;
 mod query_rules;
+mod query_worker;
 mod read;
 mod replica;
 mod rows;
@@ -32,6 +32,7 @@ mod watch;
 
 use std::{
     error::Error as _,
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -42,7 +43,6 @@ use blixard::{
 };
 use blixard_chassis::Tasks;
 use tokio::sync::watch as channel;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     commit::CommitDriver,
@@ -61,6 +61,7 @@ use crate::{
 pub use crate::{
     config::RegistryConfig,
     error::StartError,
+    query_worker::query_worker,
     replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
     service::Service,
 };
@@ -98,8 +99,9 @@ struct Opening {
     node: Arc<OnceLock<Embedded>>,
     failed: channel::Sender<Option<String>>,
     committer: Tasks,
-    /// Cancelled when watches are to end.
-    stop: CancellationToken,
+    query_worker: PathBuf,
+    /// Watches and queries end with it.
+    tasks: Tasks,
 }
 
 impl Registry {
@@ -111,15 +113,15 @@ impl Registry {
     /// The data directory is in use, another's or can't be used, or the database is damaged or from a newer program.
     pub async fn start(config: RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
         let dir = DataDir::take(&config.data_dir)?;
-        match config.membership {
-            None => Self::start_alone(dir, tasks).await,
-            Some(membership) => Self::start_replica(dir, membership, tasks),
+        match config.membership.clone() {
+            None => Self::start_alone(dir, &config, tasks).await,
+            Some(membership) => Self::start_replica(dir, membership, &config, tasks),
         }
     }
 
-    async fn start_alone(dir: DataDir, tasks: &Tasks) -> Result<Self, StartError> {
+    async fn start_alone(dir: DataDir, config: &RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
         Identity::of(&dir.path).check_alone()?;
-        let (opening, mut registry) = Opening::new(None, None, Role::Starting, tasks);
+        let (opening, mut registry) = Opening::new(config, None, Role::Starting, tasks);
         let node = Embedded::start_alone(dir).await?;
         let readers = opening.readers(&node);
         if let Err(error) = embedded::prepare(&node.client, &readers).await {
@@ -137,11 +139,16 @@ impl Registry {
         Ok(registry)
     }
 
-    fn start_replica(dir: DataDir, membership: Membership, tasks: &Tasks) -> Result<Self, StartError> {
+    fn start_replica(
+        dir: DataDir,
+        membership: Membership,
+        config: &RegistryConfig,
+        tasks: &Tasks,
+    ) -> Result<Self, StartError> {
         let has_data = Identity::of(&dir.path).check(membership.id)?;
         let peers = Arc::new(Peers::new(&membership).map_err(StartError::Endpoint)?);
         let role = if has_data { Role::Starting } else { Role::Empty };
-        let (opening, registry) = Opening::new(Some(membership), Some(peers), role, tasks);
+        let (opening, registry) = Opening::new(config, Some(peers), role, tasks);
         let committer = registry.committer.clone();
         committer.spawn("registry replica", Box::pin(opening.join(dir, has_data)));
         Ok(registry)
@@ -192,7 +199,8 @@ impl Registry {
 }
 
 impl Opening {
-    fn new(membership: Option<Membership>, peers: Option<Arc<Peers>>, role: Role, tasks: &Tasks) -> (Self, Registry) {
+    fn new(config: &RegistryConfig, peers: Option<Arc<Peers>>, role: Role, tasks: &Tasks) -> (Self, Registry) {
+        let membership = config.membership.clone();
         let newest = Arc::new(channel::Sender::new(0));
         let (role, closed) = (channel::Sender::new(role), channel::Sender::new(None));
         let (serving, leading) = (channel::Sender::new(false), channel::Sender::new(false));
@@ -223,8 +231,8 @@ impl Opening {
             committer: committer.clone(),
         };
         let outputs = Outputs { role, serving, leading, report, closed };
-        let stop = tasks.token().clone();
-        (Self { membership, peers, outputs, newest, local, node, failed, committer, stop }, registry)
+        let (query_worker, tasks) = (config.query_worker.clone(), tasks.clone());
+        (Self { membership, peers, outputs, newest, local, node, failed, committer, query_worker, tasks }, registry)
     }
 
     /// From a directory to a replica that serves, for as long as it can.
@@ -269,9 +277,9 @@ impl Opening {
         let role = self.outputs.role.subscribe();
         let (driver, commits) = CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role);
         self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
-        let queries = Queries::new(node.database.clone(), self.stop.clone());
+        let queries = Queries::new(node.database.clone(), self.query_worker.clone(), self.tasks.clone());
         let newest = self.newest.subscribe();
-        let service = Service { commits, readers: readers.clone(), queries, newest, stop: self.stop.clone() };
+        let service = Service { commits, readers: readers.clone(), queries, newest, stop: self.tasks.token().clone() };
         let service = RegistryServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);

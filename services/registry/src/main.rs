@@ -1,6 +1,6 @@
 //! The `registry` process: one registry behind a gRPC server.
 
-use std::io::Write as _;
+use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 use blixard_chassis::{Server, Tasks, settings, telemetry};
@@ -11,7 +11,10 @@ use clap::Command;
 const LEADER_HEALTH: &str = "blixard.registry.v1.RegistryService/leader";
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
+    if let Some(ended) = blixard_registry::query_worker(std::env::args_os()) {
+        return Ok(ended);
+    }
     let command = Command::new("registry")
         .version(env!("CARGO_PKG_VERSION"))
         .about("The durable truth of a control plane: VMs, jobs, nodes and their events");
@@ -37,7 +40,7 @@ async fn main() -> anyhow::Result<()> {
         served = served => {
             // Last: calls that were let finish may still change something.
             registry.shutdown().await;
-            served.context("serving")
+            served.context("serving").map(|()| ExitCode::SUCCESS)
         }
         // What is acknowledged is on the disk; whoever supervises this process starts it again.
         reason = registry.failed() => anyhow::bail!(reason),

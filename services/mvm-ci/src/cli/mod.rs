@@ -37,6 +37,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     if args.get(1).is_some_and(|arg| arg == "guest-agent") {
         return blixard_guest_agent::main_with_args(args.into_iter().skip(2));
     }
+    if let Some(ended) = blixard_registry::query_worker(args.iter().cloned()) {
+        return ended;
+    }
     let arguments = match args::parse(args) {
         Ok(arguments) => arguments,
         Err(error) => {

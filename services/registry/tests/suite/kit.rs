@@ -101,7 +101,9 @@ impl Kit {
 /// Serves the registry of a directory.
 pub(crate) async fn serve(dir: &Path) -> (Client, (Registry, Tasks)) {
     let tasks = Tasks::new();
-    let registry = Registry::start(RegistryConfig::alone(dir.to_owned()), &tasks).await.unwrap();
+    let config =
+        RegistryConfig { query_worker: env!("CARGO_BIN_EXE_registry").into(), ..RegistryConfig::alone(dir.to_owned()) };
+    let registry = Registry::start(config, &tasks).await.unwrap();
     let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
     let endpoint = server.local_endpoint();
     let server = server.add_service(registry.service());

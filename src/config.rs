@@ -34,6 +34,8 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// This node's name.
     pub node_id: NodeId,
+    /// Where metrics are served; none: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// VM hypervisor settings. The name is history's: the hypervisors are Cloud Hypervisor and QEMU.
@@ -99,6 +101,7 @@ impl Default for Config {
             server: ServerConfig {
                 listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
                 node_id: NodeId::parse("node_id", "node-1").unwrap_or_else(|_| unreachable!("a constant name")),
+                metrics_listen: None,
             },
             firecracker: FirecrackerConfig {
                 driver: DriverChoice::Auto,
@@ -248,6 +251,18 @@ pub const SETTINGS: &[Setting] = &[
         allowed: NAME_ALLOWED,
         set: |config, value| NodeId::parse("", value).ok().map(|id| config.server.node_id = id),
         get: |config| config.server.node_id.to_string(),
+    },
+    Setting {
+        key: "server.metrics_listen",
+        env: "BLIXARD_METRICS_LISTEN",
+        flag: "metrics-listen",
+        help: "Where metrics are served over HTTP, at /metrics; empty: nowhere",
+        allowed: "empty, or an address and port such as 127.0.0.1:9464; port 0 takes any free one",
+        set: |config, value| {
+            config.server.metrics_listen = if value.is_empty() { None } else { Some(value.parse().ok()?) };
+            Some(())
+        },
+        get: |config| config.server.metrics_listen.map_or_else(String::new, |address| address.to_string()),
     },
     Setting {
         key: "firecracker.driver",
@@ -480,7 +495,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

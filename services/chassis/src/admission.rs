@@ -27,6 +27,8 @@ use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
+use crate::metrics::Call;
+
 /// Ours fires this much (or a tenth of the timeout) before the caller's, so that the answer that names the reason arrives
 /// before the caller's own timer, and tonic's, cut the call.
 const MARGIN: Duration = Duration::from_millis(25);
@@ -78,14 +80,18 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let Ok(slot) = self.shared.slots.clone().try_acquire_owned() else {
-            return Box::pin(async { Ok(overloaded().into_http()) });
+        let mut call = Call::begin(&request);
+        let mut refuse = |status: Status| -> Self::Future {
+            let response = status.into_http();
+            call.look(response.headers());
+            Box::pin(std::future::ready(Ok(response)))
         };
+        let Ok(slot) = self.shared.slots.clone().try_acquire_owned() else { return refuse(overloaded()) };
         let asked = request.headers().get("grpc-timeout").map(parse_timeout);
         let timeout = match asked {
             None => limits::DEFAULT_DEADLINE,
             Some(Some(timeout)) => timeout.saturating_sub(MARGIN.min(timeout / 10)),
-            Some(None) => return Box::pin(async { Ok(malformed_timeout().into_http()) }),
+            Some(None) => return refuse(malformed_timeout()),
         };
         let deadline = Instant::now() + timeout;
         request.extensions_mut().insert(Deadline(deadline));
@@ -97,9 +103,14 @@ where
             async move {
                 let result = tokio::time::timeout_at(deadline.into(), answer).await;
                 drop(slot);
-                let Ok(response) = result else { return Ok(deadline_exceeded().into_http()) };
-                let response = name_the_limit(response?);
-                Ok(response.map(|body| Body::new(Bounded::new(body, asked.map(|_| deadline), token))))
+                let Ok(answered) = result else {
+                    let response = deadline_exceeded().into_http();
+                    call.look(response.headers());
+                    return Ok(response);
+                };
+                let response = name_the_limit(answered?);
+                call.look(response.headers());
+                Ok(response.map(|body| Body::new(Bounded::new(body, asked.map(|_| deadline), token, call))))
             }
             .instrument(span),
         )
@@ -111,15 +122,17 @@ struct Bounded {
     inner: Body,
     deadline: Option<Pin<Box<Sleep>>>,
     shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
+    call: Call,
     ended: bool,
 }
 
 impl Bounded {
-    fn new(inner: Body, deadline: Option<Instant>, token: CancellationToken) -> Self {
+    fn new(inner: Body, deadline: Option<Instant>, token: CancellationToken, call: Call) -> Self {
         Self {
             inner,
             deadline: deadline.map(|deadline| Box::pin(sleep_until(deadline.into()))),
             shutdown: Box::pin(token.cancelled_owned()),
+            call,
             ended: false,
         }
     }
@@ -146,12 +159,19 @@ impl http_body::Body for Bounded {
             return Poll::Ready(None);
         }
         if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) {
+            if let Some(Ok(frame)) = &frame
+                && let Some(trailers) = frame.trailers_ref()
+            {
+                self.call.look(trailers);
+            }
             return Poll::Ready(frame);
         }
         let Some(status) = self.cut_short(context) else { return Poll::Pending };
         self.ended = true;
         let mut trailers = HeaderMap::new();
-        match status.add_header(&mut trailers) {
+        let added = status.add_header(&mut trailers);
+        self.call.look(&trailers);
+        match added {
             Ok(()) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
             Err(status) => Poll::Ready(Some(Err(status))),
         }

@@ -9,6 +9,7 @@
 
 pub mod admission;
 pub mod client;
+pub mod metrics;
 pub mod replicated;
 pub mod server;
 pub mod settings;

@@ -16,7 +16,7 @@ use blixard::{
     error::{Error, Reason},
     pb::scheduler::v1::{GetStatsRequest, scheduler_service_client::SchedulerServiceClient},
 };
-use blixard_chassis::{Server, Tasks, client, server::BindError};
+use blixard_chassis::{Server, Tasks, client, metrics, server::BindError};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use blixard_vmhost::{VmHost, VmHostConfig};
@@ -94,6 +94,7 @@ impl ControlPlane {
             let message = "registry.replicas is set, but this program's registry is alone: run registry, scheduler and vmhost as processes";
             return Err(StartError(message.to_owned()));
         }
+        metrics::serve(config.server.metrics_listen, &services).await.map_err(|error| StartError::new(&error))?;
         let registry = RegistryConfig::alone(config.storage.data_dir.clone());
         let registry = Registry::start(registry, &services).await.map_err(|error| StartError::new(&error))?;
         let parts = Parts { server, services, registry };

@@ -25,6 +25,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    metrics::METRICS,
     mutation::{Key, Mutation, Statement},
     read::{Readers, advance, newest_revision},
     replica::Role,
@@ -146,6 +147,7 @@ impl CommitDriver {
                 Some(_) => self.begin_commits(),
                 None => self.refuse_waiting(&no_leader()),
             }
+            METRICS.queued_mutations.set(self.waiting.len() as f64);
         }
         self.queue.close();
         while let Some(done) = self.under_way.next().await {
@@ -237,12 +239,14 @@ struct Committer {
 impl Committer {
     async fn commit(self, mut batch: Batch, seen: u64) -> Done {
         let changes = batch.units.len();
+        METRICS.commit_mutations.record(changes as f64);
         let begun = Instant::now();
         match self.propose(std::mem::take(&mut batch.statements)).await {
             Ok(counts) => {
                 let committed = begun.elapsed();
                 let done = self.read(batch.units, &counts, seen).await;
                 tracing::debug!(changes, ?committed, read = ?begun.elapsed(), "group commit");
+                METRICS.commit_seconds.record(begun.elapsed());
                 done
             }
             Err(Fault::Unknown(error)) => Done::refused(batch.units, &error),

@@ -17,6 +17,7 @@ mod config;
 mod embedded;
 mod error;
 mod list;
+mod metrics;
 mod mutation;
 mod query;
 mod query_rules;

@@ -3,7 +3,7 @@
 use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
-use blixard_chassis::{Server, Tasks, settings, telemetry};
+use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
 use blixard_registry::{LOG_DIRECTIVES, REPLICA_LOG_DIRECTIVES, Registry, RegistryConfig};
 use clap::Command;
 
@@ -24,12 +24,16 @@ async fn main() -> anyhow::Result<ExitCode> {
     telemetry::init(&format!("info,{directives}"));
 
     let tasks = Tasks::new();
+    let metrics = metrics::serve(config.server.metrics_listen, &tasks).await?;
     // A replica listens where the list says. That the address is this machine's and free is also what keeps a second
     // replica of the same id from running.
     let server = Server::bind(own.listen(config.server.listen).await?).await?;
     let registry = Box::pin(Registry::start(own, &tasks)).await?;
-    // One line for whoever started us with port 0.
+    // For whoever started us with port 0.
     writeln!(std::io::stdout(), "registry listening on {}", server.local_endpoint())?;
+    if let Some(address) = metrics {
+        writeln!(std::io::stdout(), "registry metrics on http://{address}/metrics")?;
+    }
     let served = server
         .serving_while(registry.serving())
         .with_health(LEADER_HEALTH, registry.leading())

@@ -28,7 +28,10 @@ use tokio::{
 };
 use tonic::Status;
 
-use crate::query_worker::{self, Frame, out_of_time};
+use crate::{
+    metrics::METRICS,
+    query_worker::{self, Frame, out_of_time},
+};
 
 /// Queries at once. Each may keep a core busy for its whole time; the rest of the registry needs one too.
 const MAX_QUERIES: usize = 4;
@@ -69,6 +72,13 @@ impl Queries {
         &self,
         request: wire::QueryRequest,
     ) -> Result<impl Stream<Item = Result<wire::QueryResponse, Status>> + Send + 'static, Error> {
+        self.begin(request).inspect_err(|error| METRICS.query_refused(error))
+    }
+
+    fn begin(
+        &self,
+        request: wire::QueryRequest,
+    ) -> Result<impl Stream<Item = Result<wire::QueryResponse, Status>> + Send + 'static, Error> {
         let query = checked(request)?;
         let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
             let message = format!("{MAX_QUERIES} queries are under way; try again");
@@ -84,6 +94,7 @@ impl Queries {
                 () = sender.closed() => Ok(()),
             };
             if let Err(status) = answered {
+                METRICS.query_refused(&Error::from_status(&status));
                 // A client that has gone needs no reason; one that is slow finds the end of the stream instead.
                 let _ = sender.try_send(Err(status));
             }

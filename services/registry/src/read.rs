@@ -13,6 +13,8 @@ use blixard::error::{Error, Reason};
 use hiqlite::rusqlite::{self, Connection, OpenFlags};
 use tokio::sync::{Semaphore, watch};
 
+use crate::metrics::METRICS;
+
 /// Reads at once. They are short and CPU-bound; more than the cores of a small machine only wait for each other.
 const CONNECTIONS: usize = 4;
 /// How long a read may wait for a connection.
@@ -106,6 +108,7 @@ pub(crate) fn advance(newest: &watch::Sender<u64>, revision: u64) {
     newest.send_if_modified(|newest| {
         let newer = revision > *newest;
         *newest = revision.max(*newest);
+        METRICS.revision.set(*newest as f64);
         newer
     });
 }

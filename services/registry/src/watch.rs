@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
+    metrics::{METRICS, Watching},
     read::Readers,
     rows::{JobRow, VmRow, find_node, number, when},
 };
@@ -43,6 +44,7 @@ pub(crate) struct Watcher {
     began_at: u64,
     synced: bool,
     page: VecDeque<WatchResponse>,
+    _watching: Watching,
 }
 
 impl Watcher {
@@ -64,7 +66,16 @@ impl Watcher {
                 start - 1
             }
         };
-        Ok(Self { readers, newest, stop, cursor, began_at, synced: false, page: VecDeque::new() })
+        Ok(Self {
+            readers,
+            newest,
+            stop,
+            cursor,
+            began_at,
+            synced: false,
+            page: VecDeque::new(),
+            _watching: METRICS.watching(),
+        })
     }
 
     /// The messages, without end until shutdown.

@@ -1,7 +1,7 @@
 //! The scheduler as a process of its own.
 
 use anyhow::Context as _;
-use blixard_chassis::{Server, Tasks, settings, telemetry};
+use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use clap::{Arg, Command};
 
@@ -21,6 +21,7 @@ async fn main() -> anyhow::Result<()> {
     let registry_endpoint = matches.get_one::<String>("registry").cloned().unwrap_or_default();
 
     let tasks = Tasks::new();
+    metrics::serve(config.server.metrics_listen, &tasks).await?;
     let server = Server::bind(config.server.listen).await?;
     let scheduler = Scheduler::start(
         SchedulerConfig {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use blixard::config::Config;
-use blixard_chassis::{Server, Tasks, settings, telemetry};
+use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
 use blixard_vmhost::{VmHost, VmHostConfig};
 use clap::{Arg, ArgMatches, Command};
 
@@ -19,6 +19,7 @@ async fn main() -> anyhow::Result<()> {
     let agent = agent(&arguments)?;
 
     let tasks = Tasks::new();
+    metrics::serve(config.server.metrics_listen, &tasks).await?;
     let vmhost = VmHost::start(host_config(config, text("registry"), advertise, &agent), &tasks).await?;
     tracing::info!(address = %server.local_addr(), "vmhost serves");
     server.add_service(vmhost.service()).run(&tasks).await.context("serving")

@@ -4,6 +4,7 @@
 mod commits;
 mod kit;
 mod lists;
+mod metrics;
 mod queries;
 mod replicas;
 mod restarts;

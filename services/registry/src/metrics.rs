@@ -34,10 +34,8 @@ pub(crate) struct Metrics {
     pub(crate) revision: Gauge,
     watchers: Gauge,
     /// Raft entries that the leader has and this replica has not applied.
-    #[expect(dead_code, reason = "a lone registry has nobody to lag behind; the watchdog of replicas sets it")]
     pub(crate) applied_lag: Gauge,
     /// Leaders that this replica has seen come after another.
-    #[expect(dead_code, reason = "a lone registry has one leader; the watchdog of replicas counts it")]
     pub(crate) leader_changes: Counter,
 }
 

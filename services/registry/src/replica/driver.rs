@@ -23,6 +23,7 @@ use super::{
 use crate::{
     StartError,
     embedded::{self, Embedded},
+    metrics::METRICS,
     read::Readers,
 };
 
@@ -84,6 +85,8 @@ pub(crate) struct ReplicaDriver {
     disk_at: Instant,
     reseed_at: Instant,
     applied: u64,
+    /// The last one that was known.
+    leader: Option<u64>,
 }
 
 impl ReplicaDriver {
@@ -106,6 +109,7 @@ impl ReplicaDriver {
             disk_at: now,
             reseed_at: now,
             applied: 0,
+            leader: None,
         }
     }
 
@@ -133,6 +137,7 @@ impl ReplicaDriver {
             let _ = self.readers.look();
         }
         self.applied = seen.applied;
+        self.measure(seen);
         self.ask(now, seen);
         self.look_at_disk(outputs, now);
         for effect in self.watchdog.step(now, seen, self.tip) {
@@ -140,6 +145,16 @@ impl ReplicaDriver {
         }
         outputs.report.send_replace(Report { seen, last_log_index });
         Ok(())
+    }
+
+    fn measure(&mut self, seen: Observation) {
+        let leader_has = self.tip.filter(|_| !seen.leads).map_or(0, |tip| tip.applied);
+        METRICS.applied_lag.set(leader_has.saturating_sub(seen.applied) as f64);
+        if let Some(leader) = seen.leader
+            && self.leader.replace(leader).is_some_and(|before| before != leader)
+        {
+            METRICS.leader_changes.increment(1);
+        }
     }
 
     /// Asks the leader how far it is; or everybody, when none is known.

@@ -25,6 +25,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How VMs are managed.
     pub vm_manager: VmManagerConfig,
+    /// What the registry forgets, and when.
+    pub retention: RetentionConfig,
 }
 
 /// Who this node is and where it listens.
@@ -84,6 +86,17 @@ pub struct VmManagerConfig {
     pub pre_warm_count: u32,
 }
 
+/// What the registry forgets, and when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetentionConfig {
+    /// Events are kept for this many days …
+    pub events_days: u32,
+    /// … unless there are more than this many; then the oldest go.
+    pub max_events: u32,
+    /// VMs and jobs that have ended are kept for this many days.
+    pub ended_days: u32,
+}
+
 /// Which VM driver to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DriverChoice {
@@ -118,6 +131,9 @@ impl Default for Config {
                 secret_file: "./registry.secret".into(),
             },
             vm_manager: VmManagerConfig { auto_scaling: true, pre_warm_count: 0 },
+            // A week covers any watcher's absence and last weekend's questions. A million events are some 200 MB, and the
+            // database's snapshots, which hold up writers, take a second with as much. What ended last month is still listed.
+            retention: RetentionConfig { events_days: 7, max_events: 1_000_000, ended_days: 30 },
         }
     }
 }
@@ -399,6 +415,33 @@ pub const SETTINGS: &[Setting] = &[
         set: |config, value| number(value, 0, 10_000).map(|n| config.vm_manager.pre_warm_count = n),
         get: |config| config.vm_manager.pre_warm_count.to_string(),
     },
+    Setting {
+        key: "retention.events_days",
+        env: "BLIXARD_RETENTION_EVENTS_DAYS",
+        flag: "retention-events-days",
+        help: "How many days the registry keeps events",
+        allowed: "a whole number from 1 to 3650",
+        set: |config, value| number(value, 1, 3650).map(|n| config.retention.events_days = n),
+        get: |config| config.retention.events_days.to_string(),
+    },
+    Setting {
+        key: "retention.max_events",
+        env: "BLIXARD_RETENTION_MAX_EVENTS",
+        flag: "retention-max-events",
+        help: "How many events the registry keeps at most; the oldest go first",
+        allowed: "a whole number from 10000 to 100000000",
+        set: |config, value| number(value, 10_000, 100_000_000).map(|n| config.retention.max_events = n),
+        get: |config| config.retention.max_events.to_string(),
+    },
+    Setting {
+        key: "retention.ended_days",
+        env: "BLIXARD_RETENTION_ENDED_DAYS",
+        flag: "retention-ended-days",
+        help: "How many days the registry keeps VMs and jobs that have ended",
+        allowed: "a whole number from 1 to 3650",
+        set: |config, value| number(value, 1, 3650).map(|n| config.retention.ended_days = n),
+        get: |config| config.retention.ended_days.to_string(),
+    },
 ];
 
 fn number(value: &str, min: u32, max: u32) -> Option<u32> {
@@ -495,7 +538,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count, retention.events_days, retention.max_events, retention.ended_days
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

@@ -95,7 +95,7 @@ impl ControlPlane {
             return Err(StartError(message.to_owned()));
         }
         metrics::serve(config.server.metrics_listen, &services).await.map_err(|error| StartError::new(&error))?;
-        let registry = RegistryConfig::alone(config.storage.data_dir.clone());
+        let registry = RegistryConfig::load(&config).map_err(|error| StartError::new(&error))?;
         let registry = Registry::start(registry, &services).await.map_err(|error| StartError::new(&error))?;
         let parts = Parts { server, services, registry };
         let (address, endpoint) = (bound.local_addr(), bound.local_endpoint());

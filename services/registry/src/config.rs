@@ -4,7 +4,7 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 
 use blixard::config::Config;
 
-use crate::{StartError, embedded, replica::Membership};
+use crate::{StartError, embedded, replica::Membership, retention::Retention};
 
 /// Shortest secret of replicas: 128 bits.
 const MIN_SECRET_BYTES: usize = 16;
@@ -14,6 +14,8 @@ const MIN_SECRET_BYTES: usize = 16;
 pub struct RegistryConfig {
     /// The database is in `hiqlite/` below it.
     pub data_dir: PathBuf,
+    /// What is kept, and for how long.
+    pub retention: Retention,
     /// Which of several replicas it is; `None`: it is alone.
     pub membership: Option<Membership>,
     /// The program to start for each query: one that begins with [`crate::query_worker`].
@@ -25,7 +27,8 @@ impl RegistryConfig {
     #[must_use]
     pub fn alone(data_dir: PathBuf) -> Self {
         // The program that runs, also when its file has been replaced since.
-        Self { data_dir, membership: None, query_worker: "/proc/self/exe".into() }
+        let retention = Config::default().retention.into();
+        Self { data_dir, retention, membership: None, query_worker: "/proc/self/exe".into() }
     }
 
     /// What a configuration asks for.
@@ -33,9 +36,10 @@ impl RegistryConfig {
     /// # Errors
     /// The replica's id is not in the list, or the secret can't be read or is too short.
     pub fn load(config: &Config) -> Result<Self, StartError> {
-        let (data_dir, registry) = (config.storage.data_dir.clone(), &config.registry);
+        let registry = &config.registry;
+        let alone = Self { retention: config.retention.into(), ..Self::alone(config.storage.data_dir.clone()) };
         if registry.replicas.is_empty() && registry.replica_id == 0 {
-            return Ok(Self::alone(data_dir));
+            return Ok(alone);
         }
         let (replicas, id) = (registry.replicas.clone(), registry.replica_id);
         replicas.get(id).ok_or(StartError::NotListed(id))?;
@@ -48,7 +52,7 @@ impl RegistryConfig {
         if secret.len() < MIN_SECRET_BYTES {
             return Err(StartError::WeakSecret { path, found: secret.len(), needed: MIN_SECRET_BYTES });
         }
-        Ok(Self { membership: Some(Membership { replicas, id, secret }), ..Self::alone(data_dir) })
+        Ok(Self { membership: Some(Membership { replicas, id, secret }), ..alone })
     }
 
     /// Where it is to be served: a replica where the list says, a registry that is alone at `otherwise`.

@@ -6,12 +6,14 @@
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
 //!     ├─► query ── users' SQL, in processes of their own, within budgets
-//!     └─► watch ── a cursor into the events table
+//!     └─► watch ── a position in the sequence of changes ◄── tail (recent ones, read once for all) or change (pages)
+//! retention ── forgets what is old, through commit like everybody
 //! ```
 //! Architecture invariants: every change writes its event in the same transaction (triggers, [`schema`]); an answered
 //! change is on the disks of a majority; a change that the state tables of the root package do not allow is refused inside
 //! the transaction. It must not know who its callers are.
 
+mod change;
 mod commit;
 mod config;
 mod embedded;
@@ -24,9 +26,11 @@ mod query_rules;
 mod query_worker;
 mod read;
 mod replica;
+mod retention;
 mod rows;
 mod schema;
 mod service;
+mod tail;
 mod time;
 mod verdict;
 mod watch;
@@ -58,12 +62,15 @@ use crate::{
         peers::{Peers, Secret},
         service::Report,
     },
+    retention::RetentionDriver,
+    tail::Tail,
 };
 pub use crate::{
     config::RegistryConfig,
     error::StartError,
     query_worker::query_worker,
     replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
+    retention::Retention,
     service::Service,
 };
 
@@ -101,6 +108,7 @@ struct Opening {
     failed: channel::Sender<Option<String>>,
     committer: Tasks,
     query_worker: PathBuf,
+    retention: Retention,
     /// Watches and queries end with it.
     tasks: Tasks,
 }
@@ -232,8 +240,20 @@ impl Opening {
             committer: committer.clone(),
         };
         let outputs = Outputs { role, serving, leading, report, closed };
-        let (query_worker, tasks) = (config.query_worker.clone(), tasks.clone());
-        (Self { membership, peers, outputs, newest, local, node, failed, committer, query_worker, tasks }, registry)
+        let opening = Self {
+            membership,
+            peers,
+            outputs,
+            newest,
+            local,
+            node,
+            failed,
+            committer,
+            query_worker: config.query_worker.clone(),
+            retention: config.retention,
+            tasks: tasks.clone(),
+        };
+        (opening, registry)
     }
 
     /// From a directory to a replica that serves, for as long as it can.
@@ -279,8 +299,14 @@ impl Opening {
         let (driver, commits) = CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role);
         self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
         let queries = Queries::new(node.database.clone(), self.query_worker.clone(), self.tasks.clone());
-        let newest = self.newest.subscribe();
-        let service = Service { commits, readers: readers.clone(), queries, newest, stop: self.tasks.token().clone() };
+        let stop = self.tasks.token().clone();
+        let (tail_driver, tail) = Tail::new(readers.clone(), self.newest.subscribe(), tail::RECENT);
+        self.tasks.spawn("registry tail", tail_driver.run(stop.clone()));
+        let leads = self.outputs.leading.subscribe();
+        let retention =
+            RetentionDriver { retention: self.retention, readers: readers.clone(), commits: commits.clone(), leads };
+        self.tasks.spawn("registry retention", retention.run(stop));
+        let service = Service { commits, readers: readers.clone(), queries, tail };
         let service = RegistryServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);

@@ -75,6 +75,19 @@ pub(crate) enum Mutation {
     },
     /// Changes nothing: when it is committed, a majority has confirmed that nobody else leads.
     ConfirmRevision,
+    /// Deletes the rows of VMs that ended before then; retention's, as the next two.
+    ForgetVms {
+        ended_before: Timestamp,
+        at_most: u32,
+    },
+    ForgetJobs {
+        ended_before: Timestamp,
+        at_most: u32,
+    },
+    /// Deletes the events up to this revision.
+    CompactEvents {
+        through: u64,
+    },
 }
 
 /// What an attempt came to.
@@ -109,6 +122,7 @@ impl Mutation {
             Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
             Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
             Self::ConfirmRevision => vec![],
+            Self::ForgetVms { .. } | Self::ForgetJobs { .. } | Self::CompactEvents { .. } => vec![],
         }
     }
 
@@ -141,6 +155,16 @@ impl Mutation {
             }
             Self::RegisterNode { node } => vec![register_node(node, now)],
             Self::ConfirmRevision => vec![("UPDATE purge_clock SET at = at WHERE false".into(), vec![])],
+            Self::ForgetVms { ended_before, at_most } => {
+                vec![set_purge_clock(now), (sql(&FORGET_VMS), vec![text(*ended_before), (*at_most).into()])]
+            }
+            Self::ForgetJobs { ended_before, at_most } => {
+                vec![set_purge_clock(now), (sql(&FORGET_JOBS), vec![text(*ended_before), (*at_most).into()])]
+            }
+            Self::CompactEvents { through } => vec![
+                ("DELETE FROM events WHERE revision <= ?1".into(), vec![integer(*through)]),
+                ("UPDATE compaction SET revision = ?1 WHERE revision < ?1".into(), vec![integer(*through)]),
+            ],
         }
     }
 }
@@ -201,8 +225,30 @@ fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec
     if !ids.is_empty() {
         params.push(json(ids).into());
     }
-    vec![("UPDATE purge_clock SET at = ?1".into(), vec![now.into()]), (delete.into(), params)]
+    vec![set_purge_clock(now), (delete.into(), params)]
 }
+
+/// The time of the events of the rows that are deleted next.
+fn set_purge_clock(now: String) -> Statement {
+    ("UPDATE purge_clock SET at = ?1".into(), vec![now.into()])
+}
+
+/// VMs that ended before a time. SQLite would choose the index by state, and read every VM that ended.
+pub(crate) static ENDED_VMS: LazyLock<String> = LazyLock::new(|| {
+    let ended = VmState::ALL.into_iter().filter(|state| state.is_terminal());
+    format!("FROM vms INDEXED BY vms_ended WHERE state IN ({}) AND updated_at < ?1", names(ended.map(VmState::as_str)))
+});
+
+/// Jobs that ended before a time.
+pub(crate) static ENDED_JOBS: LazyLock<String> = LazyLock::new(|| "FROM jobs WHERE finished_at < ?1".to_owned());
+
+static FORGET_VMS: LazyLock<String> = LazyLock::new(|| {
+    format!("DELETE FROM vms WHERE id IN (SELECT id {} ORDER BY updated_at, created_revision LIMIT ?2)", *ENDED_VMS)
+});
+
+static FORGET_JOBS: LazyLock<String> = LazyLock::new(|| {
+    format!("DELETE FROM jobs WHERE id IN (SELECT id {} ORDER BY finished_at, created_revision LIMIT ?2)", *ENDED_JOBS)
+});
 
 static CREATE_JOB: LazyLock<String> = LazyLock::new(|| {
     format!(
@@ -437,6 +483,10 @@ fn sql(statement: &'static str) -> Cow<'static, str> {
     Cow::Borrowed(statement)
 }
 
+fn text(time: Timestamp) -> Param {
+    time::to_text(time).into()
+}
+
 /// SQLite's integers are signed.
 fn integer(number: u64) -> Param {
     Param::Integer(i64::try_from(number).unwrap_or(i64::MAX))
@@ -499,6 +549,9 @@ mod tests {
             Mutation::CancelJob { id, reason: String::new() },
             Mutation::AssignJob { job_id: id, vm_id: VmId::random(), attempt: 1 },
             Mutation::CreateJob { id, spec: pb::JobSpec::default() },
+            Mutation::ForgetVms { ended_before: Timestamp(0), at_most: 1 },
+            Mutation::ForgetJobs { ended_before: Timestamp(0), at_most: 1 },
+            Mutation::CompactEvents { through: 1 },
         ];
         for (sql, _) in mutations.iter().flat_map(|mutation| mutation.statements(Timestamp(0))) {
             let sql = sql.to_lowercase();

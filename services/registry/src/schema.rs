@@ -23,7 +23,9 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[Migration {
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION];
+
+const TABLES: Migration = Migration {
     version: 1,
     statements: &[
         "CREATE TABLE events (
@@ -149,7 +151,25 @@ const MIGRATIONS: &[Migration] = &[Migration {
             VALUES (NEW.revision, NEW.registered_at, 'node', NEW.id, OLD.state, NEW.state, '', NEW.id);
         END",
     ],
-}];
+};
+
+/// What is forgotten, and how far.
+const RETENTION: Migration = Migration {
+    version: 2,
+    statements: &[
+        // Events up to this revision were deleted, though none may be left to tell.
+        "CREATE TABLE compaction (revision INTEGER NOT NULL) STRICT",
+        "INSERT INTO compaction (revision) SELECT coalesce(min(revision) - 1, 0) FROM events",
+        "CREATE TRIGGER jobs_purged AFTER DELETE ON jobs BEGIN
+            INSERT INTO events (timestamp, entity, entity_id, from_state, reason, job_id, vm_id, node_id, attempt)
+            VALUES (max(OLD.updated_at, (SELECT at FROM purge_clock)), 'job', OLD.id, OLD.state, 'purged', OLD.id,
+                OLD.vm_id, OLD.node_id, OLD.attempt);
+        END",
+        // Written once in a row's life, at its end; without them each look for what is old enough reads every row.
+        "CREATE INDEX vms_ended ON vms (updated_at) WHERE state IN ('Terminated', 'Failed')",
+        "CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL",
+    ],
+};
 
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {
@@ -174,4 +194,12 @@ pub(crate) async fn migrate(client: &Client) -> Result<(), StartError> {
         tracing::info!(version = migration.version, "registry schema migrated");
     }
     Ok(())
+}
+
+/// The schema in a plain SQLite file, for tests that need no log.
+#[cfg(test)]
+pub(crate) fn create(database: &hiqlite::rusqlite::Connection) {
+    for statement in MIGRATIONS.iter().flat_map(|migration| migration.statements) {
+        database.execute_batch(statement).unwrap();
+    }
 }

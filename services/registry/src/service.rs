@@ -17,17 +17,17 @@ use blixard::{
 };
 use futures::Stream;
 use hiqlite::rusqlite::Connection;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    change::Wanted,
     commit::CommitHandle,
     list::{self, Filter, List, PageRequest},
     mutation::{Mutation, Outcome},
     query::Queries,
     read::{Readers, newest_revision},
     rows::{JobRow, VmRow, number},
+    tail::Tail,
     verdict::{Answer, job_not_found, vm_not_found},
     watch::Watcher,
 };
@@ -43,8 +43,7 @@ pub struct Service {
     pub(crate) commits: CommitHandle,
     pub(crate) readers: Arc<Readers>,
     pub(crate) queries: Arc<Queries>,
-    pub(crate) newest: watch::Receiver<u64>,
-    pub(crate) stop: CancellationToken,
+    pub(crate) tail: Arc<Tail>,
 }
 
 type Answered<T> = Result<Response<T>, Status>;
@@ -266,8 +265,8 @@ impl RegistryService for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::WatchResponse, Status>> + Send>>;
 
     async fn watch(&self, request: Request<wire::WatchRequest>) -> Answered<Self::WatchStream> {
-        let start = request.into_inner().start_revision;
-        let watcher = Watcher::begin(self.readers.clone(), self.newest.clone(), self.stop.clone(), start).await?;
+        let request = request.into_inner();
+        let watcher = Watcher::begin(&self.tail, Wanted::parse(&request)?, request.start_revision)?;
         Ok(Response::new(Box::pin(watcher.stream())))
     }
 

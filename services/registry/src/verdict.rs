@@ -73,8 +73,11 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
             Some(row) if changed > 0 || row.state == *to => Verdict::vm(row),
             Some(row) => deny_transition(row, *to, *expected_generation),
         },
-        Mutation::PurgeVms { .. } => Verdict::Accepted(Answer::Purged(changed)),
         Mutation::ConfirmRevision => Verdict::Accepted(Answer::Revision(after.revision)),
+        Mutation::PurgeVms { .. }
+        | Mutation::ForgetVms { .. }
+        | Mutation::ForgetJobs { .. }
+        | Mutation::CompactEvents { .. } => Verdict::Accepted(Answer::Purged(changed)),
         Mutation::RegisterNode { node } => match after.nodes.get(&node.id) {
             None => Verdict::Again,
             Some(node) => Verdict::Accepted(Answer::Node(Box::new(node.clone()))),
@@ -153,7 +156,10 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         | Mutation::PurgeVms { .. }
         | Mutation::CreateJob { .. }
         | Mutation::RegisterNode { .. }
-        | Mutation::ConfirmRevision => Verdict::Again,
+        | Mutation::ConfirmRevision
+        | Mutation::ForgetVms { .. }
+        | Mutation::ForgetJobs { .. }
+        | Mutation::CompactEvents { .. } => Verdict::Again,
     }
 }
 

@@ -135,7 +135,7 @@ impl Shell {
         let (nodes, node_revision) = self.list_nodes().await?;
         let listed = Listed { jobs: job_revision, vms: vm_revision, nodes: node_revision };
         let start_revision = job_revision.min(vm_revision).min(node_revision) + 1;
-        let watch = self.peers.registry().watch(registry::WatchRequest { start_revision }).await;
+        let watch = self.peers.registry().watch(registry::WatchRequest { start_revision, ..Default::default() }).await;
         let watch = watch.map_err(|status| peer_error("registry", &status))?.into_inner();
 
         tracing::info!(jobs = jobs.len(), vms = vms.len(), nodes = nodes.len(), "Scheduler in step with the registry");
@@ -197,7 +197,8 @@ impl Shell {
                 self.step(Input::Node(node));
                 self.peers.set_nodes(self.engine.nodes().clone());
             }),
-            Some(Object::Vm(_) | Object::Node(_) | Object::PurgedVmId(_)) | None => Ok(()),
+            // What is purged had ended, which the engine has been told.
+            Some(Object::Vm(_) | Object::Node(_) | Object::PurgedVmId(_) | Object::PurgedJobId(_)) | None => Ok(()),
         };
         if let Err(error) = result {
             tracing::error!(revision, %error, "the registry sent an object that does not parse");

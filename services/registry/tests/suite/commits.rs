@@ -163,7 +163,12 @@ async fn a_watch_sees_each_revision_once_and_in_order_while_many_write_the_same_
     let mut kit = Kit::start().await;
     let vm = kit.vm_in(VmKind::Service, VmState::Ready).await;
     let first = kit.vm(&vm).await.revision + 1;
-    let mut watch = kit.client.watch(wire::WatchRequest { start_revision: first }).await.unwrap().into_inner();
+    let mut watch = kit
+        .client
+        .watch(wire::WatchRequest { start_revision: first, ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner();
 
     let mut writers = tokio::task::JoinSet::new();
     for _ in 0..WRITERS {

@@ -26,8 +26,15 @@ pub(crate) struct Kit {
 
 impl Kit {
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// A registry that is configured otherwise, until it restarts.
+    pub(crate) async fn start_with(configure: impl FnOnce(&mut RegistryConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (client, running) = Box::pin(serve(dir.path())).await;
+        let mut config = config_of(dir.path().to_owned());
+        configure(&mut config);
+        let (client, running) = Box::pin(serve_with(config)).await;
         Self { dir, client, running: Some(running) }
     }
 
@@ -98,11 +105,18 @@ impl Kit {
     }
 }
 
+/// A registry that is alone, on this directory.
+fn config_of(dir: std::path::PathBuf) -> RegistryConfig {
+    RegistryConfig { query_worker: env!("CARGO_BIN_EXE_registry").into(), ..RegistryConfig::alone(dir) }
+}
+
 /// Serves the registry of a directory.
 pub(crate) async fn serve(dir: &Path) -> (Client, (Registry, Tasks)) {
+    serve_with(config_of(dir.to_owned())).await
+}
+
+async fn serve_with(config: RegistryConfig) -> (Client, (Registry, Tasks)) {
     let tasks = Tasks::new();
-    let config =
-        RegistryConfig { query_worker: env!("CARGO_BIN_EXE_registry").into(), ..RegistryConfig::alone(dir.to_owned()) };
     let registry = Registry::start(config, &tasks).await.unwrap();
     let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
     let endpoint = server.local_endpoint();

@@ -1,25 +1,20 @@
-//! Lists, pages, events and watch.
+//! Lists, pages and events.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use blixard::{
     job::JobState,
-    pb::{
-        common::v1 as pb,
-        registry::v1::{self as wire, WatchResponse, watch_event::Object, watch_response::Message},
-    },
+    pb::{common::v1 as pb, registry::v1 as wire},
     vm::{VmKind, VmState},
 };
 use hiqlite::rusqlite::Connection;
-use tonic::Streaming;
 
-use crate::kit::{
-    Kit, assign, config, create_vm, finished, lost, refusal, spec, start_attempt, transition, uuid, vm_state,
+use crate::{
+    kit::{Kit, assign, config, finished, lost, refusal, spec, start_attempt, transition, uuid, vm_state},
+    watches::Watch,
 };
 
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+pub(crate) fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
@@ -119,7 +114,7 @@ async fn a_page_ends_before_it_outgrows_a_message() {
 }
 
 /// A life with every kind of change in it.
-async fn a_busy_day(kit: &mut Kit) -> [String; 2] {
+pub(crate) async fn a_busy_day(kit: &mut Kit) -> [String; 2] {
     let node = pb::Node { id: "node-1".into(), endpoint: "http://h:1".into(), max_vms: 4, ..Default::default() };
     kit.client.register_node(wire::RegisterNodeRequest { node: Some(node.clone()) }).await.unwrap();
     kit.client.register_node(wire::RegisterNodeRequest { node: Some(node) }).await.unwrap();
@@ -238,146 +233,5 @@ async fn a_node_that_registers_again_has_a_new_incarnation() {
     assert_eq!((page.nodes[0].id.as_str(), page.next_page_token.as_str()), ("b", ""));
     let nameless = wire::RegisterNodeRequest { node: Some(node("")) };
     assert_eq!(refusal(kit.client.register_node(nameless).await), "INVALID_FIELD");
-    kit.stop().await;
-}
-
-/// A watch and what it has said so far.
-struct Watch {
-    stream: Streaming<WatchResponse>,
-    revisions: Vec<u64>,
-    purged: Vec<String>,
-}
-
-impl Watch {
-    async fn begin(kit: &mut Kit, start_revision: u64) -> Self {
-        let stream = kit.client.watch(wire::WatchRequest { start_revision }).await.unwrap().into_inner();
-        Self { stream, revisions: Vec::new(), purged: Vec::new() }
-    }
-
-    async fn next(&mut self) -> Option<Result<WatchResponse, tonic::Status>> {
-        let next = tokio::time::timeout(DEADLINE, self.stream.message()).await;
-        next.expect("a watch is never silent for long").transpose()
-    }
-
-    /// Takes the next message; true when it is SYNCED.
-    async fn take(&mut self) -> bool {
-        let message = self.next().await.unwrap().unwrap();
-        match message.message.unwrap() {
-            Message::Event(event) => {
-                self.revisions.push(message.revision);
-                let (own, id) = match event.object.unwrap() {
-                    Object::Vm(vm) => (vm.revision, None),
-                    Object::Job(job) => (job.revision, None),
-                    Object::Node(node) => (node.revision, None),
-                    Object::PurgedVmId(id) => (message.revision, Some(id)),
-                };
-                assert!(own >= message.revision, "an object is never older than its event");
-                self.purged.extend(id);
-                false
-            }
-            Message::Synced(_) => true,
-            Message::Progress(_) => false,
-        }
-    }
-
-    async fn until_synced(&mut self) {
-        while !self.take().await {}
-    }
-
-    async fn until(&mut self, revision: u64) {
-        while self.revisions.last().is_none_or(|last| *last < revision) {
-            self.take().await;
-        }
-    }
-}
-
-async fn newest(kit: &mut Kit) -> u64 {
-    kit.client.get_counts(wire::GetCountsRequest {}).await.unwrap().into_inner().revision
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_watch_from_any_revision_gives_the_same_suffix() {
-    let mut kit = Kit::start().await;
-    let [_, gone] = a_busy_day(&mut kit).await;
-    let newest = newest(&mut kit).await;
-    for start in 1..=newest {
-        let mut watch = Watch::begin(&mut kit, start).await;
-        watch.until_synced().await;
-        assert_eq!(watch.revisions, (start..=newest).collect::<Vec<_>>());
-        assert_eq!(watch.purged.last(), Some(&gone));
-    }
-    kit.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_job_and_a_vm_of_one_id_are_not_mistaken_for_each_other() {
-    let mut kit = Kit::start().await;
-    let id = kit.queued_job(1).await;
-    kit.client.create_vm(create_vm(&id, VmKind::Service)).await.unwrap();
-    let mut watch = Watch::begin(&mut kit, 1).await;
-    let kinds =
-        [watch.next().await.unwrap().unwrap(), watch.next().await.unwrap().unwrap()].map(|message| {
-            match message.message.unwrap() {
-                Message::Event(wire::WatchEvent { object: Some(Object::Job(_)), .. }) => "job",
-                Message::Event(wire::WatchEvent { object: Some(Object::Vm(_)), .. }) => "vm",
-                other => panic!("{other:?}"),
-            }
-        });
-    assert_eq!(kinds, ["job", "vm"]);
-    kit.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_watch_from_now_is_synced_at_once_and_follows() {
-    let mut kit = Kit::start().await;
-    a_busy_day(&mut kit).await;
-    let before = newest(&mut kit).await;
-    let mut now = Watch::begin(&mut kit, 0).await;
-    now.until_synced().await;
-    assert_eq!(now.revisions, [0_u64; 0]);
-    let mut ahead = Watch::begin(&mut kit, before + 2).await;
-    kit.vm_in(VmKind::Service, VmState::Ready).await;
-    now.until(before + 2).await;
-    assert_eq!(now.revisions, [before + 1, before + 2]);
-    ahead.until(before + 2).await;
-    assert_eq!(ahead.revisions, [before + 2]);
-    kit.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slow_watcher_misses_nothing_and_holds_nobody_up() {
-    const VMS: u64 = 1500;
-    let mut kit = Kit::start().await;
-    let mut slow = Watch::begin(&mut kit, 1).await;
-    let mut callers = tokio::task::JoinSet::new();
-    for _ in 0..30 {
-        let mut client = kit.client.clone();
-        callers.spawn(async move {
-            for _ in 0..VMS / 30 {
-                let config =
-                    pb::VmConfig { labels: labels(&[("filling", &"z".repeat(255))]), ..config(VmKind::Service) };
-                let request = wire::CreateVmRequest { config: Some(config), ..create_vm(&uuid(), VmKind::Service) };
-                client.create_vm(request).await.unwrap();
-            }
-        });
-    }
-    while let Some(caller) = callers.join_next().await {
-        caller.unwrap();
-    }
-    let mut fast = Watch::begin(&mut kit, 1).await;
-    fast.until(VMS).await;
-    slow.until(VMS).await;
-    assert_eq!(slow.revisions, (1..=VMS).collect::<Vec<_>>());
-    assert_eq!(fast.revisions, slow.revisions);
-    kit.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_watch_ends_at_shutdown_and_says_so() {
-    let mut kit = Kit::start().await;
-    let mut watch = Watch::begin(&mut kit, 0).await;
-    watch.until_synced().await;
-    kit.stop_serving().await;
-    assert_eq!(refusal(watch.next().await.unwrap()), "SHUTTING_DOWN");
     kit.stop().await;
 }

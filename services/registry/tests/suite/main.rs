@@ -8,4 +8,6 @@ mod metrics;
 mod queries;
 mod replicas;
 mod restarts;
+mod retention;
 mod tables;
+mod watches;

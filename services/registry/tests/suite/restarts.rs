@@ -142,6 +142,7 @@ async fn the_log_tells_of_vms_and_assignments_in_the_guides_words() {
     let lines: Vec<_> = log.lines().filter_map(|line| Some(line.split_once(" INFO ")?.1)).collect();
     let expected = [
         "registry schema migrated version=1".to_owned(),
+        "registry schema migrated version=2".to_owned(),
         format!("VM registered vm_id={vm} state=Starting"),
         format!("VM state changed vm_id={vm} Starting -> Ready"),
         format!("VM state changed vm_id={vm} Ready -> Busy"),
@@ -180,7 +181,7 @@ async fn a_database_of_a_newer_program_is_refused() {
     drop(database);
     let config = RegistryConfig::alone(kit.dir.path().to_owned());
     let error = Registry::start(config, &Tasks::new()).await.err().unwrap();
-    assert!(matches!(error, StartError::NewerSchema { found: 999, known: 1 }), "{error}");
+    assert!(matches!(error, StartError::NewerSchema { found: 999, known: 2 }), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,6 +29,7 @@ use crate::{
     mutation::{Key, Mutation, Statement},
     read::{Readers, advance, newest_revision},
     replica::Role,
+    requests::{self, Recorded, RequestId},
     rows::{JobRow, VmRow, find_node, number, text},
     verdict::{After, Answer, Verdict, judge},
 };
@@ -51,8 +52,39 @@ const TRIES: u32 = 5;
 /// A mutation and who waits for it.
 struct Unit {
     mutation: Mutation,
+    /// Under which it takes place once.
+    request: Option<RequestId>,
     reply: oneshot::Sender<Result<Answer, Error>>,
     tries: u32,
+}
+
+impl Unit {
+    /// What two units of one commit must not share.
+    fn keys(&self) -> Vec<Key> {
+        self.mutation.keys().into_iter().chain(self.request.as_ref().map(RequestId::key)).collect()
+    }
+
+    /// What is read to judge it.
+    fn reads(&self) -> Vec<Key> {
+        match &self.request {
+            None => self.mutation.shows(),
+            Some(request) => vec![request.key()],
+        }
+    }
+
+    fn statements(&self, now: Timestamp) -> Vec<Statement> {
+        match &self.request {
+            None => self.mutation.statements(now),
+            Some(request) => request.once(&self.mutation, now),
+        }
+    }
+
+    fn judge(&self, changed: usize, after: &After) -> Verdict {
+        match &self.request {
+            None => judge(&self.mutation, changed, after),
+            Some(request) => request.judge(&self.mutation, after),
+        }
+    }
 }
 
 /// Hands mutations to the committer.
@@ -62,10 +94,10 @@ pub(crate) struct CommitHandle {
 }
 
 impl CommitHandle {
-    /// Commits a mutation: when this returns, the change and its event are on the disk.
-    pub(crate) async fn submit(&self, mutation: Mutation) -> Result<Answer, Error> {
+    /// Commits a mutation, once under its request id: when this returns, the change and its event are on the disk.
+    pub(crate) async fn submit(&self, mutation: Mutation, request: Option<RequestId>) -> Result<Answer, Error> {
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Unit { mutation, reply, tries: 0 }).map_err(|error| match error {
+        self.queue.try_send(Unit { mutation, request, reply, tries: 0 }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Error::new(Reason::Overloaded, format!("{QUEUE} changes are waiting already")).with("limit", QUEUE)
             }
@@ -175,7 +207,7 @@ impl CommitDriver {
             if batch.units.is_empty() {
                 break;
             }
-            self.taken.extend(batch.units.iter().flat_map(|(unit, _)| unit.mutation.keys()));
+            self.taken.extend(batch.units.iter().flat_map(|(unit, _)| unit.keys()));
             self.under_way.push(self.committer.clone().commit(batch, self.logged).boxed());
         }
     }
@@ -187,7 +219,7 @@ impl CommitDriver {
         self.logged = self.logged.max(done.newest);
         advance(&self.newest, done.newest);
         for (mut unit, verdict) in done.units.into_iter().rev() {
-            for key in unit.mutation.keys() {
+            for key in unit.keys() {
                 self.taken.remove(&key);
             }
             match verdict {
@@ -262,7 +294,7 @@ impl Committer {
     async fn replay(&self, units: Vec<(Unit, usize)>, seen: u64) -> Done {
         let mut all = Done { newest: seen, ..Done::default() };
         for (unit, _) in units {
-            let statements = unit.mutation.statements(Timestamp::now());
+            let statements = unit.statements(Timestamp::now());
             let units = vec![(unit, statements.len() - 1)];
             let done = match self.propose(statements).await {
                 Ok(counts) => self.read(units, &counts, all.newest).await,
@@ -302,14 +334,14 @@ impl Committer {
 
     /// Reads what a commit left and judges its mutations.
     async fn read(&self, units: Vec<(Unit, usize)>, counts: &[usize], seen: u64) -> Done {
-        let keys: BTreeSet<_> = units.iter().flat_map(|(unit, _)| unit.mutation.keys()).collect();
+        let keys: BTreeSet<_> = units.iter().flat_map(|(unit, _)| unit.reads()).collect();
         let few = keys.len() <= READ_HERE;
         let read = move |connection: &rusqlite::Connection| read_after(connection, keys, seen);
         let read = if few { self.readers.read_here(read) } else { self.readers.read(read).await };
         match read {
             Ok((after, events, newest)) => {
                 let judge = |(unit, last): (Unit, usize)| {
-                    let verdict = judge(&unit.mutation, counts.get(last).copied().unwrap_or(0), &after);
+                    let verdict = unit.judge(counts.get(last).copied().unwrap_or(0), &after);
                     (unit, verdict)
                 };
                 Done { units: units.into_iter().map(judge).collect(), events, newest }
@@ -337,7 +369,7 @@ fn take_batch(waiting: &mut VecDeque<Unit>, under_way: &HashSet<Key>, now: Times
     let mut bytes = 0;
     let mut left = VecDeque::new();
     while let Some(unit) = waiting.pop_front() {
-        let keys = unit.mutation.keys();
+        let keys = unit.keys();
         let free = keys.iter().all(|key| !taken.contains(key) && !under_way.contains(key));
         // The rows of one that stays behind are taken too: what comes later must not overtake it.
         taken.extend(keys);
@@ -345,7 +377,7 @@ fn take_batch(waiting: &mut VecDeque<Unit>, under_way: &HashSet<Key>, now: Times
             left.push_back(unit);
             continue;
         }
-        let statements = unit.mutation.statements(now);
+        let statements = unit.statements(now);
         bytes += statements.iter().map(size).sum::<usize>();
         if bytes > BATCH_BYTES && !batch.units.is_empty() {
             left.push_back(unit);
@@ -359,6 +391,11 @@ fn take_batch(waiting: &mut VecDeque<Unit>, under_way: &HashSet<Key>, now: Times
     }
     left.append(waiting);
     *waiting = left;
+    let requests = batch.units.iter().filter(|(unit, _)| unit.request.is_some()).count();
+    if requests > 0 {
+        // More than come, so that the table gets smaller when there is much to forget.
+        batch.statements.push(requests::forget(now, 2 * requests));
+    }
     batch
 }
 
@@ -398,19 +435,29 @@ impl Event {
     }
 }
 
-fn read_after(
+/// The rows under these keys.
+pub(crate) fn read_rows(
     connection: &rusqlite::Connection,
-    keys: BTreeSet<Key>,
-    seen: u64,
-) -> rusqlite::Result<(After, Vec<Event>, u64)> {
+    keys: impl IntoIterator<Item = Key>,
+) -> rusqlite::Result<After> {
     let mut after = After::default();
     for key in keys {
         match key {
             Key::Vm(id) => drop(VmRow::find(connection, &id.to_string())?.map(|row| after.vms.insert(id, row))),
             Key::Job(id) => drop(JobRow::find(connection, &id.to_string())?.map(|row| after.jobs.insert(id, row))),
+            Key::Request(id) => drop(Recorded::find(connection, id)?.map(|row| after.requests.insert(id, row))),
             Key::Node(id) => drop(find_node(connection, id.as_str())?.map(|node| after.nodes.insert(id, node))),
         }
     }
+    Ok(after)
+}
+
+fn read_after(
+    connection: &rusqlite::Connection,
+    keys: BTreeSet<Key>,
+    seen: u64,
+) -> rusqlite::Result<(After, Vec<Event>, u64)> {
+    let mut after = read_rows(connection, keys)?;
     let sql = "SELECT entity, from_state, to_state, job_id, vm_id, revision FROM events WHERE revision > ?1 ORDER BY revision";
     let mut statement = connection.prepare_cached(sql)?;
     let event = |row: &rusqlite::Row<'_>| {
@@ -454,7 +501,7 @@ mod tests {
     use super::*;
 
     fn unit(mutation: Mutation) -> Unit {
-        Unit { mutation, reply: oneshot::channel().0, tries: 0 }
+        Unit { mutation, request: None, reply: oneshot::channel().0, tries: 0 }
     }
 
     fn cancel(id: JobId) -> Mutation {
@@ -512,10 +559,10 @@ mod tests {
         let (queue, receiver) = mpsc::channel(1);
         let handle = CommitHandle { queue };
         handle.queue.try_send(unit(cancel(JobId::random()))).unwrap();
-        let refused = handle.submit(cancel(JobId::random())).await.unwrap_err();
+        let refused = handle.submit(cancel(JobId::random()), None).await.unwrap_err();
         assert_eq!(refused.reason, Reason::Overloaded);
         drop(receiver);
-        let refused = handle.submit(cancel(JobId::random())).await.unwrap_err();
+        let refused = handle.submit(cancel(JobId::random()), None).await.unwrap_err();
         assert_eq!(refused.reason, Reason::ShuttingDown);
     }
 }

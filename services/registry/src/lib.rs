@@ -26,6 +26,7 @@ mod query_rules;
 mod query_worker;
 mod read;
 mod replica;
+mod requests;
 mod retention;
 mod rows;
 mod schema;

@@ -104,9 +104,12 @@ pub(crate) enum Key {
     Vm(VmId),
     Job(JobId),
     Node(NodeId),
+    /// Not a row that the answer shows, but one that tells it: see [`crate::requests`].
+    Request(uuid::Uuid),
 }
 
-/// A statement and its parameters. The text travels through the Raft log with each change, so it carries no indentation.
+/// A statement and its parameters. Its condition is a WHERE at its end, or before an INSERT's ON CONFLICT, to which ANDs can
+/// be added. The text travels through the Raft log with each change, so it carries no indentation.
 pub(crate) type Statement = (Cow<'static, str>, Params);
 
 impl Mutation {
@@ -124,6 +127,11 @@ impl Mutation {
             Self::ConfirmRevision => vec![],
             Self::ForgetVms { .. } | Self::ForgetJobs { .. } | Self::CompactEvents { .. } => vec![],
         }
+    }
+
+    /// Those of [`Mutation::keys`] that the answer shows.
+    pub(crate) fn shows(&self) -> Vec<Key> {
+        if matches!(self, Self::PurgeVms { .. }) { vec![] } else { self.keys() }
     }
 
     /// The statements. The number of rows that the *last* one changes tells whether the mutation took place.
@@ -230,7 +238,7 @@ fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec
 
 /// The time of the events of the rows that are deleted next.
 fn set_purge_clock(now: String) -> Statement {
-    ("UPDATE purge_clock SET at = ?1".into(), vec![now.into()])
+    ("UPDATE purge_clock SET at = ?1 WHERE true".into(), vec![now.into()])
 }
 
 /// VMs that ended before a time. SQLite would choose the index by state, and read every VM that ended.
@@ -428,7 +436,7 @@ static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, \
              registered_at) \
-         VALUES (?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8) \
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8 WHERE true \
          ON CONFLICT (id) DO UPDATE SET state = excluded.state, endpoint = excluded.endpoint, \
              driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib, \
              max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1, \

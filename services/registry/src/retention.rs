@@ -89,7 +89,7 @@ impl RetentionDriver {
             let Some(step) = self.readers.read(step).await? else { break };
             let begun = Instant::now();
             tracing::debug!(?step, "retention");
-            self.commits.submit(step).await?;
+            self.commits.submit(step, None).await?;
             tokio::time::sleep(begun.elapsed().max(SHORTEST_PAUSE)).await;
         }
         Ok(())

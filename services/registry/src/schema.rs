@@ -23,7 +23,7 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[TABLES, RETENTION];
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS];
 
 const TABLES: Migration = Migration {
     version: 1,
@@ -171,6 +171,25 @@ const RETENTION: Migration = Migration {
     ],
 };
 
+/// What was answered under each request id; see `requests`.
+const REQUESTS: Migration = Migration {
+    version: 3,
+    statements: &[
+        // `vm`, `job` and `node` are rows in their state then, as JSON arrays.
+        "CREATE TABLE requests (
+            seq     INTEGER PRIMARY KEY,
+            at      INTEGER NOT NULL,
+            id      TEXT NOT NULL UNIQUE,
+            digest  BLOB NOT NULL,
+            changed INTEGER NOT NULL,
+            vm      TEXT,
+            job     TEXT,
+            node    TEXT,
+            spec    BLOB
+        ) STRICT",
+    ],
+};
+
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
@@ -202,4 +221,12 @@ pub(crate) fn create(database: &hiqlite::rusqlite::Connection) {
     for statement in MIGRATIONS.iter().flat_map(|migration| migration.statements) {
         database.execute_batch(statement).unwrap();
     }
+}
+
+/// A database of this schema without Raft in front of it.
+#[cfg(test)]
+pub(crate) fn in_memory() -> hiqlite::rusqlite::Connection {
+    let connection = hiqlite::rusqlite::Connection::open_in_memory().unwrap();
+    create(&connection);
+    connection
 }

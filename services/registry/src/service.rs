@@ -26,6 +26,7 @@ use crate::{
     mutation::{Mutation, Outcome},
     query::Queries,
     read::{Readers, newest_revision},
+    requests::{self, RequestId},
     rows::{JobRow, VmRow, number},
     tail::Tail,
     verdict::{Answer, job_not_found, vm_not_found},
@@ -49,15 +50,15 @@ pub struct Service {
 type Answered<T> = Result<Response<T>, Status>;
 
 impl Service {
-    async fn vm(&self, mutation: Mutation) -> Result<Option<pb::Vm>, Error> {
-        match self.commits.submit(mutation).await? {
+    async fn vm(&self, mutation: Mutation, once: Option<RequestId>) -> Result<Option<pb::Vm>, Error> {
+        match self.commits.submit(mutation, once).await? {
             Answer::Vm(vm) => Ok(Some(*vm)),
             Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer()),
         }
     }
 
-    async fn job(&self, mutation: Mutation) -> Result<Option<pb::Job>, Error> {
-        match self.commits.submit(mutation).await? {
+    async fn job(&self, mutation: Mutation, once: Option<RequestId>) -> Result<Option<pb::Job>, Error> {
+        match self.commits.submit(mutation, once).await? {
             Answer::Job(job) => Ok(Some(*job)),
             Answer::Vm(_) | Answer::Node(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer()),
         }
@@ -67,24 +68,24 @@ impl Service {
 #[tonic::async_trait]
 impl RegistryService for Service {
     async fn create_vm(&self, request: Request<wire::CreateVmRequest>) -> Answered<wire::CreateVmResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::CreateVm {
             id: VmId::parse("vm_id", &request.vm_id)?,
             config: VmConfig::parse_full("config", request.config)?,
             node_id: NodeId::parse("node_id", &request.node_id)?,
         };
-        Ok(Response::new(wire::CreateVmResponse { vm: self.vm(mutation).await? }))
+        Ok(Response::new(wire::CreateVmResponse { vm: self.vm(mutation, once).await? }))
     }
 
     async fn transition_vm(&self, request: Request<wire::TransitionVmRequest>) -> Answered<wire::TransitionVmResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::TransitionVm {
             id: VmId::parse("vm_id", &request.vm_id)?,
             to: VmState::from_pb("to_state", request.to_state)?,
             expected_generation: request.expected_generation,
             reason: reason("reason", request.reason)?,
         };
-        Ok(Response::new(wire::TransitionVmResponse { vm: self.vm(mutation).await? }))
+        Ok(Response::new(wire::TransitionVmResponse { vm: self.vm(mutation, once).await? }))
     }
 
     async fn get_vm(&self, request: Request<wire::GetVmRequest>) -> Answered<wire::GetVmResponse> {
@@ -128,80 +129,83 @@ impl RegistryService for Service {
     }
 
     async fn purge_vms(&self, request: Request<wire::PurgeVmsRequest>) -> Answered<wire::PurgeVmsResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let states = purged_states(&request.states)?;
         if request.vm_ids.len() > MAX_PURGE_IDS {
             return Err(invalid("vm_ids", request.vm_ids.len(), &format!("at most {MAX_PURGE_IDS} ids")).into());
         }
         let parse = |(at, id): (usize, &String)| VmId::parse(&format!("vm_ids[{at}]"), id);
         let ids: Vec<_> = request.vm_ids.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
-        let mut purged = 0;
+        let (mut purged, mut once) = (0, once);
         loop {
             let chunk = Mutation::PurgeVms { states: states.clone(), ids: ids.clone(), at_most: PURGE_CHUNK };
-            let Answer::Purged(count) = self.commits.submit(chunk).await? else { return Err(wrong_answer().into()) };
+            let answer = self.commits.submit(chunk, once.clone()).await?;
+            let Answer::Purged(count) = answer else { return Err(wrong_answer().into()) };
             purged += count as u64;
             if count < PURGE_CHUNK as usize {
                 return Ok(Response::new(wire::PurgeVmsResponse { purged }));
             }
+            // Each chunk is remembered; a repeat goes through the same ones, and on from where the first was cut off.
+            once = once.map(|before| before.next_part());
         }
     }
 
     async fn create_job(&self, request: Request<wire::CreateJobRequest>) -> Answered<wire::CreateJobResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::CreateJob {
             id: JobId::parse("job_id", &request.job_id)?,
             spec: JobSpec::parse_full("spec", request.spec)?.into(),
         };
-        Ok(Response::new(wire::CreateJobResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::CreateJobResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn assign_job(&self, request: Request<wire::AssignJobRequest>) -> Answered<wire::AssignJobResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::AssignJob {
             job_id: JobId::parse("job_id", &request.job_id)?,
             vm_id: VmId::parse("vm_id", &request.vm_id)?,
             attempt: attempt(request.attempt)?,
         };
-        Ok(Response::new(wire::AssignJobResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::AssignJobResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn start_attempt(&self, request: Request<wire::StartAttemptRequest>) -> Answered<wire::StartAttemptResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::StartAttempt {
             job_id: JobId::parse("job_id", &request.job_id)?,
             attempt: attempt(request.attempt)?,
             started_at: request.started_at.map_or_else(Timestamp::now, Into::into),
         };
-        Ok(Response::new(wire::StartAttemptResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::StartAttemptResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn finish_attempt(
         &self,
         request: Request<wire::FinishAttemptRequest>,
     ) -> Answered<wire::FinishAttemptResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::FinishAttempt {
             job_id: JobId::parse("job_id", &request.job_id)?,
             attempt: attempt(request.attempt)?,
             outcome: outcome(request.outcome)?,
         };
-        Ok(Response::new(wire::FinishAttemptResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::FinishAttemptResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn cancel_job(&self, request: Request<wire::CancelJobRequest>) -> Answered<wire::CancelJobResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         let mutation = Mutation::CancelJob {
             id: JobId::parse("job_id", &request.job_id)?,
             reason: reason("reason", request.reason)?,
         };
-        Ok(Response::new(wire::CancelJobResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::CancelJobResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn fail_queued_job(
         &self,
         request: Request<wire::FailQueuedJobRequest>,
     ) -> Answered<wire::FailQueuedJobResponse> {
-        let request = request.into_inner();
+        let (request, once) = requests::parse(request)?;
         if request.reason.is_empty() {
             return Err(invalid("reason", "", &format!("1 to {} bytes", limits::MAX_REASON_BYTES)).into());
         }
@@ -209,7 +213,7 @@ impl RegistryService for Service {
             id: JobId::parse("job_id", &request.job_id)?,
             reason: reason("reason", request.reason)?,
         };
-        Ok(Response::new(wire::FailQueuedJobResponse { job: self.job(mutation).await? }))
+        Ok(Response::new(wire::FailQueuedJobResponse { job: self.job(mutation, once).await? }))
     }
 
     async fn get_job(&self, request: Request<wire::GetJobRequest>) -> Answered<wire::GetJobResponse> {
@@ -234,10 +238,11 @@ impl RegistryService for Service {
     }
 
     async fn register_node(&self, request: Request<wire::RegisterNodeRequest>) -> Answered<wire::RegisterNodeResponse> {
-        let node = request.into_inner().node.ok_or_else(|| invalid("node", "", "required"))?;
+        let (request, once) = requests::parse(request)?;
+        let node = request.node.ok_or_else(|| invalid("node", "", "required"))?;
         // What the registry sets is ignored, so that it can't be wrong either.
         let node = Node::try_from(pb::Node { state: 0, ..node })?;
-        match self.commits.submit(Mutation::RegisterNode { node }).await? {
+        match self.commits.submit(Mutation::RegisterNode { node }, once).await? {
             Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(*node) })),
             Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer().into()),
         }
@@ -256,7 +261,7 @@ impl RegistryService for Service {
     }
 
     async fn get_revision(&self, _: Request<wire::GetRevisionRequest>) -> Answered<wire::GetRevisionResponse> {
-        match self.commits.submit(Mutation::ConfirmRevision).await? {
+        match self.commits.submit(Mutation::ConfirmRevision, None).await? {
             Answer::Revision(revision) => Ok(Response::new(wire::GetRevisionResponse { revision })),
             Answer::Vm(_) | Answer::Job(_) | Answer::Node(_) | Answer::Purged(_) => Err(wrong_answer().into()),
         }

@@ -16,6 +16,7 @@ use prost::Message as _;
 
 use crate::{
     mutation::{Mutation, Outcome, config_text},
+    requests::Recorded,
     rows::{AttemptEnd, JobRow, VmRow},
 };
 
@@ -27,6 +28,7 @@ pub(crate) struct After {
     pub(crate) nodes: HashMap<NodeId, pb::Node>,
     /// The newest revision.
     pub(crate) revision: u64,
+    pub(crate) requests: HashMap<uuid::Uuid, Recorded>,
 }
 
 /// The answer to a mutation that took place or had taken place before.
@@ -197,7 +199,8 @@ pub(crate) fn job_not_found(id: &JobId) -> Error {
     Error::new(Reason::JobNotFound, format!("there is no job {id}")).with("job_id", id)
 }
 
-fn reused(id: &impl std::fmt::Display) -> Error {
+/// The id stands for something else.
+pub(crate) fn reused(id: &impl std::fmt::Display) -> Error {
     Error::new(Reason::RequestIdReused, format!("{id} was used before with another body")).with("request_id", id)
 }
 

@@ -130,7 +130,8 @@ impl SchedulerService for SchedulerApi {
                 return Err(error.into());
             }
         }
-        let create = registry::CreateJobRequest { job_id: job_id.to_string(), spec: Some(spec.into()) };
+        let create =
+            registry::CreateJobRequest { job_id: job_id.to_string(), spec: Some(spec.into()), ..Default::default() };
         let answer = self.peers.registry().create_job(forward(&request, create)).await.map_err(refused)?;
         Ok(Response::new(pb::SubmitJobResponse { job: answer.into_inner().job }))
     }
@@ -157,7 +158,7 @@ impl SchedulerService for SchedulerApi {
     async fn cancel_job(&self, request: Request<pb::CancelJobRequest>) -> Answer<pb::CancelJobResponse> {
         let asked = request.get_ref().clone();
         check_reason(&asked.reason)?;
-        let cancel = registry::CancelJobRequest { job_id: asked.job_id, reason: asked.reason };
+        let cancel = registry::CancelJobRequest { job_id: asked.job_id, reason: asked.reason, ..Default::default() };
         let answer = self.peers.registry().cancel_job(forward(&request, cancel)).await.map_err(refused)?;
         Ok(Response::new(pb::CancelJobResponse { job: answer.into_inner().job }))
     }
@@ -202,8 +203,12 @@ impl SchedulerService for SchedulerApi {
             // The registry compares the bodies and gives the first answer, or REQUEST_ID_REUSED.
             Some(vm) => {
                 let node_id = vm.node_id.to_string();
-                let create =
-                    registry::CreateVmRequest { vm_id: vm_id.to_string(), config: Some(config.into()), node_id };
+                let create = registry::CreateVmRequest {
+                    vm_id: vm_id.to_string(),
+                    config: Some(config.into()),
+                    node_id,
+                    ..Default::default()
+                };
                 self.peers.registry().create_vm(create).await.map_err(refused)?.into_inner().vm
             }
             None => {
@@ -229,6 +234,7 @@ impl SchedulerService for SchedulerApi {
             to_state: VmState::Draining.to_pb().into(),
             expected_generation: 0,
             reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
+            ..Default::default()
         };
         let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {
             Ok(answer) => answer.into_inner().vm,
@@ -274,7 +280,7 @@ impl SchedulerService for SchedulerApi {
 
     async fn purge_vms(&self, request: Request<pb::PurgeVmsRequest>) -> Answer<pb::PurgeVmsResponse> {
         let asked = request.get_ref().clone();
-        let purge = registry::PurgeVmsRequest { states: asked.states, vm_ids: asked.vm_ids };
+        let purge = registry::PurgeVmsRequest { states: asked.states, vm_ids: asked.vm_ids, ..Default::default() };
         let answer = self.peers.registry().purge_vms(forward(&request, purge)).await.map_err(refused)?;
         Ok(Response::new(pb::PurgeVmsResponse { purged: answer.into_inner().purged }))
     }

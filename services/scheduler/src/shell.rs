@@ -337,6 +337,7 @@ impl Effects {
                     vm_id: vm_id.to_string(),
                     config: Some(config.into()),
                     node_id: node_id.to_string(),
+                    ..Default::default()
                 };
                 let result = self.create_vm(message, reply.is_some()).await;
                 if let Some(reply) = reply {
@@ -345,13 +346,21 @@ impl Effects {
                 Some(Input::Created { ticket, result })
             }
             Effect::Assign { job_id, vm_id, attempt } => {
-                let message =
-                    registry::AssignJobRequest { job_id: job_id.to_string(), vm_id: vm_id.to_string(), attempt };
+                let message = registry::AssignJobRequest {
+                    job_id: job_id.to_string(),
+                    vm_id: vm_id.to_string(),
+                    attempt,
+                    ..Default::default()
+                };
                 let result = self.assign(message).await;
                 Some(Input::Assigned { job_id, vm_id, result })
             }
             Effect::FailJob { job_id, reason } => {
-                let message = registry::FailQueuedJobRequest { job_id: job_id.to_string(), reason: cut(reason) };
+                let message = registry::FailQueuedJobRequest {
+                    job_id: job_id.to_string(),
+                    reason: cut(reason),
+                    ..Default::default()
+                };
                 let call =
                     || async { self.peers.registry().fail_queued_job(request(message.clone(), CALL_TIMEOUT)).await };
                 note("fail a job", registry_call(call).await)
@@ -359,7 +368,12 @@ impl Effects {
             Effect::LoseAttempt { job_id, attempt, started, reason } => {
                 let lost = registry::AttemptLost { started, reason: cut(reason) };
                 let outcome = Some(registry::finish_attempt_request::Outcome::Lost(lost));
-                let message = registry::FinishAttemptRequest { job_id: job_id.to_string(), attempt, outcome };
+                let message = registry::FinishAttemptRequest {
+                    job_id: job_id.to_string(),
+                    attempt,
+                    outcome,
+                    ..Default::default()
+                };
                 let call =
                     || async { self.peers.registry().finish_attempt(request(message.clone(), CALL_TIMEOUT)).await };
                 note("report a lost attempt", registry_call(call).await)
@@ -400,6 +414,7 @@ impl Effects {
             to_state: to.to_pb().into(),
             expected_generation: 0,
             reason: cut(reason),
+            ..Default::default()
         };
         let call = || async { self.peers.registry().transition_vm(request(message.clone(), CALL_TIMEOUT)).await };
         note("change a VM's state", registry_call(call).await)

@@ -81,7 +81,7 @@ impl Registry {
     }
 
     pub(crate) async fn register(&self, node: common::Node) -> Result<common::Node, Error> {
-        let request = client::request(pb::RegisterNodeRequest { node: Some(node) }, CALL_TIMEOUT);
+        let request = client::request(pb::RegisterNodeRequest { node: Some(node), ..Default::default() }, CALL_TIMEOUT);
         Ok(self.client.clone().register_node(request).await?.into_inner().node.unwrap_or_default())
     }
 
@@ -127,13 +127,19 @@ impl Registry {
             to_state: to.to_pb().into(),
             expected_generation,
             reason: cut(reason, MAX_REASON_BYTES).to_owned(),
+            ..Default::default()
         };
         self.client.clone().transition_vm(client::request(request, CALL_TIMEOUT)).await?;
         Ok(())
     }
 
     pub(crate) async fn start_attempt(&self, job: JobId, attempt: u32, at: Timestamp) -> Result<(), Error> {
-        let request = pb::StartAttemptRequest { job_id: job.to_string(), attempt, started_at: Some(at.into()) };
+        let request = pb::StartAttemptRequest {
+            job_id: job.to_string(),
+            attempt,
+            started_at: Some(at.into()),
+            ..Default::default()
+        };
         self.client.clone().start_attempt(client::request(request, CALL_TIMEOUT)).await?;
         Ok(())
     }
@@ -158,7 +164,7 @@ impl Registry {
         attempt: u32,
         outcome: pb::finish_attempt_request::Outcome,
     ) -> Result<(), Error> {
-        let request = pb::FinishAttemptRequest { job_id, attempt, outcome: Some(outcome) };
+        let request = pb::FinishAttemptRequest { job_id, attempt, outcome: Some(outcome), ..Default::default() };
         self.client.clone().finish_attempt(client::request(request, CALL_TIMEOUT)).await?;
         Ok(())
     }

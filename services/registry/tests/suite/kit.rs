@@ -85,7 +85,10 @@ impl Kit {
     pub(crate) async fn queued_job(&mut self, max_attempts: u32) -> String {
         let id = uuid();
         let spec = pb::JobSpec { max_attempts, ..spec() };
-        self.client.create_job(wire::CreateJobRequest { job_id: id.clone(), spec: Some(spec) }).await.unwrap();
+        self.client
+            .create_job(wire::CreateJobRequest { job_id: id.clone(), spec: Some(spec), ..Default::default() })
+            .await
+            .unwrap();
         id
     }
 
@@ -146,7 +149,12 @@ pub(crate) fn config(kind: VmKind) -> pb::VmConfig {
 }
 
 pub(crate) fn create_vm(id: &str, kind: VmKind) -> wire::CreateVmRequest {
-    wire::CreateVmRequest { vm_id: id.into(), config: Some(config(kind)), node_id: "node-1".into() }
+    wire::CreateVmRequest {
+        vm_id: id.into(),
+        config: Some(config(kind)),
+        node_id: "node-1".into(),
+        ..Default::default()
+    }
 }
 
 pub(crate) fn transition(id: &str, to: VmState) -> wire::TransitionVmRequest {
@@ -167,15 +175,15 @@ pub(crate) fn spec() -> pb::JobSpec {
 }
 
 pub(crate) fn create_job(id: &str) -> wire::CreateJobRequest {
-    wire::CreateJobRequest { job_id: id.into(), spec: Some(spec()) }
+    wire::CreateJobRequest { job_id: id.into(), spec: Some(spec()), ..Default::default() }
 }
 
 pub(crate) fn assign(job: &str, vm: &str, attempt: u32) -> wire::AssignJobRequest {
-    wire::AssignJobRequest { job_id: job.into(), vm_id: vm.into(), attempt }
+    wire::AssignJobRequest { job_id: job.into(), vm_id: vm.into(), attempt, ..Default::default() }
 }
 
 pub(crate) fn start_attempt(job: &str, attempt: u32) -> wire::StartAttemptRequest {
-    wire::StartAttemptRequest { job_id: job.into(), attempt, started_at: None }
+    wire::StartAttemptRequest { job_id: job.into(), attempt, started_at: None, ..Default::default() }
 }
 
 pub(crate) fn finished(job: &str, attempt: u32, state: JobState) -> wire::FinishAttemptRequest {
@@ -186,13 +194,13 @@ pub(crate) fn finished(job: &str, attempt: u32, state: JobState) -> wire::Finish
         ..Default::default()
     };
     let outcome = Some(wire::finish_attempt_request::Outcome::Result(result));
-    wire::FinishAttemptRequest { job_id: job.into(), attempt, outcome }
+    wire::FinishAttemptRequest { job_id: job.into(), attempt, outcome, ..Default::default() }
 }
 
 pub(crate) fn lost(job: &str, attempt: u32, started: bool) -> wire::FinishAttemptRequest {
     let lost = wire::AttemptLost { started, reason: "its VM is gone".into() };
     let outcome = Some(wire::finish_attempt_request::Outcome::Lost(lost));
-    wire::FinishAttemptRequest { job_id: job.into(), attempt, outcome }
+    wire::FinishAttemptRequest { job_id: job.into(), attempt, outcome, ..Default::default() }
 }
 
 /// The reason of a refusal, by name.

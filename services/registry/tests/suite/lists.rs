@@ -29,7 +29,12 @@ async fn lists_filter_by_state_kind_node_and_labels_newest_first() {
     ] {
         let id = uuid();
         let config = pb::VmConfig { labels: labels(&pairs), ..config(kind) };
-        let request = wire::CreateVmRequest { vm_id: id.clone(), config: Some(config), node_id: node.into() };
+        let request = wire::CreateVmRequest {
+            vm_id: id.clone(),
+            config: Some(config),
+            node_id: node.into(),
+            ..Default::default()
+        };
         kit.client.create_vm(request).await.unwrap();
         ids.push(id);
     }
@@ -94,7 +99,10 @@ async fn a_page_ends_before_it_outgrows_a_message() {
             env: labels(&[("BIG", &"y".repeat(250 << 10))]),
             ..spec()
         };
-        kit.client.create_job(wire::CreateJobRequest { job_id: uuid(), spec: Some(spec) }).await.unwrap();
+        kit.client
+            .create_job(wire::CreateJobRequest { job_id: uuid(), spec: Some(spec), ..Default::default() })
+            .await
+            .unwrap();
     }
     let (mut seen, mut pages, mut token) = (0, 0, String::new());
     loop {
@@ -116,14 +124,20 @@ async fn a_page_ends_before_it_outgrows_a_message() {
 /// A life with every kind of change in it.
 pub(crate) async fn a_busy_day(kit: &mut Kit) -> [String; 2] {
     let node = pb::Node { id: "node-1".into(), endpoint: "http://h:1".into(), max_vms: 4, ..Default::default() };
-    kit.client.register_node(wire::RegisterNodeRequest { node: Some(node.clone()) }).await.unwrap();
-    kit.client.register_node(wire::RegisterNodeRequest { node: Some(node) }).await.unwrap();
+    kit.client
+        .register_node(wire::RegisterNodeRequest { node: Some(node.clone()), ..Default::default() })
+        .await
+        .unwrap();
+    kit.client.register_node(wire::RegisterNodeRequest { node: Some(node), ..Default::default() }).await.unwrap();
     let (job, vm) = kit.assigned_job(VmKind::Service, 2).await;
     kit.client.start_attempt(start_attempt(&job, 1)).await.unwrap();
     kit.client.finish_attempt(lost(&job, 1, true)).await.unwrap();
     kit.client.assign_job(assign(&job, &vm, 2)).await.unwrap();
     kit.client.start_attempt(start_attempt(&job, 2)).await.unwrap();
-    kit.client.cancel_job(wire::CancelJobRequest { job_id: job.clone(), reason: "enough".into() }).await.unwrap();
+    kit.client
+        .cancel_job(wire::CancelJobRequest { job_id: job.clone(), reason: "enough".into(), ..Default::default() })
+        .await
+        .unwrap();
     kit.client.finish_attempt(finished(&job, 2, JobState::Cancelled)).await.unwrap();
     let gone = kit.vm_in(VmKind::Ephemeral, VmState::Terminated).await;
     kit.client.purge_vms(wire::PurgeVmsRequest::default()).await.unwrap();
@@ -183,6 +197,7 @@ async fn a_purge_deletes_ended_vms_alone_and_keeps_their_history() {
     let purge = |states: &[VmState], ids: &[&String]| wire::PurgeVmsRequest {
         states: states.iter().map(|state| state.to_pb().into()).collect(),
         vm_ids: ids.iter().map(|id| (*id).clone()).collect(),
+        ..Default::default()
     };
     assert_eq!(refusal(kit.client.purge_vms(purge(&[VmState::Ready], &[])).await), "INVALID_FIELD");
     assert_eq!(kit.client.purge_vms(purge(&[], &[&alive])).await.unwrap().into_inner().purged, 0);
@@ -220,7 +235,7 @@ async fn a_node_that_registers_again_has_a_new_incarnation() {
         ..Default::default()
     };
     for (id, incarnation) in [("b", 1), ("a", 1), ("b", 2), ("b", 3)] {
-        let request = wire::RegisterNodeRequest { node: Some(node(id)) };
+        let request = wire::RegisterNodeRequest { node: Some(node(id)), ..Default::default() };
         let registered = kit.client.register_node(request).await.unwrap().into_inner().node.unwrap();
         assert_eq!((registered.incarnation, registered.state()), (incarnation, pb::NodeState::Ready));
         assert_eq!(registered.images, ["default"]);
@@ -231,7 +246,7 @@ async fn a_node_that_registers_again_has_a_new_incarnation() {
     let second = wire::ListNodesRequest { page_size: 1, page_token: page.next_page_token };
     let page = kit.client.list_nodes(second).await.unwrap().into_inner();
     assert_eq!((page.nodes[0].id.as_str(), page.next_page_token.as_str()), ("b", ""));
-    let nameless = wire::RegisterNodeRequest { node: Some(node("")) };
+    let nameless = wire::RegisterNodeRequest { node: Some(node("")), ..Default::default() };
     assert_eq!(refusal(kit.client.register_node(nameless).await), "INVALID_FIELD");
     kit.stop().await;
 }

@@ -7,6 +7,7 @@ mod lists;
 mod metrics;
 mod queries;
 mod replicas;
+mod requests;
 mod restarts;
 mod retention;
 mod tables;

@@ -181,7 +181,7 @@ async fn a_database_of_a_newer_program_is_refused() {
     drop(database);
     let config = RegistryConfig::alone(kit.dir.path().to_owned());
     let error = Registry::start(config, &Tasks::new()).await.err().unwrap();
-    assert!(matches!(error, StartError::NewerSchema { found: 999, known: 2 }), "{error}");
+    assert!(matches!(error, StartError::NewerSchema { found: 999, .. }), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

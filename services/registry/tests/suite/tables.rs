@@ -85,11 +85,12 @@ async fn apply(kit: &mut Kit, input: &str, job: &pb::Job, fresh_vm: &str) -> Res
         "lost unstarted" => client.finish_attempt(lost(id, attempt, false)).await?.into_inner().job,
         "lost started" => client.finish_attempt(lost(id, attempt, true)).await?.into_inner().job,
         "cancel" => {
-            let request = wire::CancelJobRequest { job_id: id.into(), reason: "enough".into() };
+            let request = wire::CancelJobRequest { job_id: id.into(), reason: "enough".into(), ..Default::default() };
             client.cancel_job(request).await?.into_inner().job
         }
         "fail" => {
-            let request = wire::FailQueuedJobRequest { job_id: id.into(), reason: "can't".into() };
+            let request =
+                wire::FailQueuedJobRequest { job_id: id.into(), reason: "can't".into(), ..Default::default() };
             client.fail_queued_job(request).await?.into_inner().job
         }
         other => panic!("{other}"),
@@ -106,7 +107,7 @@ async fn job_at(kit: &mut Kit, place: &str) -> String {
         _ => kit.assigned_job(VmKind::Ephemeral, 1).await,
     };
     let client = &mut kit.client;
-    let cancel = wire::CancelJobRequest { job_id: id.clone(), reason: "enough".into() };
+    let cancel = wire::CancelJobRequest { job_id: id.clone(), reason: "enough".into(), ..Default::default() };
     match place {
         "Assigned" => {}
         "Running" | "Running, 2 tries" => drop(client.start_attempt(start_attempt(&id, 1)).await.unwrap()),

@@ -15,6 +15,7 @@ macro_rules! calls {
     ($($rpc:ident: $request:ident),* $(,)?) => {
         /// A call of any mutation.
         #[derive(Clone)]
+        #[expect(clippy::enum_variant_names, reason = "the contract's names")]
         enum Call {
             $($request(wire::$request),)*
         }

@@ -43,6 +43,7 @@ impl Reason {
             Self::VmNotFound | Self::JobNotFound | Self::NodeNotFound | Self::LogNotFound => Code::NotFound,
             Self::IllegalTransition
             | Self::StaleAttempt
+            | Self::StaleIncarnation
             | Self::ImageNotFound
             | Self::ExceedsCapacity
             | Self::VmNotAccepting
@@ -189,7 +190,7 @@ mod tests {
             assert_eq!(retry, matches!(reason, Reason::Overloaded | Reason::DiskFull), "{reason:?}");
             seen += 1;
         }
-        assert_eq!(seen, 24, "a reason was added or lost: keep the list in error.proto without holes");
+        assert_eq!(seen, 25, "a reason was added or lost: keep the list in error.proto without holes");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 
 use blixard::config::Config;
 
-use crate::{StartError, embedded, replica::Membership, retention::Retention};
+use crate::{NodeTiming, StartError, embedded, replica::Membership, retention::Retention};
 
 /// Shortest secret of replicas: 128 bits.
 const MIN_SECRET_BYTES: usize = 16;
@@ -20,6 +20,8 @@ pub struct RegistryConfig {
     pub membership: Option<Membership>,
     /// The program to start for each query: one that begins with [`crate::query_worker`].
     pub query_worker: PathBuf,
+    /// How nodes are to be heard of.
+    pub nodes: NodeTiming,
 }
 
 impl RegistryConfig {
@@ -28,7 +30,13 @@ impl RegistryConfig {
     pub fn alone(data_dir: PathBuf) -> Self {
         // The program that runs, also when its file has been replaced since.
         let retention = Config::default().retention.into();
-        Self { data_dir, retention, membership: None, query_worker: "/proc/self/exe".into() }
+        Self {
+            data_dir,
+            retention,
+            membership: None,
+            nodes: NodeTiming::default(),
+            query_worker: "/proc/self/exe".into(),
+        }
     }
 
     /// What a configuration asks for.

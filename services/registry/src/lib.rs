@@ -5,6 +5,7 @@
 //!   service ── parse, one call, encode
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
+//!     ├─► heartbeat ── which nodes live: in the leader's memory, but for a loss
 //!     ├─► query ── users' SQL, in processes of their own, within budgets
 //!     └─► watch ── a position in the sequence of changes ◄── tail (recent ones, read once for all) or change (pages)
 //! retention ── forgets what is old, through commit like everybody
@@ -18,9 +19,11 @@ mod commit;
 mod config;
 mod embedded;
 mod error;
+mod heartbeat;
 mod list;
 mod metrics;
 mod mutation;
+mod presence;
 mod query;
 mod query_rules;
 mod query_worker;
@@ -38,7 +41,6 @@ mod watch;
 
 use std::{
     error::Error as _,
-    path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -53,6 +55,7 @@ use tokio::sync::watch as channel;
 use crate::{
     commit::CommitDriver,
     embedded::{DataDir, Embedded},
+    heartbeat::Heartbeats,
     query::Queries,
     read::Readers,
     replica::{
@@ -69,6 +72,7 @@ use crate::{
 pub use crate::{
     config::RegistryConfig,
     error::StartError,
+    presence::NodeTiming,
     query_worker::query_worker,
     replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
     retention::Retention,
@@ -99,7 +103,7 @@ pub struct Registry {
 
 /// What becomes of a registry that starts.
 struct Opening {
-    membership: Option<Membership>,
+    config: RegistryConfig,
     peers: Option<Arc<Peers>>,
     outputs: Outputs,
     /// The newest revision that the database shows.
@@ -108,8 +112,6 @@ struct Opening {
     node: Arc<OnceLock<Embedded>>,
     failed: channel::Sender<Option<String>>,
     committer: Tasks,
-    query_worker: PathBuf,
-    retention: Retention,
     /// Watches and queries end with it.
     tasks: Tasks,
 }
@@ -124,12 +126,12 @@ impl Registry {
     pub async fn start(config: RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
         let dir = DataDir::take(&config.data_dir)?;
         match config.membership.clone() {
-            None => Self::start_alone(dir, &config, tasks).await,
-            Some(membership) => Self::start_replica(dir, membership, &config, tasks),
+            None => Self::start_alone(dir, config, tasks).await,
+            Some(membership) => Self::start_replica(dir, &membership, config, tasks),
         }
     }
 
-    async fn start_alone(dir: DataDir, config: &RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
+    async fn start_alone(dir: DataDir, config: RegistryConfig, tasks: &Tasks) -> Result<Self, StartError> {
         Identity::of(&dir.path).check_alone()?;
         let (opening, mut registry) = Opening::new(config, None, Role::Starting, tasks);
         let node = Embedded::start_alone(dir).await?;
@@ -151,12 +153,12 @@ impl Registry {
 
     fn start_replica(
         dir: DataDir,
-        membership: Membership,
-        config: &RegistryConfig,
+        membership: &Membership,
+        config: RegistryConfig,
         tasks: &Tasks,
     ) -> Result<Self, StartError> {
         let has_data = Identity::of(&dir.path).check(membership.id)?;
-        let peers = Arc::new(Peers::new(&membership).map_err(StartError::Endpoint)?);
+        let peers = Arc::new(Peers::new(membership).map_err(StartError::Endpoint)?);
         let role = if has_data { Role::Starting } else { Role::Empty };
         let (opening, registry) = Opening::new(config, Some(peers), role, tasks);
         let committer = registry.committer.clone();
@@ -209,17 +211,17 @@ impl Registry {
 }
 
 impl Opening {
-    fn new(config: &RegistryConfig, peers: Option<Arc<Peers>>, role: Role, tasks: &Tasks) -> (Self, Registry) {
-        let membership = config.membership.clone();
+    fn new(config: RegistryConfig, peers: Option<Arc<Peers>>, role: Role, tasks: &Tasks) -> (Self, Registry) {
+        let membership = config.membership.as_ref();
         let newest = Arc::new(channel::Sender::new(0));
         let (role, closed) = (channel::Sender::new(role), channel::Sender::new(None));
         let (serving, leading) = (channel::Sender::new(false), channel::Sender::new(false));
         let (report, failed) = (channel::Sender::new(Report::default()), channel::Sender::new(None));
         let (local, node, committer) = (Arc::default(), Arc::default(), Tasks::new());
         let replica = replica::service::Service {
-            id: membership.as_ref().map_or(1, |membership| membership.id),
-            replicas: membership.as_ref().map(|membership| membership.replicas.to_string()).unwrap_or_default(),
-            secret: membership.as_ref().map(|membership| Secret::new(&membership.secret)),
+            id: membership.map_or(1, |membership| membership.id),
+            replicas: membership.map(|membership| membership.replicas.to_string()).unwrap_or_default(),
+            secret: membership.map(|membership| Secret::new(&membership.secret)),
             role: role.subscribe(),
             report: report.subscribe(),
             newest: newest.subscribe(),
@@ -241,19 +243,7 @@ impl Opening {
             committer: committer.clone(),
         };
         let outputs = Outputs { role, serving, leading, report, closed };
-        let opening = Self {
-            membership,
-            peers,
-            outputs,
-            newest,
-            local,
-            node,
-            failed,
-            committer,
-            query_worker: config.query_worker.clone(),
-            retention: config.retention,
-            tasks: tasks.clone(),
-        };
+        let opening = Self { config, peers, outputs, newest, local, node, failed, committer, tasks: tasks.clone() };
         (opening, registry)
     }
 
@@ -270,7 +260,7 @@ impl Opening {
 
     /// Starts the database when that is safe; returns when a leader is known.
     async fn begin(&self, dir: DataDir, has_data: bool) -> Result<Option<ReplicaDriver>, StartError> {
-        let (Some(membership), Some(peers)) = (&self.membership, &self.peers) else { return Ok(None) };
+        let (Some(membership), Some(peers)) = (&self.config.membership, &self.peers) else { return Ok(None) };
         let beginning = bootstrap::wait_to_begin(membership, peers, has_data).await?;
         tracing::info!(replica = membership.id, ?beginning, "registry replica starts");
         let (identity, doubt) = (Identity::of(&dir.path), Doubt::of(&dir.path));
@@ -297,22 +287,29 @@ impl Opening {
     /// Opens what serves on a database.
     fn open(&self, node: Embedded, readers: Arc<Readers>) -> ReplicaDriver {
         let role = self.outputs.role.subscribe();
-        let (driver, commits) = CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role);
+        let (driver, commits) =
+            CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role.clone());
         self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
-        let queries = Queries::new(node.database.clone(), self.query_worker.clone(), self.tasks.clone());
+        let queries = Queries::new(node.database.clone(), self.config.query_worker.clone(), self.tasks.clone());
         let stop = self.tasks.token().clone();
         let (tail_driver, tail) = Tail::new(readers.clone(), self.newest.subscribe(), tail::RECENT);
         self.tasks.spawn("registry tail", tail_driver.run(stop.clone()));
         let leads = self.outputs.leading.subscribe();
-        let retention =
-            RetentionDriver { retention: self.retention, readers: readers.clone(), commits: commits.clone(), leads };
-        self.tasks.spawn("registry retention", retention.run(stop));
-        let service = Service { commits, readers: readers.clone(), queries, tail };
+        let retention = RetentionDriver {
+            retention: self.config.retention,
+            readers: readers.clone(),
+            commits: commits.clone(),
+            leads,
+        };
+        self.tasks.spawn("registry retention", retention.run(stop.clone()));
+        let heartbeats = Heartbeats::new(self.config.nodes, readers.clone(), commits.clone(), role, stop);
+        self.committer.spawn("registry node watch", heartbeats.clone().watch());
+        let service = Service { heartbeats, commits, readers: readers.clone(), queries, tail };
         let service = RegistryServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
         let _ = self.local.set(service);
-        let majority = self.membership.as_ref().map_or(1, |membership| membership.replicas.majority());
+        let majority = self.config.membership.as_ref().map_or(1, |membership| membership.replicas.majority());
         let driver = ReplicaDriver::new(&node, readers, self.peers.clone(), majority);
         let _ = self.node.set(node);
         driver

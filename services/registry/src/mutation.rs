@@ -73,6 +73,12 @@ pub(crate) enum Mutation {
     RegisterNode {
         node: Node,
     },
+    /// Nothing is heard of this incarnation any more.
+    LoseNode {
+        id: NodeId,
+        incarnation: u64,
+        reason: String,
+    },
     /// Changes nothing: when it is committed, a majority has confirmed that nobody else leads.
     ConfirmRevision,
     /// Deletes the rows of VMs that ended before then; retention's, as the next two.
@@ -124,6 +130,7 @@ impl Mutation {
             Self::AssignJob { job_id, vm_id, .. } => vec![Key::Job(*job_id), Key::Vm(*vm_id)],
             Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
             Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
+            Self::LoseNode { id, .. } => vec![Key::Node(id.clone())],
             Self::ConfirmRevision => vec![],
             Self::ForgetVms { .. } | Self::ForgetJobs { .. } | Self::CompactEvents { .. } => vec![],
         }
@@ -162,6 +169,10 @@ impl Mutation {
                 vec![(sql(&FAIL_QUEUED), vec![id.text(), reason.into(), now.into()])]
             }
             Self::RegisterNode { node } => vec![register_node(node, now)],
+            Self::LoseNode { id, incarnation, reason } => {
+                let params = vec![id.as_str().into(), integer(*incarnation), reason.into(), now.into()];
+                vec![(sql(&LOSE_NODE), params)]
+            }
             Self::ConfirmRevision => vec![("UPDATE purge_clock SET at = at WHERE false".into(), vec![])],
             Self::ForgetVms { ended_before, at_most } => {
                 vec![set_purge_clock(now), (sql(&FORGET_VMS), vec![text(*ended_before), (*at_most).into()])]
@@ -435,12 +446,13 @@ static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
 static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, \
-             registered_at) \
-         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8 WHERE true \
+             registered_at, updated_at, reason) \
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8, ?8, '' WHERE true \
          ON CONFLICT (id) DO UPDATE SET state = excluded.state, endpoint = excluded.endpoint, \
              driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib, \
              max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1, \
-             revision = excluded.revision, registered_at = excluded.registered_at",
+             revision = excluded.revision, registered_at = excluded.registered_at, \
+             updated_at = excluded.updated_at, reason = excluded.reason",
         NodeState::Ready
     )
 });
@@ -458,6 +470,14 @@ fn register_node(node: &Node, now: String) -> Statement {
     ];
     (sql(&REGISTER_NODE), params)
 }
+
+static LOSE_NODE: LazyLock<String> = LazyLock::new(|| {
+    let lost = NodeState::Lost;
+    format!(
+        "UPDATE nodes SET state = '{lost}', reason = ?3, revision = {NEXT_REVISION}, updated_at = ?4 \
+         WHERE id = ?1 AND incarnation = ?2 AND state <> '{lost}'"
+    )
+});
 
 /// The condition under which the state table lets a VM go to `to`.
 fn may_reach(to: VmState) -> String {

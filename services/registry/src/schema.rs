@@ -23,7 +23,7 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS];
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES];
 
 const TABLES: Migration = Migration {
     version: 1,
@@ -187,6 +187,21 @@ const REQUESTS: Migration = Migration {
             node    TEXT,
             spec    BLOB
         ) STRICT",
+    ],
+};
+
+/// A node changes without registering: when it is lost. The statement that does so says when and why.
+const LOST_NODES: Migration = Migration {
+    version: 4,
+    statements: &[
+        "ALTER TABLE nodes ADD COLUMN reason TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE nodes ADD COLUMN updated_at TEXT NOT NULL DEFAULT ''",
+        "DROP TRIGGER nodes_changed",
+        "UPDATE nodes SET updated_at = registered_at",
+        "CREATE TRIGGER nodes_changed AFTER UPDATE ON nodes BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, from_state, to_state, reason, node_id)
+            VALUES (NEW.revision, NEW.updated_at, 'node', NEW.id, OLD.state, NEW.state, NEW.reason, NEW.id);
+        END",
     ],
 };
 

@@ -17,11 +17,12 @@ use blixard::{
 };
 use futures::Stream;
 use hiqlite::rusqlite::Connection;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     change::Wanted,
     commit::CommitHandle,
+    heartbeat::Heartbeats,
     list::{self, Filter, List, PageRequest},
     mutation::{Mutation, Outcome},
     query::Queries,
@@ -45,6 +46,7 @@ pub struct Service {
     pub(crate) readers: Arc<Readers>,
     pub(crate) queries: Arc<Queries>,
     pub(crate) tail: Arc<Tail>,
+    pub(crate) heartbeats: Arc<Heartbeats>,
 }
 
 type Answered<T> = Result<Response<T>, Status>;
@@ -246,6 +248,12 @@ impl RegistryService for Service {
             Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(*node) })),
             Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer().into()),
         }
+    }
+
+    type HeartbeatStream = Pin<Box<dyn Stream<Item = Result<wire::HeartbeatResponse, Status>> + Send>>;
+
+    async fn heartbeat(&self, request: Request<Streaming<wire::HeartbeatRequest>>) -> Answered<Self::HeartbeatStream> {
+        Ok(Response::new(Box::pin(self.heartbeats.answer(request.into_inner()))))
     }
 
     async fn list_nodes(&self, request: Request<wire::ListNodesRequest>) -> Answered<wire::ListNodesResponse> {

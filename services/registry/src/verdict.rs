@@ -75,6 +75,16 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
             Some(row) if changed > 0 || row.state == *to => Verdict::vm(row),
             Some(row) => deny_transition(row, *to, *expected_generation),
         },
+        Mutation::LoseNode { id, incarnation, .. } => match after.nodes.get(id) {
+            None => Verdict::Denied(node_not_found(id)),
+            Some(node) if node.incarnation != *incarnation => {
+                Verdict::Denied(stale_incarnation(id, *incarnation, node.incarnation))
+            }
+            Some(node) if node.state() == pb::NodeState::Lost => {
+                Verdict::Accepted(Answer::Node(Box::new(node.clone())))
+            }
+            Some(_) => Verdict::Again,
+        },
         Mutation::ConfirmRevision => Verdict::Accepted(Answer::Revision(after.revision)),
         Mutation::PurgeVms { .. }
         | Mutation::ForgetVms { .. }
@@ -158,6 +168,7 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         | Mutation::PurgeVms { .. }
         | Mutation::CreateJob { .. }
         | Mutation::RegisterNode { .. }
+        | Mutation::LoseNode { .. }
         | Mutation::ConfirmRevision
         | Mutation::ForgetVms { .. }
         | Mutation::ForgetJobs { .. }
@@ -197,6 +208,21 @@ pub(crate) fn vm_not_found(id: &VmId) -> Error {
 /// No such job.
 pub(crate) fn job_not_found(id: &JobId) -> Error {
     Error::new(Reason::JobNotFound, format!("there is no job {id}")).with("job_id", id)
+}
+
+/// No such node.
+pub(crate) fn node_not_found(id: &NodeId) -> Error {
+    Error::new(Reason::NodeNotFound, format!("there is no node {id}")).with("node_id", id)
+}
+
+/// The incarnation is over.
+pub(crate) fn stale_incarnation(id: &NodeId, incarnation: u64, current: u64) -> Error {
+    let message = match incarnation == current {
+        true => format!("node {id} is Lost: register again"),
+        false => format!("node {id} is at incarnation {current}, not {incarnation}: register again"),
+    };
+    let error = Error::new(Reason::StaleIncarnation, message).with("node_id", id);
+    error.with("incarnation", incarnation).with("current", current)
 }
 
 /// The id stands for something else.

@@ -27,10 +27,10 @@ use crate::{
     capacity::Capacity,
     consoles::Consoles,
     driver::{self, Beginning, VmHandle, stale, with_sources},
+    heartbeat,
     hypervisor::{self, ChooseError, Hypervisor, HypervisorSettings, Launch},
     lifecycle::Run,
     logs::{Fence, LogStore},
-    reconcile,
     records::{self, StateDir, VmRecord},
     recovery,
     registry::Registry,
@@ -101,7 +101,7 @@ pub struct VmHost {
 }
 
 impl VmHost {
-    /// Takes the state directory, adopts or ends the VMs found there, and registers the node in the background.
+    /// Takes the state directory, adopts or ends the VMs found there, and keeps the node registered in the background.
     ///
     /// # Errors
     /// The directories can't be had, or no driver can run here.
@@ -128,7 +128,7 @@ impl VmHost {
         tasks.spawn("vmhost-register", async move {
             tokio::select! {
                 () = registering.tasks.token().cancelled() => {}
-                () = reconcile::register(&registering) => {}
+                () = heartbeat::keep_registered(&registering) => {}
             }
         });
         let leaving = Arc::clone(&host);

@@ -19,6 +19,7 @@ mod capacity;
 mod consoles;
 mod driver;
 mod guest;
+mod heartbeat;
 mod host;
 mod lifecycle;
 mod logs;

@@ -1,4 +1,4 @@
-//! The first talk with the registry: what it says of this node's VMs and what is here are made to agree, then the node registers.
+//! The first talk with the registry, and each one after it had given the node up: what it says of this node's VMs and what is here are made to agree, then the node registers.
 //!
 //! It comes before the registration, because that makes the scheduler send again what it wants of this node.
 
@@ -7,25 +7,34 @@ use std::{sync::Arc, time::Duration};
 use blixard::{
     error::Error,
     id::VmId,
-    pb::common::v1 as common,
+    pb::{common::v1 as common, registry::v1::RegisterNodeRequest},
     vm::{Vm, VmState},
 };
 use futures::{StreamExt, stream};
+use uuid::Uuid;
 
 use crate::{driver::VmHandle, host::Host, registry::until_answered};
 
 /// VMs that are looked at together: enough to use a group commit, few enough to be no burden.
 const AT_ONCE: usize = 16;
 
-/// Reconciles and registers; returns when the registry knows the node.
-pub(crate) async fn register(host: &Arc<Host>) {
+/// Reconciles and registers; returns the incarnation when the registry knows the node, and nothing when it refuses it.
+pub(crate) async fn register(host: &Arc<Host>) -> Option<u64> {
+    // The same request each time: however often it has to be repeated, it is one incarnation.
+    let request = RegisterNodeRequest { node: Some(host.node()), request_id: Uuid::new_v4().to_string() };
     let registered = until_answered("registering the node", || async {
         reconcile(host).await?;
-        host.registry.register(host.node()).await
+        host.registry.register(request.clone()).await
     });
     match registered.await {
-        Ok(node) => tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered"),
-        Err(error) => tracing::error!(%error, "the registry refuses this node; it gets no work"),
+        Ok(node) => {
+            tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered");
+            Some(node.incarnation)
+        }
+        Err(error) => {
+            tracing::error!(%error, "the registry refuses this node; it gets no work");
+            None
+        }
     }
 }
 

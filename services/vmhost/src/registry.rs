@@ -1,6 +1,6 @@
 //! What this node tells the registry, and asks it.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable};
 use blixard::{
@@ -13,12 +13,16 @@ use blixard::{
     vm::VmState,
 };
 use blixard_chassis::{ReplicatedChannel, client};
+use futures::stream;
 use pb::registry_service_client::RegistryServiceClient;
+use tokio::sync::mpsc;
 
 use crate::logs::{EndRecord, Outcome};
 
 /// How long the registry has to answer; a leader election takes a few seconds.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a heartbeat may stay unanswered: a third of the registry's grace.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The first pause before a report is repeated; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 /// The longest.
@@ -52,11 +56,20 @@ where
         .await
 }
 
+/// A registry that is silent for longer is given up, and another replica tried.
+async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, Error> {
+    match tokio::time::timeout(HEARTBEAT_TIMEOUT, answer).await {
+        Ok(answer) => answer.map_err(Error::from),
+        Err(_) => Err(Error::new(Reason::DeadlineExceeded, "the registry did not answer a heartbeat in time")),
+    }
+}
+
 /// Whether an error is the registry's considered answer.
-fn is_answer(reason: Reason) -> bool {
+pub(crate) fn is_answer(reason: Reason) -> bool {
     matches!(
         reason,
         Reason::StaleAttempt
+            | Reason::StaleIncarnation
             | Reason::IllegalTransition
             | Reason::VmNotFound
             | Reason::JobNotFound
@@ -80,9 +93,32 @@ impl Registry {
         &self.node_id
     }
 
-    pub(crate) async fn register(&self, node: common::Node) -> Result<common::Node, Error> {
-        let request = client::request(pb::RegisterNodeRequest { node: Some(node), ..Default::default() }, CALL_TIMEOUT);
+    pub(crate) async fn register(&self, request: pb::RegisterNodeRequest) -> Result<common::Node, Error> {
+        let request = client::request(request, CALL_TIMEOUT);
         Ok(self.client.clone().register_node(request).await?.into_inner().node.unwrap_or_default())
+    }
+
+    /// Says that this node lives, as often as the registry wants to hear it; returns why that ended.
+    pub(crate) async fn heartbeats(&self, incarnation: u64) -> Error {
+        match self.beat(incarnation).await {
+            Err(error) => error,
+        }
+    }
+
+    async fn beat(&self, incarnation: u64) -> Result<Infallible, Error> {
+        let beat = pb::HeartbeatRequest { node_id: self.node_id.to_string(), incarnation };
+        let (beats, outbound) = mpsc::channel(1);
+        let outbound = stream::unfold(outbound, |mut outbound| async { Some((outbound.recv().await?, outbound)) });
+        let mut client = self.client.clone();
+        let mut answers = in_time(client.heartbeat(outbound)).await?.into_inner();
+        loop {
+            // When the stream is over this fails, and the next answer tells why.
+            let _ = beats.send(beat.clone()).await;
+            let Some(answer) = in_time(answers.message()).await? else {
+                return Err(Error::new(Reason::PeerUnavailable, "the registry ended the heartbeats"));
+            };
+            tokio::time::sleep(Duration::from_millis(answer.interval_ms.into())).await;
+        }
     }
 
     /// A VM; `None` when there is none.

@@ -217,6 +217,34 @@ async fn registry_and_node_agree_again_about_vms_that_only_one_of_them_knows() {
 }
 
 #[tokio::test]
+async fn a_node_says_that_it_lives_and_registers_again_when_it_was_given_up() {
+    let world = World::new().await;
+    let node = world.node().await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    let heard = || world.registry.state().heartbeats;
+    wait_for("heartbeats", || if heard() > 3 { Ok(()) } else { Err(heard()) }).await;
+
+    // An interruption is none: the same incarnation goes on.
+    world.registry.state().down = true;
+    let missed = || world.registry.state().heartbeats_missed;
+    wait_for("new tries", || if missed() > 1 { Ok(()) } else { Err(missed()) }).await;
+    world.registry.state().down = false;
+    let before = heard();
+    wait_for("heartbeats again", || if heard() > before + 3 { Ok(()) } else { Err(heard()) }).await;
+    let incarnation = || world.registry.state().nodes[NODE].incarnation;
+    assert_eq!(incarnation(), 1);
+
+    // Lost: it comes back as another incarnation, and its VM has lived on.
+    world.registry.state().nodes.get_mut(NODE).unwrap().set_state(common::NodeState::Lost);
+    wait_for("the second registration", || if incarnation() == 2 { Ok(()) } else { Err(incarnation()) }).await;
+    let before = heard();
+    wait_for("its heartbeats", || if heard() > before + 3 { Ok(()) } else { Err(heard()) }).await;
+    world.wait_vm(vm, VmState::Ready).await;
+    node.stop_vm(vm, Some(0)).await.unwrap();
+    world.wait_vm(vm, VmState::Terminated).await;
+}
+
+#[tokio::test]
 async fn a_state_directory_in_use_is_refused_with_the_process_that_has_it() {
     let world = World::new().await;
     let _node = world.node().await;

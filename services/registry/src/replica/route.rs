@@ -32,6 +32,10 @@ use super::{Role, peers::Peers};
 /// Calls that a follower answers itself; every other one changes something, or wants the leader's word.
 const READS: &[&str] =
     &["GetVm", "ListVms", "ListVmEvents", "GetJob", "ListJobs", "ListNodes", "GetCounts", "Watch", "Query", "Backup"];
+/// Calls for the leader that leave nothing on its disk: a full one must not cost the nodes.
+const IN_MEMORY: &[&str] = &["Heartbeat"];
+/// Calls that only the leader can answer and that write nothing.
+const LEADERS_MEMORY: &[&str] = &["Heartbeat"];
 /// How long a call waits for its replica to come as far as the caller has seen: followers are milliseconds behind.
 const REACH_WITHIN: Duration = Duration::from_secs(2);
 /// Marks a call that a replica has handed on.
@@ -75,8 +79,9 @@ impl tower::Service<Request<Body>> for Gate {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let role = *self.role.borrow();
-        let is_read = is_read(request.uri().path());
-        let closed = self.closed.borrow().clone().filter(|_| !is_read);
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        let (is_read, in_memory) = (READS.contains(&method), IN_MEMORY.contains(&method));
+        let closed = self.closed.borrow().clone().filter(|_| !is_read && !in_memory);
         match route(role, is_read, request.headers().contains_key(HANDED_ON), closed) {
             Route::Here => match self.local.get() {
                 Some(local) => Box::pin(answer(local.clone(), request, self.newest.clone())),
@@ -126,10 +131,6 @@ fn refuse(error: Error) -> <Gate as tower::Service<Request<Body>>>::Future {
     Box::pin(async { Ok(Status::from(error).into_http()) })
 }
 
-fn is_read(path: &str) -> bool {
-    path.rsplit('/').next().is_some_and(|method| READS.contains(&method))
-}
-
 fn route(role: Role, is_read: bool, handed_on: bool, closed: Option<Error>) -> Route {
     match (role, is_read) {
         (Role::Leader { .. } | Role::Follower { .. }, true) => Route::Here,
@@ -163,7 +164,10 @@ async fn hand_on(
     let Some(mut channel) = peers.and_then(|peers| peers.channel(leader)) else {
         return Status::from(not_ready(Role::NoQuorum)).into_http();
     };
-    if let Some(timeout) = request.extensions().get::<Deadline>().and_then(|&deadline| remaining(deadline)) {
+    // A stream that has none must not get one.
+    if request.headers().contains_key("grpc-timeout")
+        && let Some(timeout) = request.extensions().get::<Deadline>().and_then(|&deadline| remaining(deadline))
+    {
         request.headers_mut().insert("grpc-timeout", timeout);
     }
     request.headers_mut().insert(HANDED_ON, HeaderValue::from_static("1"));
@@ -201,7 +205,7 @@ mod tests {
         for read in READS.iter().filter(|&&read| read != "Backup") {
             assert!(methods.clone().any(|method| method == *read), "{read}");
         }
-        insta::assert_snapshot!(changes.join(" "), @"CreateVm TransitionVm PurgeVms CreateJob AssignJob StartAttempt FinishAttempt CancelJob FailQueuedJob RegisterNode GetRevision");
+        insta::assert_snapshot!(changes.join(" "), @"CreateVm TransitionVm PurgeVms CreateJob AssignJob StartAttempt FinishAttempt CancelJob FailQueuedJob RegisterNode Heartbeat GetRevision");
     }
 
     #[test]

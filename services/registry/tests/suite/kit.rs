@@ -1,6 +1,6 @@
 //! A registry of one's own, and shorthands for requests.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use blixard::{
     error::Error,
@@ -12,7 +12,7 @@ use blixard::{
     vm::{VmKind, VmState},
 };
 use blixard_chassis::{Server, Tasks, client};
-use blixard_registry::{Registry, RegistryConfig};
+use blixard_registry::{NodeTiming, Registry, RegistryConfig};
 use tonic::transport::Channel;
 
 pub(crate) type Client = RegistryServiceClient<Channel>;
@@ -22,6 +22,7 @@ pub(crate) struct Kit {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) client: Client,
     running: Option<(Registry, Tasks)>,
+    config: RegistryConfig,
 }
 
 impl Kit {
@@ -29,13 +30,17 @@ impl Kit {
         Self::start_with(|_| {}).await
     }
 
-    /// A registry that is configured otherwise, until it restarts.
+    /// A registry that is configured otherwise.
     pub(crate) async fn start_with(configure: impl FnOnce(&mut RegistryConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config_of(dir.path().to_owned());
         configure(&mut config);
-        let (client, running) = Box::pin(serve_with(config)).await;
-        Self { dir, client, running: Some(running) }
+        let (client, running) = Box::pin(serve(config.clone())).await;
+        Self { dir, client, running: Some(running), config }
+    }
+
+    pub(crate) async fn hearing_nodes(nodes: NodeTiming) -> Self {
+        Self::start_with(|config| config.nodes = nodes).await
     }
 
     pub(crate) async fn stop(&mut self) {
@@ -49,7 +54,7 @@ impl Kit {
         let (old, tasks) = self.running.take().unwrap();
         tasks.shutdown(Duration::from_secs(30)).await;
         old.shutdown().await;
-        let (client, running) = Box::pin(serve(self.dir.path())).await;
+        let (client, running) = Box::pin(serve(self.config.clone())).await;
         self.client = client;
         self.running = Some(running);
     }
@@ -113,12 +118,8 @@ fn config_of(dir: std::path::PathBuf) -> RegistryConfig {
     RegistryConfig { query_worker: env!("CARGO_BIN_EXE_registry").into(), ..RegistryConfig::alone(dir) }
 }
 
-/// Serves the registry of a directory.
-pub(crate) async fn serve(dir: &Path) -> (Client, (Registry, Tasks)) {
-    serve_with(config_of(dir.to_owned())).await
-}
-
-async fn serve_with(config: RegistryConfig) -> (Client, (Registry, Tasks)) {
+/// Serves a registry.
+async fn serve(config: RegistryConfig) -> (Client, (Registry, Tasks)) {
     let tasks = Tasks::new();
     let registry = Registry::start(config, &tasks).await.unwrap();
     let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();

@@ -5,6 +5,7 @@ mod commits;
 mod kit;
 mod lists;
 mod metrics;
+mod nodes;
 mod queries;
 mod replicas;
 mod requests;

@@ -24,7 +24,7 @@ use blixard::{
     error::{Error, Reason},
     id::{JobId, NodeId, VmId},
     job::{Job, JobState},
-    node::Node,
+    node::{Node, NodeState},
     time::Timestamp,
     vm::{Defaults, Vm, VmConfig, VmKind, VmState},
 };
@@ -694,15 +694,23 @@ impl Engine {
     /// A free VM for this shape: a service VM first (it is warm), the smallest that fits; else one that was started for it.
     fn free_vm(&self, shape: &Shape) -> Option<VmId> {
         if let Some(target) = shape.target_vm_id {
-            return self.vms.get(&target).filter(|entry| entry.is_free()).map(|entry| entry.vm.id);
+            let usable = |entry: &&VmEntry| entry.is_free() && !self.is_lost(&entry.vm.node_id);
+            return self.vms.get(&target).filter(usable).map(|entry| entry.vm.id);
         }
-        let fits = self.free.iter().filter(|(class, vms)| shape.accepts(class) && !vms.is_empty());
+        let usable = |class: &Class| shape.accepts(class) && !self.is_lost(&class.node_id);
+        let fits = self.free.iter().filter(|(class, vms)| usable(class) && !vms.is_empty());
         let best = fits.min_by_key(|(class, _)| (class.kind != VmKind::Service, class.memory_mib, class.vcpus))?;
         best.1.first().copied()
     }
 
     fn booting_for(&self, shape: &Shape) -> u32 {
-        self.booting.iter().filter(|(class, _)| class.ours && shape.accepts(class)).map(|(_, count)| count).sum()
+        let usable = |class: &Class| class.ours && shape.accepts(class) && !self.is_lost(&class.node_id);
+        self.booting.iter().filter(|(class, _)| usable(class)).map(|(_, count)| count).sum()
+    }
+
+    /// Whether a node is not heard of any more: what is on it gets no work, and nothing is waited for there.
+    fn is_lost(&self, node_id: &NodeId) -> bool {
+        self.nodes.get(node_id).is_some_and(|entry| entry.node.state == NodeState::Lost)
     }
 
     fn start_for(&mut self, now: Timestamp, shape: &Shape, effects: &mut Vec<Effect>) -> Result<(), String> {
@@ -754,7 +762,10 @@ impl Engine {
         {
             return;
         }
-        let idle = self.free.iter().filter(|(class, _)| class.kind == VmKind::Service && class.ours);
+        let idle = self
+            .free
+            .iter()
+            .filter(|(class, _)| class.kind == VmKind::Service && class.ours && !self.is_lost(&class.node_id));
         let oldest = idle.flat_map(|(_, vms)| vms).min_by_key(|id| self.vms.get(id).map(|entry| entry.vm.updated_at));
         if let Some(&vm_id) = oldest {
             self.change_vm(vm_id, |entry| entry.evicted = true);
@@ -768,7 +779,8 @@ impl Engine {
             return;
         }
         let shape = Shape::pre_warmed(self.settings.defaults);
-        let free: usize = self.free.iter().filter(|(class, _)| shape.accepts(class)).map(|(_, vms)| vms.len()).sum();
+        let usable = |class: &Class| shape.accepts(class) && !self.is_lost(&class.node_id);
+        let free: usize = self.free.iter().filter(|(class, _)| usable(class)).map(|(_, vms)| vms.len()).sum();
         let warm = free as u64 + u64::from(self.booting_for(&shape));
         for _ in warm..u64::from(self.settings.pre_warm_count) {
             let waits = self.boot_failures.get(&shape.image).is_some_and(|failures| failures.not_before > now);

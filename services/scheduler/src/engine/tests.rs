@@ -164,6 +164,32 @@ fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
 }
 
 #[test]
+fn a_lost_node_gets_no_work_and_nothing_waits_for_what_it_was_booting() {
+    let settings = Settings { max_vms: 10, pre_warm_count: 1, ..SETTINGS };
+    let service_only = || spec(|s| s.isolation = Isolation::Minimal);
+    let mut engine = engine(settings);
+    engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
+    engine.step(Timestamp(0), Input::Vm(vm(8, 3, VmKind::Service, VmState::Starting)));
+    let lost = Node { state: NodeState::Lost, ..node(4, 1) };
+    assert_eq!(engine.step(Timestamp(0), Input::Node(lost)), []);
+    assert_eq!(engine.step(Timestamp(0), Input::Job(queued(1, 5, service_only()))), []);
+    let targeted = spec(|s| s.target_vm_id = Some(vm_id(7)));
+    assert_eq!(engine.step(Timestamp(0), Input::Job(queued(2, 6, targeted))), []);
+
+    // Another node takes what can be run anywhere …
+    let other = NodeId::parse("node", "n2").expect("a valid name");
+    let effects = engine.step(Timestamp(0), Input::Node(Node { id: other.clone(), ..node(7, 1) }));
+    assert!(matches!(&effects[..], [Effect::CreateVm { node_id, .. }] if *node_id == other), "{effects:?}");
+    // … and what is bound to the lost one is run when it is back.
+    let mut effects = engine.step(Timestamp(0), Input::Node(node(8, 2)));
+    effects.retain(|effect| matches!(effect, Effect::Assign { .. }));
+    assert!(
+        effects.iter().any(|effect| matches!(effect, Effect::Assign { vm_id: id, .. } if *id == vm_id(7))),
+        "{effects:?}"
+    );
+}
+
+#[test]
 fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_for_their_jobs() {
     let mut engine = engine(Settings { max_vms: 2, ..SETTINGS });
     for (id, kind) in [(7, VmKind::Service), (8, VmKind::Ephemeral)] {

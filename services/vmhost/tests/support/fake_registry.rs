@@ -13,9 +13,9 @@ use blixard::{
     vm::{VmKind, VmState},
 };
 use blixard_chassis::{Server, Tasks};
-use futures::stream::BoxStream;
+use futures::{StreamExt, stream::BoxStream};
 use pb::registry_service_server::{RegistryService, RegistryServiceServer};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 #[derive(Clone, Default)]
 pub struct FakeRegistry {
@@ -29,6 +29,9 @@ pub struct State {
     pub nodes: BTreeMap<String, common::Node>,
     /// Every change of a VM and every report of an attempt, in order.
     pub history: Vec<String>,
+    /// How many were heard, and how many came while it was down.
+    pub heartbeats: u64,
+    pub heartbeats_missed: u64,
     pub down: bool,
 }
 
@@ -45,6 +48,18 @@ impl FakeRegistry {
 
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no test panics with it")
+    }
+
+    fn hear(&self, heartbeat: &pb::HeartbeatRequest) -> Result<pb::HeartbeatResponse, Status> {
+        let down = self.state().down;
+        self.state().heartbeats_missed += u64::from(down);
+        let mut state = self.up()?;
+        state.heartbeats += 1;
+        let node = state.nodes.get(&heartbeat.node_id).ok_or_else(|| not_found(Reason::NodeNotFound, "node"))?;
+        if node.incarnation != heartbeat.incarnation || node.state() == common::NodeState::Lost {
+            return Err(Error::new(Reason::StaleIncarnation, "it is over").into());
+        }
+        Ok(pb::HeartbeatResponse { interval_ms: 20 })
     }
 
     fn up(&self) -> Result<MutexGuard<'_, State>, Status> {
@@ -191,9 +206,19 @@ impl RegistryService for FakeRegistry {
     async fn register_node(&self, request: Request<pb::RegisterNodeRequest>) -> Answer<pb::RegisterNodeResponse> {
         let mut node = request.into_inner().node.unwrap_or_default();
         let mut state = self.up()?;
+        node.set_state(common::NodeState::Ready);
         node.incarnation = state.nodes.get(&node.id).map_or(0, |node| node.incarnation) + 1;
         state.nodes.insert(node.id.clone(), node.clone());
         Ok(Response::new(pb::RegisterNodeResponse { node: Some(node) }))
+    }
+
+    async fn get_revision(&self, _: Request<pb::GetRevisionRequest>) -> Answer<pb::GetRevisionResponse> {
+        unused()
+    }
+    type HeartbeatStream = BoxStream<'static, Result<pb::HeartbeatResponse, Status>>;
+    async fn heartbeat(&self, request: Request<Streaming<pb::HeartbeatRequest>>) -> Answer<Self::HeartbeatStream> {
+        let (this, requests) = (self.clone(), request.into_inner());
+        Ok(Response::new(Box::pin(requests.map(move |request| this.hear(&request?)))))
     }
 
     async fn create_vm(&self, _: Request<pb::CreateVmRequest>) -> Answer<pb::CreateVmResponse> {

@@ -80,23 +80,29 @@ async fn main() -> anyhow::Result<()> {
         count += 1;
     }
     println!("{count} nodes registered; memory {} MiB, before {} MiB", usage(&registry)?.1, before.1);
-    begin.send_replace(true);
-    // The first of them open the streams.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    // Well within the grace of the first to have registered.
+    let (silent, _) = measure(&registry, Duration::from_secs(5)).await?;
+    println!("silent: {silent:.2} % of a core");
 
+    begin.send_replace(true);
+    // Until all streams are open.
+    tokio::time::sleep(Duration::from_secs(3)).await;
     heard.store(0, Ordering::Relaxed);
-    let ((busy, _), begun) = (usage(&registry)?, Instant::now());
-    tokio::time::sleep(length).await;
-    let ((cpu, memory), wall) = (usage(&registry)?, begun.elapsed().as_secs_f64());
-    let heartbeats = heard.load(Ordering::Relaxed) as f64 / wall;
-    let share = (cpu - busy) / wall;
-    println!(
-        "{heartbeats:.0} heartbeats/s: {:.2} % of a core, {memory} MiB, {} nodes failed",
-        100.0 * share,
-        failed.load(Ordering::Relaxed)
-    );
+    let begun = Instant::now();
+    let (busy, memory) = measure(&registry, length).await?;
+    let rate = heard.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64();
+    let failed = failed.load(Ordering::Relaxed);
+    println!("{rate:.0} heartbeats/s: {busy:.2} % of a core, {memory} MiB, {failed} nodes failed");
     nodes.shutdown().await;
     Ok(())
+}
+
+/// Percent of a core that a process uses for this long, and its memory then.
+async fn measure(registry: &Registry, length: Duration) -> anyhow::Result<(f64, u64)> {
+    let ((before, _), begun) = (usage(registry)?, Instant::now());
+    tokio::time::sleep(length).await;
+    let (after, memory) = usage(registry)?;
+    Ok((100.0 * (after - before) / begun.elapsed().as_secs_f64(), memory))
 }
 
 fn start(dir: &tempfile::TempDir) -> anyhow::Result<(Registry, String)> {

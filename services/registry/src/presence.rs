@@ -21,8 +21,8 @@ pub struct NodeTiming {
 impl Default for NodeTiming {
     fn default() -> Self {
         Self {
-            // A thousand nodes cost half a percent of a core (docs/BENCHMARKS.md); more often would gain nothing, since the
-            // grace has to be far longer.
+            // A thousand nodes are 500 heartbeats a second, which docs/BENCHMARKS.md has the cost of; more often would gain
+            // nothing, since the grace has to be far longer.
             every: Duration::from_secs(2),
             // Seven heartbeats: a vmhost whose host is short of CPU for some seconds, or whose connection has to be made
             // anew behind a failover (2 s), is not lost, because its jobs would be run again.

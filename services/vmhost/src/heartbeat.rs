@@ -27,12 +27,15 @@ pub(crate) async fn keep_registered(host: &Arc<Host>) {
 
 /// Says that the node lives; returns when the registry answers that this incarnation does not.
 async fn beat(registry: &Registry, incarnation: u64) -> Error {
+    let mut told = false;
     loop {
-        let error = registry.heartbeats(incarnation).await;
+        let error = registry.heartbeats(incarnation, || told = false).await;
         if is_answer(error.reason) {
             return error;
         }
-        tracing::info!(%error, "heartbeats are interrupted; trying again");
+        if !std::mem::replace(&mut told, true) {
+            tracing::warn!(%error, "the registry does not hear this node; trying again until it does");
+        }
         tokio::time::sleep(RECONNECT_AFTER).await;
     }
 }

@@ -98,14 +98,15 @@ impl Registry {
         Ok(self.client.clone().register_node(request).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// Says that this node lives, as often as the registry wants to hear it; returns why that ended.
-    pub(crate) async fn heartbeats(&self, incarnation: u64) -> Error {
-        match self.beat(incarnation).await {
+    /// Says that this node lives, as often as the registry wants to hear it, and tells of each time it was heard; returns
+    /// why that ended.
+    pub(crate) async fn heartbeats(&self, incarnation: u64, heard: impl FnMut()) -> Error {
+        match self.beat(incarnation, heard).await {
             Err(error) => error,
         }
     }
 
-    async fn beat(&self, incarnation: u64) -> Result<Infallible, Error> {
+    async fn beat(&self, incarnation: u64, mut heard: impl FnMut()) -> Result<Infallible, Error> {
         let beat = pb::HeartbeatRequest { node_id: self.node_id.to_string(), incarnation };
         let (beats, outbound) = mpsc::channel(1);
         let outbound = stream::unfold(outbound, |mut outbound| async { Some((outbound.recv().await?, outbound)) });
@@ -117,6 +118,7 @@ impl Registry {
             let Some(answer) = in_time(answers.message()).await? else {
                 return Err(Error::new(Reason::PeerUnavailable, "the registry ended the heartbeats"));
             };
+            heard();
             tokio::time::sleep(Duration::from_millis(answer.interval_ms.into())).await;
         }
     }

@@ -319,8 +319,12 @@ impl Caller {
                     memory_mib: Some(128),
                     ..Default::default()
                 };
-                let request =
-                    wire::CreateVmRequest { vm_id: id.clone(), config: Some(config), node_id: "node-1".into() };
+                let request = wire::CreateVmRequest {
+                    vm_id: id.clone(),
+                    config: Some(config),
+                    node_id: "node-1".into(),
+                    ..Default::default()
+                };
                 client.create_vm(request).await?;
                 client.transition_vm(step(&id, pb::VmState::Ready)).await?;
                 Self::Step { client, vm_id: id, busy: false }
@@ -337,7 +341,10 @@ impl Caller {
         match self {
             Self::Create { client, spec } => {
                 let job_id = uuid::Uuid::new_v4().to_string();
-                client.create_job(wire::CreateJobRequest { job_id, spec: Some(spec.clone()) }).await.map(drop)
+                client
+                    .create_job(wire::CreateJobRequest { job_id, spec: Some(spec.clone()), ..Default::default() })
+                    .await
+                    .map(drop)
             }
             Self::Step { client, vm_id, busy } => {
                 *busy = !*busy;

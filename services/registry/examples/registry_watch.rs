@@ -94,7 +94,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn serve(dir: PathBuf, max_events: u64) -> anyhow::Result<()> {
-    let mut config = RegistryConfig::new(dir);
+    let mut config = RegistryConfig::alone(dir);
     let ever = Duration::from_secs(100 * 365 * 24 * 3600);
     (config.retention.max_events, config.retention.events_for, config.retention.ended_for) = (max_events, ever, ever);
     config.retention.look_every = Duration::from_secs(1);
@@ -189,7 +189,7 @@ fn job(id: String) -> wire::CreateJobRequest {
         max_attempts: 1,
         ..Default::default()
     };
-    wire::CreateJobRequest { job_id: id, spec: Some(spec) }
+    wire::CreateJobRequest { job_id: id, spec: Some(spec), ..Default::default() }
 }
 
 fn uuid() -> String {

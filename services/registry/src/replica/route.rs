@@ -34,8 +34,6 @@ const READS: &[&str] =
     &["GetVm", "ListVms", "ListVmEvents", "GetJob", "ListJobs", "ListNodes", "GetCounts", "Watch", "Query", "Backup"];
 /// Calls for the leader that leave nothing on its disk: a full one must not cost the nodes.
 const IN_MEMORY: &[&str] = &["Heartbeat"];
-/// Calls that only the leader can answer and that write nothing.
-const LEADERS_MEMORY: &[&str] = &["Heartbeat"];
 /// How long a call waits for its replica to come as far as the caller has seen: followers are milliseconds behind.
 const REACH_WITHIN: Duration = Duration::from_secs(2);
 /// Marks a call that a replica has handed on.

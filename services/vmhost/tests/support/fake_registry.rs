@@ -212,9 +212,6 @@ impl RegistryService for FakeRegistry {
         Ok(Response::new(pb::RegisterNodeResponse { node: Some(node) }))
     }
 
-    async fn get_revision(&self, _: Request<pb::GetRevisionRequest>) -> Answer<pb::GetRevisionResponse> {
-        unused()
-    }
     type HeartbeatStream = BoxStream<'static, Result<pb::HeartbeatResponse, Status>>;
     async fn heartbeat(&self, request: Request<Streaming<pb::HeartbeatRequest>>) -> Answer<Self::HeartbeatStream> {
         let (this, requests) = (self.clone(), request.into_inner());

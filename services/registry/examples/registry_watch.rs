@@ -11,7 +11,7 @@
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -54,8 +54,15 @@ struct Flags {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let flags = Flags::parse();
+async fn main() -> anyhow::Result<ExitCode> {
+    // It also serves as the process that a query is.
+    if let Some(ended) = blixard_registry::query_worker(std::env::args_os()) {
+        return Ok(ended);
+    }
+    measure(Flags::parse()).await.map(|()| ExitCode::SUCCESS)
+}
+
+async fn measure(flags: Flags) -> anyhow::Result<()> {
     telemetry::init("warn,hiqlite=error,hiqlite_wal=error,openraft=error");
     if let Some(dir) = flags.serve {
         return serve(dir, flags.max_events).await;

@@ -178,7 +178,7 @@ mod tests {
             let newest = watch::Sender::new(0);
             let (driver, tail) = Tail::new(Readers::new(path, Arc::default()), newest.subscribe(), REMEMBERED);
             let stop = CancellationToken::new();
-            tokio::spawn(driver.run(stop.clone()));
+            blixard_chassis::Tasks::new().spawn("tail", driver.run(stop.clone()));
             Self { _dir: dir, _stop: stop.drop_guard(), database, newest, tail }
         }
 

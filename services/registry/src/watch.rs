@@ -187,8 +187,9 @@ mod tests {
             for _ in 0..changes {
                 let sql =
                     "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation,
-                        revision, registered_at)
-                    SELECT 'n' || (next % 7), 'Ready', '', '', 1, 1, 1, '[]', 1, next, '2026-01-01T00:00:00.000Z'
+                        revision, registered_at, updated_at)
+                    SELECT 'n' || (next % 7), 'Ready', '', '', 1, 1, 1, '[]', 1, next, '2026-01-01T00:00:00.000Z',
+                        '2026-01-01T00:00:00.000Z'
                     FROM (SELECT seq + 1 AS next FROM sqlite_sequence WHERE name = 'events') WHERE true
                     ON CONFLICT (id) DO UPDATE SET incarnation = incarnation + 1, revision = excluded.revision";
                 self.database.execute(sql, []).unwrap();

@@ -45,8 +45,15 @@ const HEARTBEAT_MS: u64 = 100;
 /// A member stands for election when it has heard nothing for the longest of these and a random one of them: 1.5 to 2 s.
 /// (openraft 0.9 adds the timeout to a lease as long as the longest; Hiqlite's defaults make it 4.5 to 6 s.)
 const ELECTION_HEARTBEATS: std::ops::Range<u64> = 5..10;
+/// Raft entries that a member is sent at once. They must arrive within a heartbeat, else they are sent again, for ever
+/// (openraft 0.9); an entry may have 1 MiB. With Hiqlite's 128 a member that had 4 MB to catch up with never did.
+const ENTRIES_PER_MESSAGE: u64 = 4;
 /// Time for a start to replay what the log holds.
-const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
+
+const LOCK: &str = "registry.lock";
+/// Below the data directory while a backup is restored; see [`crate::restore`].
+pub(crate) const RESTORING: &str = "restoring";
 
 /// The directory of a node, held by this process.
 pub(crate) struct DataDir {
@@ -59,10 +66,29 @@ impl DataDir {
     pub(crate) fn take(data_dir: &Path) -> Result<Self, StartError> {
         let path = data_dir.join("hiqlite");
         let failed = |source| StartError::DataDir { path: path.clone(), source };
+        let restoring = data_dir.join(RESTORING);
+        if restoring.exists() && !path.exists() {
+            return Err(StartError::Restoring(restoring));
+        }
         fs::create_dir_all(&path).map_err(failed)?;
         let lock = lock(&path)?;
         link(&path).map_err(failed)?;
         Ok(Self { path, lock })
+    }
+
+    /// Removes what is in it.
+    pub(crate) fn clear(&self) -> Result<(), StartError> {
+        let failed = |source| StartError::DataDir { path: self.path.clone(), source };
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name() == LOCK {
+                continue;
+            }
+            let is_dir = entry.file_type().map_err(failed)?.is_dir();
+            let removed = if is_dir { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            removed.map_err(failed)?;
+        }
+        link(&self.path).map_err(failed)
     }
 }
 
@@ -101,25 +127,22 @@ impl Embedded {
         node
     }
 
+    /// Starts the first member of a registry, before it has others.
+    pub(crate) async fn start_first(dir: DataDir, membership: Option<&Membership>) -> Result<Self, StartError> {
+        let Some(membership) = membership else { return Self::start_alone(dir).await };
+        let nodes = vec![member(membership.own()?)];
+        let config = member_config(&dir.path, membership, nodes, LONE_HEARTBEAT_MS).await?;
+        Self::start(config, dir, true).await
+    }
+
     /// Starts one of several members; returns once it knows a leader.
     pub(crate) async fn start_member(
         dir: DataDir,
         membership: &Membership,
         beginning: Beginning,
     ) -> Result<Self, StartError> {
-        let secret = Secret::new(&membership.secret);
-        let secrets = [secret.derive("blixard raft"), secret.derive("blixard hiqlite")];
-        let own = membership.own()?;
-        let host = resolve(&own.address(own.raft_port)).await?.ip();
-        let host = if host.is_ipv6() { format!("[{host}]") } else { host.to_string() };
-        let config = NodeConfig {
-            node_id: membership.id,
-            nodes: nodes(membership, beginning),
-            listen_addr_api: host.clone().into(),
-            listen_addr_raft: host.into(),
-            raft_config: timing(HEARTBEAT_MS),
-            ..node_config(&dir.path, secrets)
-        };
+        let nodes = nodes(membership, beginning);
+        let config = member_config(&dir.path, membership, nodes, HEARTBEAT_MS).await?;
         Self::start(config, dir, false).await
     }
 
@@ -146,6 +169,27 @@ impl Embedded {
     }
 }
 
+async fn member_config(
+    dir: &Path,
+    membership: &Membership,
+    nodes: Vec<Node>,
+    heartbeat_ms: u64,
+) -> Result<NodeConfig, StartError> {
+    let secret = Secret::new(&membership.secret);
+    let secrets = [secret.derive("blixard raft"), secret.derive("blixard hiqlite")];
+    let own = membership.own()?;
+    let host = resolve(&own.address(own.raft_port)).await?.ip();
+    let host = if host.is_ipv6() { format!("[{host}]") } else { host.to_string() };
+    Ok(NodeConfig {
+        node_id: membership.id,
+        nodes,
+        listen_addr_api: host.clone().into(),
+        listen_addr_raft: host.into(),
+        raft_config: timing(heartbeat_ms),
+        ..node_config(dir, secrets)
+    })
+}
+
 /// Makes a member that Raft has chosen ready to lead: everything that was ever acknowledged is in its database, which has
 /// this program's schema, and changes are proposed to this member's own core.
 pub(crate) async fn prepare(client: &Client, readers: &Readers) -> Result<(), StartError> {
@@ -163,13 +207,12 @@ pub(crate) async fn prepare(client: &Client, readers: &Readers) -> Result<(), St
 /// the list not answering for a new registry, so the others stand in it several times (0.15.3, `should_node_1_skip_init`).
 fn nodes(membership: &Membership, beginning: Beginning) -> Vec<Node> {
     let copies = if beginning == Beginning::Join { 4 } else { 1 };
-    let node = |replica: &Replica| Node {
-        id: replica.id,
-        addr_raft: replica.address(replica.raft_port),
-        addr_api: replica.address(replica.api_port),
-    };
     let times = |replica: &Replica| if replica.id == membership.id { 1 } else { copies };
-    membership.replicas.iter().flat_map(|replica| std::iter::repeat_n(node(replica), times(replica))).collect()
+    membership.replicas.iter().flat_map(|replica| std::iter::repeat_n(member(replica), times(replica))).collect()
+}
+
+fn member(replica: &Replica) -> Node {
+    Node { id: replica.id, addr_raft: replica.address(replica.raft_port), addr_api: replica.address(replica.api_port) }
 }
 
 /// The address that a name of this machine stands for.
@@ -184,6 +227,7 @@ fn timing(heartbeat_ms: u64) -> RaftConfig {
     timing.heartbeat_interval = heartbeat_ms;
     timing.election_timeout_min = ELECTION_HEARTBEATS.start * heartbeat_ms;
     timing.election_timeout_max = ELECTION_HEARTBEATS.end * heartbeat_ms;
+    timing.max_payload_entries = ENTRIES_PER_MESSAGE;
     timing
 }
 
@@ -203,7 +247,7 @@ fn node_config(dir: &Path, secrets: [String; 2]) -> NodeConfig {
 
 /// Takes the directory for this process.
 fn lock(dir: &Path) -> Result<File, StartError> {
-    let path = dir.join("registry.lock");
+    let path = dir.join(LOCK);
     let failed = |source| StartError::DataDir { path: path.clone(), source };
     let mut file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;

@@ -24,6 +24,12 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// A restore was begun and has not ended.
+    #[error(
+        "a backup was being restored and the restore did not end: run `mvm-ci registry restore` again, or remove {} to start without data",
+        .0.display()
+    )]
+    Restoring(PathBuf),
     /// The data directory is another's.
     #[error(transparent)]
     Identity(#[from] IdentityError),

@@ -14,7 +14,12 @@
 //! change is on the disks of a majority; a change that the state tables of the root package do not allow is refused inside
 //! the transaction. It must not know who its callers are.
 
+<<<<<<< HEAD
 mod change;
+=======
+mod archive;
+mod backup;
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 mod commit;
 mod config;
 mod embedded;
@@ -29,8 +34,12 @@ mod query_rules;
 mod query_worker;
 mod read;
 mod replica;
+<<<<<<< HEAD
 mod requests;
 mod retention;
+=======
+mod restore;
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 mod rows;
 mod schema;
 mod service;
@@ -52,7 +61,17 @@ use blixard::{
 use blixard_chassis::Tasks;
 use tokio::sync::watch as channel;
 
+pub use crate::{
+    archive::{Archive, ArchiveError, ArchiveWriter, Manifest},
+    config::RegistryConfig,
+    error::StartError,
+    query_worker::query_worker,
+    replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
+    restore::{RestoreError, restore},
+    service::Service,
+};
 use crate::{
+    backup::Backups,
     commit::CommitDriver,
     embedded::{DataDir, Embedded},
     heartbeat::Heartbeats,
@@ -69,6 +88,7 @@ use crate::{
     retention::RetentionDriver,
     tail::Tail,
 };
+<<<<<<< HEAD
 pub use crate::{
     config::RegistryConfig,
     error::StartError,
@@ -78,6 +98,8 @@ pub use crate::{
     retention::Retention,
     service::Service,
 };
+=======
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 
 /// Time for the commit that is under way when the registry is shut down.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
@@ -290,6 +312,7 @@ impl Opening {
         let (driver, commits) =
             CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role.clone());
         self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
+<<<<<<< HEAD
         let queries = Queries::new(node.database.clone(), self.config.query_worker.clone(), self.tasks.clone());
         let stop = self.tasks.token().clone();
         let (tail_driver, tail) = Tail::new(readers.clone(), self.newest.subscribe(), tail::RECENT);
@@ -305,6 +328,13 @@ impl Opening {
         let heartbeats = Heartbeats::new(self.config.nodes, readers.clone(), commits.clone(), role, stop);
         self.committer.spawn("registry node watch", heartbeats.clone().watch());
         let service = Service { heartbeats, commits, readers: readers.clone(), queries, tail };
+=======
+        let queries = Queries::new(node.database.clone(), self.query_worker.clone(), self.tasks.clone());
+        let backups = Backups::new(node.database.clone(), &node.dir, self.tasks.clone());
+        let newest = self.newest.subscribe();
+        let service =
+            Service { commits, readers: readers.clone(), queries, backups, newest, stop: self.tasks.token().clone() };
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
         let service = RegistryServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);

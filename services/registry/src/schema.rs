@@ -10,7 +10,10 @@
 //! instead of going unseen. Times are passed in and rowids carry no meaning but `created_revision`, so that every replica
 //! computes the same rows.
 
-use hiqlite::{Client, Param};
+use hiqlite::{
+    Client, Param,
+    rusqlite::{self, Connection},
+};
 
 use crate::StartError;
 
@@ -208,6 +211,11 @@ const LOST_NODES: Migration = Migration {
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
+}
+
+/// The version of the schema that a database has.
+pub(crate) fn version(database: &Connection) -> rusqlite::Result<i64> {
+    database.query_row("SELECT coalesce(max(version), 0) FROM schema_migrations", [], |row| row.get(0))
 }
 
 /// Where the applied migrations are recorded.

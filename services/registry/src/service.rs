@@ -20,7 +20,11 @@ use hiqlite::rusqlite::Connection;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+<<<<<<< HEAD
     change::Wanted,
+=======
+    backup::Backups,
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
     commit::CommitHandle,
     heartbeat::Heartbeats,
     list::{self, Filter, List, PageRequest},
@@ -45,8 +49,14 @@ pub struct Service {
     pub(crate) commits: CommitHandle,
     pub(crate) readers: Arc<Readers>,
     pub(crate) queries: Arc<Queries>,
+<<<<<<< HEAD
     pub(crate) tail: Arc<Tail>,
     pub(crate) heartbeats: Arc<Heartbeats>,
+=======
+    pub(crate) backups: Arc<Backups>,
+    pub(crate) newest: watch::Receiver<u64>,
+    pub(crate) stop: CancellationToken,
+>>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 }
 
 type Answered<T> = Result<Response<T>, Status>;
@@ -287,6 +297,12 @@ impl RegistryService for Service {
 
     async fn query(&self, request: Request<wire::QueryRequest>) -> Answered<Self::QueryStream> {
         Ok(Response::new(Box::pin(self.queries.start(request.into_inner())?)))
+    }
+
+    type BackupStream = Pin<Box<dyn Stream<Item = Result<wire::BackupResponse, Status>> + Send>>;
+
+    async fn backup(&self, _: Request<wire::BackupRequest>) -> Answered<Self::BackupStream> {
+        Ok(Response::new(Box::pin(self.backups.start()?)))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The flags of the control plane are the chassis's, which every binary has.
 
-use std::{ffi::OsString, time::Duration};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use blixard::{
     job::JobState,
@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Vm(VmArgs),
     /// Ask the registry in SQL: one read-only statement on the tables of docs/SCHEMA.md.
     Sql(SqlArgs),
+    /// The registry's data: back it up, restore it.
+    Registry(RegistryArgs),
     /// Count VMs, jobs and nodes.
     Stats,
     /// Say what this machine can run and how to mend what it cannot.
@@ -299,6 +301,28 @@ pub(crate) struct SqlArgs {
     pub(crate) max_rows: Option<u32>,
 }
 
+#[derive(clap::Args)]
+pub(crate) struct RegistryArgs {
+    #[command(subcommand)]
+    pub(crate) command: RegistryCommand,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum RegistryCommand {
+    /// Copy a running registry's database into a new directory; nothing waits for it.
+    Backup {
+        /// The directory; it must not exist.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// Make the data directory of a registry that does not run from a backup.
+    Restore {
+        /// The directory of the backup.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
 /// Parses the command line.
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
     let mut definition = definition();
@@ -308,6 +332,11 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
     settings.add(&matches);
     match (&cli.command, matches.subcommand()) {
         (Some(Command::Doctor | Command::Config), Some((_, matches))) => settings.add(matches),
+        (Some(Command::Registry(RegistryArgs { command: RegistryCommand::Restore { .. } })), Some((_, matches))) => {
+            if let Some((_, matches)) = matches.subcommand() {
+                settings.add(matches);
+            }
+        }
         (Some(_), Some((name, _))) => {
             if let Some(flag) = settings.flags.values.keys().next() {
                 let message = format!("--{flag} configures the control plane and means nothing to `mvm-ci {name}`\n");
@@ -325,7 +354,10 @@ fn definition() -> clap::Command {
         .action(ArgAction::SetTrue)
         .help("Print the effective configuration as TOML and exit")
         .help_heading(CONTROL_PLANE);
-    add_flags(Cli::command().arg(check)).mut_subcommand("doctor", add_flags).mut_subcommand("config", add_flags)
+    add_flags(Cli::command().arg(check))
+        .mut_subcommand("doctor", add_flags)
+        .mut_subcommand("config", add_flags)
+        .mut_subcommand("registry", |registry| registry.mut_subcommand("restore", add_flags))
 }
 
 const CONTROL_PLANE: &str = "Control plane";
@@ -434,6 +466,8 @@ mod tests {
         );
         let settings = parse_line("mvm-ci --max-vms 3 doctor --driver qemu").expect("valid").settings;
         assert_eq!(settings.flags.values.len(), 2);
+        let settings = parse_line("mvm-ci registry restore b --data-dir d").expect("valid").settings;
+        assert_eq!(settings.flags.values, BTreeMap::from([("data-dir", "d".to_owned())]));
         let refused = parse_line("mvm-ci --driver qemu stats").err().expect("refused");
         assert!(refused.contains("--driver configures the control plane and means nothing to `mvm-ci stats`"));
     }
@@ -449,6 +483,8 @@ mod tests {
             ("mvm-ci vm list --kind big", "expected one of ephemeral, service"),
             ("mvm-ci vm stop", "ID"),
             ("mvm-ci vm stop --all 1", "cannot be used with"),
+            ("mvm-ci registry backup", "<DIR>"),
+            ("mvm-ci registry backup b --data-dir d", "unexpected argument '--data-dir'"),
         ] {
             let refused = parse_line(line).err().expect(line);
             assert!(refused.contains(says), "{line}: {refused}");

@@ -27,7 +27,7 @@ const RETRIES: usize = 12;
 
 type Stub = SchedulerServiceClient<Channel>;
 
-/// A client of the scheduler's contract, and of the registry's queries.
+/// A client of the scheduler's contract, and of the registry's queries and backups.
 #[derive(Clone)]
 pub(crate) struct Client {
     stub: Stub,
@@ -84,6 +84,11 @@ impl Client {
         request: registry::QueryRequest,
     ) -> Result<tonic::Streaming<registry::QueryResponse>, Status> {
         Ok(self.registry.clone().query(request).await?.into_inner())
+    }
+
+    /// Starts a backup; not repeated here.
+    pub(crate) async fn backup(&self) -> Result<tonic::Streaming<registry::BackupResponse>, Status> {
+        Ok(self.registry.clone().backup(registry::BackupRequest {}).await?.into_inner())
     }
 
     /// Opens a job's log; not repeated here.

@@ -14,6 +14,8 @@ pub(crate) enum Failure {
     Config(String),
     /// The control plane could not start or go on.
     Start(String),
+    /// A backup can't be written or restored.
+    Backup(String),
     /// A job was not run, or what became of it is unknown.
     NotRun(Error),
     /// The terminal or a file did.
@@ -29,7 +31,7 @@ impl Failure {
     /// The process's exit code.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Rpc(_) | Self::Start(_) => 1,
+            Self::Rpc(_) | Self::Start(_) | Self::Backup(_) => 1,
             Self::Config(_) => 2,
             Self::NotRun(_) => NOT_RUN,
             Self::Io(error) if error.kind() == std::io::ErrorKind::BrokenPipe => READER_GONE,
@@ -49,7 +51,9 @@ impl Failure {
                 Self::Rpc(error) | Self::NotRun(error) => {
                     format!("error: {}: {}", error.reason.name(), one_line(&error.message))
                 }
-                Self::Config(message) | Self::Start(message) => format!("error: {}", one_line(message)),
+                Self::Config(message) | Self::Start(message) | Self::Backup(message) => {
+                    format!("error: {}", one_line(message))
+                }
                 Self::Io(error) => format!("error: {error}"),
             },
             Format::Json => {
@@ -62,6 +66,7 @@ impl Failure {
                     ),
                     Self::Config(message) => ("CONFIGURATION", "INVALID_ARGUMENT", message.clone(), Default::default()),
                     Self::Start(message) => ("START", "FAILED_PRECONDITION", message.clone(), Default::default()),
+                    Self::Backup(message) => ("BACKUP", "FAILED_PRECONDITION", message.clone(), Default::default()),
                     Self::Io(error) => ("IO", "UNKNOWN", error.to_string(), Default::default()),
                 };
                 let body = serde_json::json!({

@@ -12,6 +12,7 @@ mod log_follower;
 mod log_sink;
 mod output;
 mod progress;
+mod registry;
 mod run;
 mod serve;
 mod sql;
@@ -20,7 +21,7 @@ mod vm;
 
 use std::{ffi::OsString, future::Future, io::Write as _, process::ExitCode};
 
-use args::{Arguments, Command};
+use args::{Arguments, Command, RegistryCommand};
 use client::Client;
 use failure::Failure;
 use output::Printer;
@@ -74,6 +75,15 @@ fn dispatch(arguments: Arguments, printer: &Printer) -> Result<ExitCode, Failure
         Some(Command::Sql(args)) => {
             block_on(async { sql::sql(Client::connect(&endpoint).await?, args, printer).await })
         }
+        Some(Command::Registry(args)) => match args.command {
+            RegistryCommand::Backup { dir } => {
+                block_on(async { registry::backup(Client::connect(&endpoint).await?, &dir, printer).await })
+            }
+            RegistryCommand::Restore { dir } => {
+                let config = config::load(&settings)?;
+                block_on(registry::restore(&config, &dir, printer))
+            }
+        },
         Some(Command::Stats) => block_on(async { stats::stats(Client::connect(&endpoint).await?, printer).await }),
     }
 }

@@ -1,4 +1,4 @@
-//! The line on a terminal that says what a job waits for, until its first output.
+//! The line on a terminal that says what a job waits for, until its first output, or how far something is.
 
 use std::{io::IsTerminal as _, time::Duration};
 
@@ -61,6 +61,46 @@ impl Progress {
             if !outage.wait_quietly().await {
                 return;
             }
+        }
+    }
+}
+
+/// How much of something is done, on stderr; nothing at all when stderr is no terminal.
+pub(crate) struct Gauge {
+    bar: Option<ProgressBar>,
+}
+
+impl Gauge {
+    /// Of something whose size is not known yet; `unit` is `bytes` or what is counted.
+    pub(crate) fn new(what: &'static str, unit: &str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let count = match unit {
+                "bytes" => "{bytes}/{total_bytes}".to_owned(),
+                unit => format!("{{human_pos}}/{{human_len}} {unit}"),
+            };
+            let style =
+                ProgressStyle::with_template(&format!("{{spinner}} {{msg}} {{wide_bar}} {count} {{elapsed:.dim}}"));
+            let bar = ProgressBar::new(0).with_message(what);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { bar }
+    }
+
+    /// Shows that so much of so much is done.
+    pub(crate) fn show(&self, done: u64, of: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(of);
+            bar.set_position(done);
+        }
+    }
+}
+
+impl Drop for Gauge {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 }

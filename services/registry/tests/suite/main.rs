@@ -1,6 +1,7 @@
 //! The registry through its contract, over real sockets and a real Hiqlite node.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod backups;
 mod commits;
 mod kit;
 mod lists;

@@ -14,12 +14,9 @@
 //! change is on the disks of a majority; a change that the state tables of the root package do not allow is refused inside
 //! the transaction. It must not know who its callers are.
 
-<<<<<<< HEAD
-mod change;
-=======
 mod archive;
 mod backup;
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
+mod change;
 mod commit;
 mod config;
 mod embedded;
@@ -34,12 +31,9 @@ mod query_rules;
 mod query_worker;
 mod read;
 mod replica;
-<<<<<<< HEAD
 mod requests;
-mod retention;
-=======
 mod restore;
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
+mod retention;
 mod rows;
 mod schema;
 mod service;
@@ -65,9 +59,11 @@ pub use crate::{
     archive::{Archive, ArchiveError, ArchiveWriter, Manifest},
     config::RegistryConfig,
     error::StartError,
+    presence::NodeTiming,
     query_worker::query_worker,
     replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
     restore::{RestoreError, restore},
+    retention::Retention,
     service::Service,
 };
 use crate::{
@@ -88,18 +84,6 @@ use crate::{
     retention::RetentionDriver,
     tail::Tail,
 };
-<<<<<<< HEAD
-pub use crate::{
-    config::RegistryConfig,
-    error::StartError,
-    presence::NodeTiming,
-    query_worker::query_worker,
-    replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
-    retention::Retention,
-    service::Service,
-};
-=======
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 
 /// Time for the commit that is under way when the registry is shut down.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
@@ -312,8 +296,8 @@ impl Opening {
         let (driver, commits) =
             CommitDriver::new(node.client.clone(), readers.clone(), self.newest.clone(), role.clone());
         self.committer.spawn("registry committer", driver.run(self.committer.token().clone()));
-<<<<<<< HEAD
         let queries = Queries::new(node.database.clone(), self.config.query_worker.clone(), self.tasks.clone());
+        let backups = Backups::new(node.database.clone(), &node.dir, self.tasks.clone());
         let stop = self.tasks.token().clone();
         let (tail_driver, tail) = Tail::new(readers.clone(), self.newest.subscribe(), tail::RECENT);
         self.tasks.spawn("registry tail", tail_driver.run(stop.clone()));
@@ -327,14 +311,7 @@ impl Opening {
         self.tasks.spawn("registry retention", retention.run(stop.clone()));
         let heartbeats = Heartbeats::new(self.config.nodes, readers.clone(), commits.clone(), role, stop);
         self.committer.spawn("registry node watch", heartbeats.clone().watch());
-        let service = Service { heartbeats, commits, readers: readers.clone(), queries, tail };
-=======
-        let queries = Queries::new(node.database.clone(), self.query_worker.clone(), self.tasks.clone());
-        let backups = Backups::new(node.database.clone(), &node.dir, self.tasks.clone());
-        let newest = self.newest.subscribe();
-        let service =
-            Service { commits, readers: readers.clone(), queries, backups, newest, stop: self.tasks.token().clone() };
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
+        let service = Service { heartbeats, commits, readers: readers.clone(), queries, backups, tail };
         let service = RegistryServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);

@@ -20,11 +20,8 @@ use hiqlite::rusqlite::Connection;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-<<<<<<< HEAD
-    change::Wanted,
-=======
     backup::Backups,
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
+    change::Wanted,
     commit::CommitHandle,
     heartbeat::Heartbeats,
     list::{self, Filter, List, PageRequest},
@@ -49,14 +46,9 @@ pub struct Service {
     pub(crate) commits: CommitHandle,
     pub(crate) readers: Arc<Readers>,
     pub(crate) queries: Arc<Queries>,
-<<<<<<< HEAD
     pub(crate) tail: Arc<Tail>,
     pub(crate) heartbeats: Arc<Heartbeats>,
-=======
     pub(crate) backups: Arc<Backups>,
-    pub(crate) newest: watch::Receiver<u64>,
-    pub(crate) stop: CancellationToken,
->>>>>>> 9e0b25a (registry: backup of a running registry, restore into a data directory)
 }
 
 type Answered<T> = Result<Response<T>, Status>;

@@ -96,14 +96,17 @@ async fn a_backup_under_writes_comes_back_as_it_was_and_goes_on_at_its_revision(
     fill(&mut kit).await;
     let dir = tempfile::tempdir().unwrap();
     let (archive, data) = (dir.path().join("backup"), dir.path().join("data"));
-    let mut writer = kit.client.clone();
-    let writing = tokio::spawn(async move {
-        loop {
+    let (writers, mut writer) = (Tasks::new(), kit.client.clone());
+    let stop = writers.token().clone();
+    writers.spawn("writer", async move {
+        while !stop.is_cancelled() {
             writer.create_vm(create_vm(&uuid(), VmKind::Service)).await.unwrap();
         }
     });
     let manifest = back_up(&mut kit.client, &archive).await;
-    writing.abort();
+    assert!(writers.shutdown(DEADLINE).await);
+    let counts = kit.client.get_counts(wire::GetCountsRequest {}).await.unwrap().into_inner();
+    assert!(counts.revision > manifest.revision, "nothing was written meanwhile");
     kit.stop().await;
 
     restore(&RegistryConfig::alone(data.clone()), &Archive::open(&archive).unwrap(), |_, _| {}).await.unwrap();

@@ -255,6 +255,11 @@ impl RegistryService for FakeRegistry {
     async fn query(&self, _: Request<pb::QueryRequest>) -> Answer<Self::QueryStream> {
         unused()
     }
+
+    type BackupStream = BoxStream<'static, Result<pb::BackupResponse, Status>>;
+    async fn backup(&self, _: Request<pb::BackupRequest>) -> Answer<Self::BackupStream> {
+        unused()
+    }
     type WatchStream = BoxStream<'static, Result<pb::WatchResponse, Status>>;
     async fn watch(&self, _: Request<pb::WatchRequest>) -> Answer<Self::WatchStream> {
         unused()

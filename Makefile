@@ -8,6 +8,7 @@ help:
 	@echo 'make demo         run a command in a real microVM, end to end (sets everything up)'
 	@echo 'make test         lint and test everything (sets everything up)'
 	@echo 'make bench        measure against baselines; writes target/bench/*.json'
+	@echo 'make chaos-registry   kill, pause and cut off three replicas under load (SEED=, SECONDS=)'
 	@echo 'make guest-image  build the default image into ./images'
 	@echo 'make tools        install what running needs'
 

@@ -223,12 +223,18 @@ pub(crate) async fn resolve(address: &str) -> Result<SocketAddr, StartError> {
 }
 
 fn timing(heartbeat_ms: u64) -> RaftConfig {
-    let mut timing = NodeConfig::default_raft_config(ENTRIES_PER_SNAPSHOT);
+    let mut timing = NodeConfig::default_raft_config(entries_per_snapshot());
     timing.heartbeat_interval = heartbeat_ms;
     timing.election_timeout_min = ELECTION_HEARTBEATS.start * heartbeat_ms;
     timing.election_timeout_max = ELECTION_HEARTBEATS.end * heartbeat_ms;
     timing.max_payload_entries = ENTRIES_PER_MESSAGE;
     timing
+}
+
+/// Fewer in tests, which meet in seconds what takes minutes otherwise. A release build can't be told.
+fn entries_per_snapshot() -> u64 {
+    let told = std::env::var("BLIXARD_TEST_ENTRIES_PER_SNAPSHOT").ok().filter(|_| cfg!(debug_assertions));
+    told.and_then(|entries| entries.parse().ok()).unwrap_or(ENTRIES_PER_SNAPSHOT)
 }
 
 fn node_config(dir: &Path, secrets: [String; 2]) -> NodeConfig {

@@ -24,7 +24,7 @@ use blixard_registry::{
 };
 use hiqlite::rusqlite::{Connection, types::Value};
 
-use crate::kit::{Client, Kit, connect, create_vm, refusal, serve, spec, transition, uuid};
+use crate::kit::{Client, Kit, config_of, connect, create_vm, refusal, serve, spec, transition, uuid};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const SECRET: &[u8] = b"a secret of these replicas alone";
@@ -85,7 +85,8 @@ async fn fill(kit: &mut Kit) {
     kit.assigned_job(VmKind::Ephemeral, 3).await;
     for _ in 0..20 {
         let env = [("LARGE".to_owned(), "x".repeat(200_000))].into_iter().collect();
-        let request = wire::CreateJobRequest { job_id: uuid(), spec: Some(pb::JobSpec { env, ..spec() }) };
+        let request =
+            wire::CreateJobRequest { job_id: uuid(), spec: Some(pb::JobSpec { env, ..spec() }), ..Default::default() };
         kit.client.create_job(request).await.unwrap();
     }
 }
@@ -115,7 +116,7 @@ async fn a_backup_under_writes_comes_back_as_it_was_and_goes_on_at_its_revision(
     let revisions = &backed_up.iter().find(|(name, _)| name == "events").unwrap().1;
     assert_eq!(u64::try_from(revisions.len()).unwrap(), manifest.revision, "an event for each revision");
 
-    let (mut client, (registry, tasks)) = Box::pin(serve(&data)).await;
+    let (mut client, (registry, tasks)) = Box::pin(serve(config_of(data.clone()))).await;
     let vm = client.create_vm(create_vm(&uuid(), VmKind::Service)).await.unwrap().into_inner().vm.unwrap();
     assert_eq!(vm.revision, manifest.revision + 1);
     client.transition_vm(transition(&vm.id, VmState::Ready)).await.unwrap();
@@ -226,7 +227,7 @@ async fn backups_are_made_one_at_a_time_and_leave_nothing_behind() {
     }
     kit.stop().await;
     fs::write(&copy, "what a killed process left").unwrap();
-    let (_, (registry, _)) = Box::pin(serve(kit.dir.path())).await;
+    let (_, (registry, _)) = Box::pin(serve(config_of(kit.dir.path().to_owned()))).await;
     assert!(!copy.exists());
     registry.shutdown().await;
 }

@@ -114,12 +114,12 @@ impl Kit {
 }
 
 /// A registry that is alone, on this directory.
-fn config_of(dir: std::path::PathBuf) -> RegistryConfig {
+pub(crate) fn config_of(dir: std::path::PathBuf) -> RegistryConfig {
     RegistryConfig { query_worker: env!("CARGO_BIN_EXE_registry").into(), ..RegistryConfig::alone(dir) }
 }
 
 /// Serves a registry.
-async fn serve(config: RegistryConfig) -> (Client, (Registry, Tasks)) {
+pub(crate) async fn serve(config: RegistryConfig) -> (Client, (Registry, Tasks)) {
     let tasks = Tasks::new();
     let registry = Registry::start(config, &tasks).await.unwrap();
     let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     StartError,
-    embedded::{self, Embedded},
+    embedded::{self, Embedded, core_has_panicked},
     metrics::METRICS,
     read::Readers,
 };
@@ -260,7 +260,7 @@ async fn observe(client: &Client) -> (Observation, u64) {
         return (Observation { ended: true, ..Observation::default() }, 0);
     };
     let seen = Observation {
-        ended: metrics.running_state.is_err(),
+        ended: metrics.running_state.is_err() || core_has_panicked(),
         leads: metrics.state.is_leader(),
         leader: metrics.current_leader,
         term: metrics.current_term,

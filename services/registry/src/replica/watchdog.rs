@@ -20,6 +20,9 @@ const QUORUM_LOST_AFTER: Duration = Duration::from_secs(3);
 /// A replica that has not applied anything for this long, though its leader has more, will not do so by itself.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
 
+/// A process that looks every few milliseconds and has not for so long was stopped, or starved.
+const STOOD_STILL_AFTER: Duration = Duration::from_secs(2);
+
 /// Why a replica has to be started again, when it is not for being stuck.
 pub(crate) const CORE_ENDED: &str = "its Raft core has ended";
 
@@ -77,6 +80,7 @@ pub(crate) struct Watchdog {
     caught_up_at: Option<Instant>,
     applied: u64,
     applied_at: Instant,
+    looked_at: Instant,
 }
 
 impl Watchdog {
@@ -90,6 +94,7 @@ impl Watchdog {
             caught_up_at: None,
             applied: 0,
             applied_at: now,
+            looked_at: now,
         }
     }
 
@@ -109,7 +114,10 @@ impl Watchdog {
         if seen.ended {
             return vec![Effect::Restart(CORE_ENDED)];
         }
-        if seen.applied != self.applied {
+        // Time in which this process did not run at all is not time in which it got no further.
+        let stood_still = now.saturating_duration_since(self.looked_at) > STOOD_STILL_AFTER;
+        self.looked_at = now;
+        if seen.applied != self.applied || stood_still {
             (self.applied, self.applied_at) = (seen.applied, now);
         }
         let mut effects = Vec::new();
@@ -265,12 +273,22 @@ mod tests {
     }
 
     #[test]
+    fn time_in_which_the_process_stood_still_does_not_count() {
+        let mut world = World::new(true);
+        world.after(SECOND, following(7), Some(7));
+        let effects = world.after(2 * STUCK_AFTER, following(7), Some(9));
+        assert_eq!(effects, [Effect::Become(Role::Behind)]);
+    }
+
+    #[test]
     fn a_stuck_replica_is_restarted_and_when_that_did_not_help_begins_again() {
         for stuck_before in [false, true] {
             let mut world = World::new(stuck_before);
             world.after(SECOND, following(7), Some(7));
-            world.after(BEHIND_AFTER, following(7), Some(9));
-            let effects = world.after(STUCK_AFTER, following(7), Some(9));
+            let mut effects = Vec::new();
+            for _ in 0..=(STUCK_AFTER.as_secs()) {
+                effects = world.after(SECOND, following(7), Some(9));
+            }
             match stuck_before {
                 false => assert!(matches!(effects[..], [Effect::Restart(_)]), "{effects:?}"),
                 true => assert_eq!(effects, [Effect::Reseed]),

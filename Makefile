@@ -1,5 +1,5 @@
 # Every target does its own set-up. `make demo` runs the main job, `make test` is what CI runs.
-.PHONY: demo test lint bench tools
+.PHONY: demo test lint bench bench-registry chaos-registry tools
 .DEFAULT_GOAL := help
 
 include $(wildcard make/*.mk)
@@ -9,6 +9,7 @@ help:
 	@echo 'make test         lint and test everything (sets everything up)'
 	@echo 'make bench        measure against baselines; writes target/bench/*.json'
 	@echo 'make chaos-registry   kill, pause and cut off three replicas under load (SEED=, SECONDS=)'
+	@echo 'make bench-registry  only the registry beside etcd, alone and as three replicas'
 	@echo 'make guest-image  build the default image into ./images'
 	@echo 'make tools        install what running needs'
 
@@ -36,3 +37,6 @@ test: lint guest-image
 
 bench: tools guest-image
 	scripts/bench.sh
+
+bench-registry:
+	scripts/bench.sh registry

@@ -13,6 +13,7 @@ if [ ${#end_to_end[@]} -gt 0 ]; then
     cargo bench --quiet -p mvm-ci --bench end_to_end -- "${end_to_end[@]}"
 fi
 if [[ " ${chosen[*]} " == *" registry "* ]]; then
-    command -v etcd >/dev/null || echo "bench: etcd is not installed (apt-get install etcd-server): its column stays empty"
-    cargo run --quiet --release -p blixard-registry --example registry_writes
+    scripts/setup.sh bench
+    cargo build --quiet --release -p blixard-registry --bin registry --example bench_registry
+    target/release/examples/bench_registry
 fi

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what a target of the Makefile needs and is not here yet. Usage: scripts/setup.sh run|test
+# Installs what a target of the Makefile needs and is not here yet. Usage: scripts/setup.sh run|test|bench
 #   run   what runs a job in a QEMU microVM: QEMU, vhost-device-vsock, what the guest image is made of, sqlite3
 #   test  that, the linters and clients that the tests use, and what makes networks for them
+#   bench what the registry is measured beside: etcd
 # Debian packages need root or sudo; without either it prints the command and stops. Everything else goes below target/tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +59,11 @@ python_tools() {
 
 case "${1:-}" in
     run | test) ;;
-    *) echo "usage: scripts/setup.sh run|test" >&2; exit 2 ;;
+    bench)
+        debian_packages cc=build-essential etcd=etcd-server
+        exit
+        ;;
+    *) echo "usage: scripts/setup.sh run|test|bench" >&2; exit 2 ;;
 esac
 debian_packages cc=build-essential qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio zstd=zstd \
     lz4=lz4 sqlite3=sqlite3 dpkg-deb=dpkg

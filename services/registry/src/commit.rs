@@ -30,7 +30,7 @@ use crate::{
     read::{Readers, advance, newest_revision},
     replica::Role,
     requests::{self, Recorded, RequestId},
-    rows::{JobRow, VmRow, find_node, number, text},
+    rows::{JobRow, VmRow, find_node, made_job, made_vm, number, text},
     verdict::{After, Answer, Verdict, judge},
 };
 
@@ -70,6 +70,11 @@ impl Unit {
             None => self.mutation.shows(),
             Some(request) => vec![request.key()],
         }
+    }
+
+    /// Whether it makes a row and changes none. Under a request id its last statement is that of the record.
+    fn makes_row(&self) -> bool {
+        self.request.is_none() && self.mutation.makes_row()
     }
 
     fn statements(&self, now: Timestamp) -> Vec<Statement> {
@@ -276,7 +281,7 @@ impl Committer {
         match self.propose(std::mem::take(&mut batch.statements)).await {
             Ok(counts) => {
                 let committed = begun.elapsed();
-                let done = self.read(batch.units, &counts, seen).await;
+                let done = self.read(batch.units, batch.at, &counts, seen).await;
                 tracing::debug!(changes, ?committed, read = ?begun.elapsed(), "group commit");
                 METRICS.commit_seconds.record(begun.elapsed());
                 done
@@ -294,10 +299,11 @@ impl Committer {
     async fn replay(&self, units: Vec<(Unit, usize)>, seen: u64) -> Done {
         let mut all = Done { newest: seen, ..Done::default() };
         for (unit, _) in units {
-            let statements = unit.statements(Timestamp::now());
+            let now = Timestamp::now();
+            let statements = unit.statements(now);
             let units = vec![(unit, statements.len() - 1)];
             let done = match self.propose(statements).await {
-                Ok(counts) => self.read(units, &counts, all.newest).await,
+                Ok(counts) => self.read(units, now, &counts, all.newest).await,
                 Err(Fault::Unknown(error)) => Done::refused(units, &error),
                 Err(Fault::RolledBack(error)) => Done::refused(units, &refusal(&error)),
             };
@@ -332,16 +338,26 @@ impl Committer {
         })
     }
 
-    /// Reads what a commit left and judges its mutations.
-    async fn read(&self, units: Vec<(Unit, usize)>, counts: &[usize], seen: u64) -> Done {
-        let keys: BTreeSet<_> = units.iter().flat_map(|(unit, _)| unit.reads()).collect();
+    /// Reads what a commit left and judges its mutations. Rows that it made are not read: their mutations and their
+    /// events, which are, tell what is in them.
+    async fn read(&self, units: Vec<(Unit, usize)>, at: Timestamp, counts: &[usize], seen: u64) -> Done {
+        let changed = |last: usize| counts.get(last).copied().unwrap_or(0);
+        let is_made = |unit: &Unit, last| unit.makes_row() && changed(last) > 0;
+        let found = units.iter().filter(|(unit, last)| !is_made(unit, *last));
+        let keys: BTreeSet<_> = found.flat_map(|(unit, _)| unit.reads()).collect();
         let few = keys.len() <= READ_HERE;
         let read = move |connection: &rusqlite::Connection| read_after(connection, keys, seen);
         let read = if few { self.readers.read_here(read) } else { self.readers.read(read).await };
         match read {
             Ok((after, events, newest)) => {
+                let mut in_order = events.iter();
                 let judge = |(unit, last): (Unit, usize)| {
-                    let verdict = unit.judge(counts.get(last).copied().unwrap_or(0), &after);
+                    let made =
+                        is_made(&unit, last).then(|| in_order.find_map(|event| event.row_made(&unit.mutation, at)));
+                    let verdict = match made.flatten() {
+                        Some(answer) => Verdict::Accepted(answer),
+                        None => unit.judge(changed(last), &after),
+                    };
                     (unit, verdict)
                 };
                 Done { units: units.into_iter().map(judge).collect(), events, newest }
@@ -357,6 +373,8 @@ fn refusal(error: &hiqlite::Error) -> Error {
 
 /// What one commit holds: each unit with the index of its last statement.
 struct Batch {
+    /// When it was put together: the time of its changes.
+    at: Timestamp,
     units: Vec<(Unit, usize)>,
     statements: Vec<Statement>,
 }
@@ -364,7 +382,7 @@ struct Batch {
 /// Takes as much as one commit may hold, leaving behind what shares a row with something before it: in this commit, or in
 /// one under way, whose rows are `under_way`.
 fn take_batch(waiting: &mut VecDeque<Unit>, under_way: &HashSet<Key>, now: Timestamp) -> Batch {
-    let mut batch = Batch { units: Vec::new(), statements: Vec::new() };
+    let mut batch = Batch { at: now, units: Vec::new(), statements: Vec::new() };
     let mut taken: HashSet<Key> = HashSet::new();
     let mut bytes = 0;
     let mut left = VecDeque::new();
@@ -420,6 +438,20 @@ struct Event {
 }
 
 impl Event {
+    /// The answer to the mutation that made a row, if this is the event of it.
+    fn row_made(&self, mutation: &Mutation, at: Timestamp) -> Option<Answer> {
+        let made_here = |entity: &str, id: String, of: &str| self.entity == entity && self.from.is_empty() && id == of;
+        match mutation {
+            Mutation::CreateVm { id, config, node_id } if made_here("vm", id.to_string(), &self.vm_id) => {
+                Some(Answer::Vm(Box::new(made_vm(id, config, node_id, at, self.revision))))
+            }
+            Mutation::CreateJob { id, spec } if made_here("job", id.to_string(), &self.job_id) => {
+                Some(Answer::Job(Box::new(made_job(id, spec, at, self.revision))))
+            }
+            _ => None,
+        }
+    }
+
     /// The lines that the usage guide promises.
     fn log(&self) {
         let Self { entity, from, to, job_id, vm_id, .. } = self;

@@ -141,6 +141,11 @@ impl Mutation {
         if matches!(self, Self::PurgeVms { .. }) { vec![] } else { self.keys() }
     }
 
+    /// Whether it makes a row and changes none: then the row is known without a look.
+    pub(crate) fn makes_row(&self) -> bool {
+        matches!(self, Self::CreateVm { .. } | Self::CreateJob { .. })
+    }
+
     /// The statements. The number of rows that the *last* one changes tells whether the mutation took place.
     pub(crate) fn statements(&self, now: Timestamp) -> Vec<Statement> {
         let now = time::to_text(now);

@@ -1,9 +1,11 @@
 //! Rows of the tables as the contract's messages. What was checked when it was written is not checked again.
 
 use blixard::{
+    id::{JobId, NodeId, VmId},
     job::JobState,
     node::NodeState,
     pb::common::v1 as pb,
+    time::Timestamp,
     vm::{VmConfig, VmKind, VmState},
 };
 use hiqlite::rusqlite::{Connection, OptionalExtension as _, Result, Row, types::Type};
@@ -132,6 +134,34 @@ impl JobRow {
     pub(crate) fn find(connection: &Connection, id: &str) -> Result<Option<Self>> {
         let sql = format!("SELECT {JOB_COLUMNS} FROM jobs WHERE id = ?1");
         connection.prepare_cached(&sql)?.query_row([id], Self::read).optional()
+    }
+}
+
+/// A VM as [`VmRow::read`] finds it after its creation.
+pub(crate) fn made_vm(id: &VmId, config: &VmConfig, node_id: &NodeId, at: Timestamp, revision: u64) -> pb::Vm {
+    pb::Vm {
+        id: id.to_string(),
+        config: Some(config.clone().into()),
+        state: VmState::Starting.to_pb().into(),
+        node_id: node_id.to_string(),
+        generation: 1,
+        revision,
+        created_at: Some(at.into()),
+        updated_at: Some(at.into()),
+        ..pb::Vm::default()
+    }
+}
+
+/// A job as [`JobRow::read`] finds it after its creation.
+pub(crate) fn made_job(id: &JobId, spec: &pb::JobSpec, at: Timestamp, revision: u64) -> pb::Job {
+    pb::Job {
+        id: id.to_string(),
+        spec: Some(spec.clone()),
+        state: JobState::Queued.to_pb().into(),
+        generation: 1,
+        revision,
+        created_at: Some(at.into()),
+        ..pb::Job::default()
     }
 }
 

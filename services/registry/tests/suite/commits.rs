@@ -47,6 +47,27 @@ async fn two_hundred_callers_at_once_each_get_their_own_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_made_is_answered_as_it_is_read_later_and_so_is_a_repeat() {
+    let mut kit = Kit::start().await;
+    for kind in [VmKind::Ephemeral, VmKind::Service] {
+        let mut request = create_vm(&uuid(), kind);
+        request.config.as_mut().unwrap().labels = [("disk".to_owned(), "ssd".to_owned())].into();
+        let made = kit.client.create_vm(request.clone()).await.unwrap().into_inner().vm.unwrap();
+        assert_eq!(made, kit.vm(&request.vm_id).await);
+        assert_eq!(made, kit.client.create_vm(request).await.unwrap().into_inner().vm.unwrap());
+    }
+    let mut request = create_job(&uuid());
+    let spec = request.spec.as_mut().unwrap();
+    spec.env = [("A".to_owned(), "ü".to_owned())].into();
+    spec.labels = [("team".to_owned(), "x".to_owned())].into();
+    (spec.priority, spec.max_attempts, spec.timeout_ms) = (-3, 5, 1234);
+    let made = kit.client.create_job(request.clone()).await.unwrap().into_inner().job.unwrap();
+    assert_eq!(made, kit.job(&request.job_id).await);
+    assert_eq!(made, kit.client.create_job(request).await.unwrap().into_inner().job.unwrap());
+    kit.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_change_that_the_database_refuses_does_not_spoil_its_neighbours() {
     let mut kit = Kit::start().await;
     // No mutation of ours can fail, so the database is made to refuse one.

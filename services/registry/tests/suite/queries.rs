@@ -137,7 +137,7 @@ async fn whatever_is_no_query_is_refused_with_its_reason() {
         assert_eq!(refusal(ask(&mut kit.client, sql(query)).await), "QUERY_REFUSED", "{query:.80}");
     }
     let nested = format!("SELECT {}1{}", "(".repeat(5000), ")".repeat(5000));
-    for query in [&nested, "SELEC 1", "SELECT", "-- nothing", ";", "/* SELECT 1", "SELECT 'x", &"x".repeat(65_537)] {
+    for query in [&nested, "SELECTED 1", "SELECT", "-- nothing", ";", "/* SELECT 1", "SELECT 'x", &"x".repeat(65_537)] {
         assert_eq!(refusal(ask(&mut kit.client, sql(query)).await), "INVALID_FIELD", "{query:.80}");
     }
     // More than any message may have: the transport's refusal.

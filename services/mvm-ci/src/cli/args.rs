@@ -309,6 +309,8 @@ pub(crate) struct RegistryArgs {
 
 #[derive(clap::Subcommand)]
 pub(crate) enum RegistryCommand {
+    /// Ask every replica how it is. Exit code 1: no leader has a majority.
+    Status,
     /// Copy a running registry's database into a new directory; nothing waits for it.
     Backup {
         /// The directory; it must not exist.

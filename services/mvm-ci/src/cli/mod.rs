@@ -13,6 +13,7 @@ mod log_sink;
 mod output;
 mod progress;
 mod registry;
+mod registry_status;
 mod run;
 mod serve;
 mod sql;
@@ -76,6 +77,7 @@ fn dispatch(arguments: Arguments, printer: &Printer) -> Result<ExitCode, Failure
             block_on(async { sql::sql(Client::connect(&endpoint).await?, args, printer).await })
         }
         Some(Command::Registry(args)) => match args.command {
+            RegistryCommand::Status => block_on(registry_status::status(&endpoint, printer)),
             RegistryCommand::Backup { dir } => {
                 block_on(async { registry::backup(Client::connect(&endpoint).await?, &dir, printer).await })
             }

@@ -89,8 +89,9 @@ use crate::{
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
 
 /// Log directives for the libraries below: their warnings tell of nothing that a user could act on (a first start and a
-/// start after a crash warn a lot), their errors do.
-pub const LOG_DIRECTIVES: &str = "hiqlite=error,hiqlite_wal=error,openraft=error";
+/// start after a crash warn a lot), their errors do. Hiqlite's client of another leader has none to call here, and complains
+/// at a shutdown on a busy machine that nobody does.
+pub const LOG_DIRECTIVES: &str = "hiqlite=error,hiqlite::client::stream=off,hiqlite_wal=error,openraft=error";
 
 /// The same for one of several replicas, whose peers come and go: what that means, [`replica`] tells itself.
 pub const REPLICA_LOG_DIRECTIVES: &str = "hiqlite=off,hiqlite_wal=error,openraft=off";

@@ -8,6 +8,7 @@
 //! It must not know any particular service.
 
 pub mod admission;
+pub mod causes;
 pub mod client;
 pub mod metrics;
 pub mod replicated;
@@ -17,6 +18,7 @@ pub mod signals;
 pub mod tasks;
 pub mod telemetry;
 
+pub use causes::with_causes;
 pub use replicated::ReplicatedChannel;
 pub use server::Server;
 pub use tasks::Tasks;

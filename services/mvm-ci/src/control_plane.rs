@@ -16,7 +16,7 @@ use blixard::{
     error::{Error, Reason},
     pb::scheduler::v1::{GetStatsRequest, scheduler_service_client::SchedulerServiceClient},
 };
-use blixard_chassis::{Server, Tasks, client, metrics, server::BindError};
+use blixard_chassis::{Server, Tasks, client, metrics, server::BindError, with_causes};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use blixard_vmhost::{VmHost, VmHostConfig};
@@ -60,17 +60,7 @@ impl std::error::Error for StartError {}
 
 impl StartError {
     fn new(error: &dyn std::error::Error) -> Self {
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(error) = source {
-            let cause = error.to_string();
-            // Some errors repeat their cause in their own text.
-            if !text.contains(&cause) {
-                text = format!("{text}: {cause}");
-            }
-            source = error.source();
-        }
-        Self(text)
+        Self(with_causes(error))
     }
 }
 

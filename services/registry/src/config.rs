@@ -4,7 +4,11 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 
 use blixard::config::Config;
 
-use crate::{NodeTiming, StartError, embedded, replica::Membership, retention::Retention};
+use crate::{
+    NodeTiming, StartError, embedded,
+    replica::{Membership, peers::Secret},
+    retention::Retention,
+};
 
 /// Shortest secret of replicas: 128 bits.
 const MIN_SECRET_BYTES: usize = 16;
@@ -60,7 +64,7 @@ impl RegistryConfig {
         if secret.len() < MIN_SECRET_BYTES {
             return Err(StartError::WeakSecret { path, found: secret.len(), needed: MIN_SECRET_BYTES });
         }
-        Ok(Self { membership: Some(Membership { replicas, id, secret }), ..alone })
+        Ok(Self { membership: Some(Membership { replicas, id, secret: Secret::new(&secret) }), ..alone })
     }
 
     /// Where it is to be served: a replica where the list says, a registry that is alone at `otherwise`.

@@ -31,7 +31,7 @@ use tokio::net::{TcpSocket, lookup_host};
 use crate::{
     StartError,
     read::Readers,
-    replica::{Membership, bootstrap::Beginning, peers::Secret},
+    replica::{Membership, bootstrap::Beginning},
     schema,
 };
 
@@ -181,7 +181,7 @@ async fn member_config(
     nodes: Vec<Node>,
     heartbeat_ms: u64,
 ) -> Result<NodeConfig, StartError> {
-    let secret = Secret::new(&membership.secret);
+    let secret = &membership.secret;
     let secrets = [secret.derive("blixard raft"), secret.derive("blixard hiqlite")];
     let own = membership.own()?;
     let host = resolve(&own.address(own.raft_port)).await?.ip();

@@ -43,7 +43,6 @@ mod verdict;
 mod watch;
 
 use std::{
-    error::Error as _,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -52,7 +51,7 @@ use blixard::{
     limits,
     pb::registry::v1::{registry_service_server::RegistryServiceServer, replica_service_server::ReplicaServiceServer},
 };
-use blixard_chassis::Tasks;
+use blixard_chassis::{Tasks, with_causes};
 use tokio::sync::watch as channel;
 
 pub use crate::{
@@ -61,7 +60,12 @@ pub use crate::{
     error::StartError,
     presence::NodeTiming,
     query_worker::query_worker,
-    replica::{Membership, bootstrap::IdentityError, peers::Mismatch, route::Gate},
+    replica::{
+        Membership,
+        bootstrap::IdentityError,
+        peers::{Mismatch, Secret},
+        route::Gate,
+    },
     restore::{RestoreError, restore},
     retention::Retention,
     service::Service,
@@ -78,7 +82,7 @@ use crate::{
         bootstrap::{self, Beginning, Identity},
         doubt::Doubt,
         driver::{Outputs, ReplicaDriver},
-        peers::{Peers, Secret},
+        peers::Peers,
         service::Report,
     },
     retention::RetentionDriver,
@@ -228,7 +232,7 @@ impl Opening {
         let replica = replica::service::Service {
             id: membership.map_or(1, |membership| membership.id),
             replicas: membership.map(|membership| membership.replicas.to_string()).unwrap_or_default(),
-            secret: membership.map(|membership| Secret::new(&membership.secret)),
+            secret: membership.map(|membership| membership.secret.clone()),
             role: role.subscribe(),
             report: report.subscribe(),
             newest: newest.subscribe(),
@@ -331,13 +335,7 @@ impl Opening {
     }
 
     fn fail(&self, error: &StartError) {
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            text = format!("{text}: {cause}");
-            source = cause.source();
-        }
         self.outputs.stop_serving();
-        self.failed.send_replace(Some(text));
+        self.failed.send_replace(Some(with_causes(error)));
     }
 }

@@ -3,6 +3,7 @@
 use std::{path::Path, process::ExitCode};
 
 use blixard::{config::Config, pb::registry::v1::backup_response::Message};
+use blixard_chassis::with_causes;
 use blixard_registry::{Archive, ArchiveWriter, Manifest, RegistryConfig};
 use serde_json::{Value, json};
 
@@ -49,11 +50,11 @@ async fn receive(client: &Client, dir: &Path, gauge: &Gauge) -> Result<Manifest,
 
 /// Makes a data directory from a backup, with what the configuration says of replicas.
 pub(crate) async fn restore(config: &Config, dir: &Path, printer: &Printer) -> Result<ExitCode, Failure> {
-    let own = RegistryConfig::load(config).map_err(|error| Failure::Config(chain(&error)))?;
+    let own = RegistryConfig::load(config).map_err(|error| Failure::Config(with_causes(&error)))?;
     let gauge = Gauge::new("restoring", "rows");
     let archive = Archive::open(dir).map_err(failed)?;
     let told = |done, of| gauge.show(done, of);
-    blixard_registry::restore(&own, &archive, told).await.map_err(|error| Failure::Backup(chain(&error)))?;
+    blixard_registry::restore(&own, &archive, told).await.map_err(|error| Failure::Backup(with_causes(&error)))?;
     drop(gauge);
     let (manifest, data) = (&archive.manifest, &own.data_dir);
     printer.print(
@@ -75,18 +76,7 @@ fn described(manifest: &Manifest, place: &str, path: &Path) -> Value {
 }
 
 fn failed(error: blixard_registry::ArchiveError) -> Failure {
-    Failure::Backup(chain(&error))
-}
-
-/// An error and what caused it, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
+    Failure::Backup(with_causes(&error))
 }
 
 #[cfg(test)]

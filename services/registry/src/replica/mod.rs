@@ -19,6 +19,7 @@ use blixard::{
     replica::{Replica, Replicas},
 };
 
+use self::peers::Secret;
 use crate::StartError;
 
 /// What a replica may serve.
@@ -72,7 +73,7 @@ pub struct Membership {
     /// This one.
     pub id: u64,
     /// What they know each other by.
-    pub secret: Vec<u8>,
+    pub secret: Secret,
 }
 
 impl Membership {

@@ -26,10 +26,12 @@ const NONCE_BYTES: usize = 16;
 
 /// What this replica and the others prove to each other that they know.
 #[derive(Debug, Clone)]
-pub(crate) struct Secret(hmac::Key);
+pub struct Secret(hmac::Key);
 
 impl Secret {
-    pub(crate) fn new(secret: &[u8]) -> Self {
+    /// From what the secret file holds.
+    #[must_use]
+    pub fn new(secret: &[u8]) -> Self {
         Self(hmac::Key::new(HMAC_SHA256, secret))
     }
 
@@ -105,7 +107,7 @@ impl Peers {
         let channels = others.map(|replica| Ok((replica.id, client::channel(&replica.endpoint())?)));
         Ok(Self {
             replicas: membership.replicas.clone(),
-            secret: Secret::new(&membership.secret),
+            secret: membership.secret.clone(),
             channels: channels.collect::<Result<_, Error>>()?,
         })
     }
@@ -174,7 +176,7 @@ mod tests {
 
     fn peers(secret: &str) -> Peers {
         let replicas = "1=127.0.0.1:1/2/3,2=127.0.0.1:4/5/6,3=127.0.0.1:7/8/9".parse().unwrap();
-        Peers::new(&Membership { replicas, id: 1, secret: secret.into() }).unwrap()
+        Peers::new(&Membership { replicas, id: 1, secret: Secret::new(secret.as_bytes()) }).unwrap()
     }
 
     fn answer(peers: &Peers, id: u32, nonce: &[u8]) -> GetReplicaResponse {

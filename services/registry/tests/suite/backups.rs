@@ -19,8 +19,8 @@ use blixard::{
 };
 use blixard_chassis::Tasks;
 use blixard_registry::{
-    Archive, ArchiveError, ArchiveWriter, Manifest, Membership, Registry, RegistryConfig, RestoreError, StartError,
-    restore,
+    Archive, ArchiveError, ArchiveWriter, Manifest, Membership, Registry, RegistryConfig, RestoreError, Secret,
+    StartError, restore,
 };
 use hiqlite::rusqlite::{Connection, types::Value};
 
@@ -205,7 +205,7 @@ fn restore_in_a_process(archive: &Path, data: &Path, replicas: &str) -> Child {
 async fn child() {
     let get = |name: &str| std::env::var(name).unwrap();
     let (archive, replicas): (_, Replicas) = (get("ARCHIVE"), get("REPLICAS").parse().unwrap());
-    let membership = (!replicas.is_empty()).then(|| Membership { replicas, id: 1, secret: SECRET.to_vec() });
+    let membership = (!replicas.is_empty()).then(|| Membership { replicas, id: 1, secret: Secret::new(SECRET) });
     let config = RegistryConfig { membership, ..RegistryConfig::alone(get("DATA").into()) };
     restore(&config, &Archive::open(Path::new(&archive)).unwrap(), |_, _| {}).await.unwrap();
 }
@@ -247,7 +247,7 @@ async fn three_replicas_grow_from_a_restored_one() {
     let replicas: Replicas = (0..3).map(one).collect::<Vec<_>>().join(",").parse().unwrap();
     drop(ports);
     let second = RegistryConfig {
-        membership: Some(Membership { replicas: replicas.clone(), id: 2, secret: SECRET.to_vec() }),
+        membership: Some(Membership { replicas: replicas.clone(), id: 2, secret: Secret::new(SECRET) }),
         ..RegistryConfig::alone(dir.path().join("2"))
     };
     let error = restore(&second, &Archive::open(&archive).unwrap(), |_, _| {}).await.unwrap_err();

@@ -8,7 +8,10 @@ use std::{
 };
 
 use blixard::error::{Error, Reason};
-use futures::{FutureExt as _, future::BoxFuture};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, OptionFuture},
+};
 use hiqlite::Client;
 use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -122,8 +125,8 @@ impl ReplicaDriver {
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 _ = look.tick() => {}
-                (asked_at, answers) = maybe(&mut self.asking) => self.heard(asked_at, answers),
-                (term, ready) = maybe(&mut self.preparing) => self.prepared(term, ready)?,
+                Some((asked_at, answers)) = OptionFuture::from(self.asking.as_mut()) => self.heard(asked_at, answers),
+                Some((term, ready)) = OptionFuture::from(self.preparing.as_mut()) => self.prepared(term, ready)?,
             }
             self.look(outputs).await?;
         }
@@ -274,12 +277,4 @@ async fn observe(client: &Client) -> (Observation, u64) {
 fn disk_full(free: u64, needed: u64) -> Error {
     let message = format!("the registry's disk has {free} bytes free and needs {needed} to take changes safely");
     Error::new(Reason::DiskFull, message).with("free_bytes", free).with("needed_bytes", needed)
-}
-
-/// What the future that is under way ends with; for ever, when there is none.
-async fn maybe<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
-    match future {
-        Some(future) => future.await,
-        None => std::future::pending().await,
-    }
 }

@@ -136,7 +136,7 @@ impl Server {
     /// The transport failed.
     pub async fn run(self, tasks: &Tasks) -> Result<(), ServeError> {
         let asked = async {
-            signals::asked_to_end(tasks).await?;
+            signals::asked_to_end().await?;
             tasks.token().cancel();
             std::future::pending().await
         };

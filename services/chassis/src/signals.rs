@@ -4,17 +4,18 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Tasks;
 
-/// Waits for SIGINT or SIGTERM. A second one ends the process at once.
+/// Waits for SIGINT or SIGTERM. From then on a second one ends the process at once.
 ///
 /// # Errors
 /// The signal handlers can't be installed.
-pub async fn asked_to_end(tasks: &Tasks) -> std::io::Result<()> {
+pub async fn asked_to_end() -> std::io::Result<()> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
-    tasks.spawn("second signal", async move {
+    // In a tree of its own: it lasts as long as the process, and who waits for the others must not wait for it.
+    Tasks::new().spawn("second signal", async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}

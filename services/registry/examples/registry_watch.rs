@@ -491,7 +491,7 @@ fn fill(dir: &Path, events: u64) -> anyhow::Result<u64> {
     let (of_vms, of_jobs, of_all) = (from(50), from(20), from(1));
     database.execute_batch(&format!(
         "INSERT INTO vms SELECT {vm}, 'service', iif(n > {events} - 5000, 'Ready', 'Terminated'), 'node-' || n % 100, 'default', 2,
-             512, '{{}}', '{{\"kind\":\"service\",\"image\":\"default\",\"vcpus\":2,\"memory_mib\":512}}', NULL, '', 3, n, {time},
+             512, '{{}}', '{{\"kind\":\"service\",\"image\":\"default\",\"vcpus\":2,\"memory_mib\":512,\"labels\":{{}},\"node_id\":null}}', NULL, '', 3, n, {time},
              {time}, n {of_vms} WHERE true ON CONFLICT DO NOTHING;
          INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
              attempts_started, attempt_end, node_id, cancel_requested, exit_code, user_time_ms, system_time_ms, max_rss_kib,

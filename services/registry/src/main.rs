@@ -3,6 +3,7 @@
 use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
+use blixard::config::ServerConfig;
 use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
 use blixard_registry::{LOG_DIRECTIVES, REPLICA_LOG_DIRECTIVES, Registry, RegistryConfig};
 use clap::Command;
@@ -10,8 +11,7 @@ use clap::Command;
 /// The name under which health tells the leader from its followers.
 const LEADER_HEALTH: &str = "blixard.registry.v1.RegistryService/leader";
 
-#[tokio::main]
-async fn main() -> anyhow::Result<ExitCode> {
+fn main() -> anyhow::Result<ExitCode> {
     if let Some(ended) = blixard_registry::query_worker(std::env::args_os()) {
         return Ok(ended);
     }
@@ -23,11 +23,19 @@ async fn main() -> anyhow::Result<ExitCode> {
     let directives = if own.membership.is_some() { REPLICA_LOG_DIRECTIVES } else { LOG_DIRECTIVES };
     telemetry::init(&format!("info,{directives}"));
 
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(serve(config.server, own));
+    // Hiqlite's threads take seconds to notice that nobody needs them any more.
+    runtime.shutdown_background();
+    ended.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(config: ServerConfig, own: RegistryConfig) -> anyhow::Result<()> {
     let tasks = Tasks::new();
-    let metrics = metrics::serve(config.server.metrics_listen, &tasks).await?;
+    let metrics = metrics::serve(config.metrics_listen, &tasks).await?;
     // A replica listens where the list says. That the address is this machine's and free is also what keeps a second
     // replica of the same id from running.
-    let server = Server::bind(own.listen(config.server.listen).await?).await?;
+    let server = Server::bind(own.listen(config.listen).await?).await?;
     let registry = Box::pin(Registry::start(own, &tasks)).await?;
     // For whoever started us with port 0.
     writeln!(std::io::stdout(), "registry listening on {}", server.local_endpoint())?;
@@ -44,7 +52,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         served = served => {
             // Last: calls that were let finish may still change something.
             registry.shutdown().await;
-            served.context("serving").map(|()| ExitCode::SUCCESS)
+            served.context("serving")
         }
         // What is acknowledged is on the disk; whoever supervises this process starts it again.
         reason = registry.failed() => anyhow::bail!(reason),

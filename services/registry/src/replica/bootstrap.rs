@@ -22,6 +22,8 @@ const ASK_EVERY: Duration = Duration::from_millis(250);
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A replica with data knows its leader within seconds, however long its log is.
 const START_WITHIN: Duration = Duration::from_secs(60);
+/// In this time a majority elects a leader.
+const ELECTED_WITHIN: Duration = Duration::from_secs(5);
 /// How often it is told whom a replica waits for.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
@@ -131,11 +133,20 @@ pub(crate) async fn wait_to_begin(
     peers: &Peers,
     has_data: bool,
 ) -> Result<Beginning, Mismatch> {
-    let mut tell_at = tokio::time::Instant::now() + TELL_EVERY / 10;
+    let begun = tokio::time::Instant::now();
+    let (mut tell_at, elected_by) = (begun + TELL_EVERY / 10, begun + ELECTED_WITHIN);
     loop {
         let answers = peers.ask_all().await?;
         if has_data {
-            return Ok(Beginning::Resume);
+            // One that comes back so fast that the others still take it for their leader would not be their leader for the
+            // five seconds that Hiqlite then waits (0.15.3): better that they elect another one first.
+            let well = answers.iter().filter(|answer| answer.is_well()).count();
+            let elects = well >= membership.replicas.majority() && !answers.iter().any(Answer::leads);
+            if !elects || tokio::time::Instant::now() >= elected_by {
+                return Ok(Beginning::Resume);
+            }
+            tokio::time::sleep(ASK_EVERY).await;
+            continue;
         }
         let empty = answers.iter().filter(|answer| !answer.has_data()).count();
         if membership.id != 1 || answers.iter().any(|answer| answer.leads()) {

@@ -23,7 +23,11 @@ use ring::digest::{Context, SHA256};
 use tokio::sync::{Semaphore, mpsc};
 use tonic::Status;
 
-use crate::{embedded::WAL_SIZE, read::newest_revision, schema};
+use crate::{
+    disk::{LOG_RESERVE_BYTES, shortage},
+    read::newest_revision,
+    schema,
+};
 
 /// Bytes of a chunk.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -31,9 +35,6 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const WAITING_CHUNKS: usize = 4;
 /// How long a client may take for a chunk. The copy takes up disk meanwhile.
 const CHUNK_DEADLINE: Duration = Duration::from_secs(60);
-/// Room that a copy leaves on the disk: what the Raft log may want to grow by in the time.
-const ROOM_LEFT_BYTES: u64 = 4 * WAL_SIZE as u64;
-
 type Answers = mpsc::Sender<Result<wire::BackupResponse, Status>>;
 
 /// Answers requests for backups.
@@ -140,14 +141,11 @@ fn open(database: &Path) -> hiqlite::rusqlite::Result<Connection> {
 fn check_room(connection: &Connection, copy: &Path) -> Result<(), Error> {
     let sizes = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size";
     let size: i64 = connection.query_row(sizes, [], |row| row.get(0)).map_err(broken)?;
-    let needed = u64::try_from(size).unwrap_or(0) + ROOM_LEFT_BYTES;
-    let disk = rustix::fs::statvfs(copy.parent().unwrap_or(copy)).map_err(broken)?;
-    let free = disk.f_bavail * disk.f_frsize;
-    if free >= needed {
-        return Ok(());
-    }
-    let message = format!("a backup needs {needed} bytes on the registry's disk for a while, and {free} are free");
-    Err(Error::new(Reason::DiskFull, message).with("free_bytes", free).with("needed_bytes", needed))
+    let needed = u64::try_from(size).unwrap_or(0) + LOG_RESERVE_BYTES;
+    let Some(shortage) = shortage(copy.parent().unwrap_or(copy), needed).map_err(broken)? else { return Ok(()) };
+    let free = shortage.free;
+    Err(shortage
+        .error(format!("a backup needs {needed} bytes on the registry's disk for a while, and {free} are free")))
 }
 
 fn remove(file: &Path) -> io::Result<()> {

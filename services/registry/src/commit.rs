@@ -211,7 +211,7 @@ impl CommitDriver {
     /// Tells the log and the watchers of the commit, and answers.
     fn settle(&mut self, done: Done) {
         self.under_way = None;
-        done.events.iter().filter(|event| event.revision > self.logged).for_each(Event::log);
+        done.events.iter().for_each(Event::log);
         self.logged = self.logged.max(done.newest);
         advance(&self.newest, done.newest);
         for (mut unit, verdict) in done.units.into_iter().rev() {

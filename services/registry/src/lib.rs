@@ -19,6 +19,7 @@ mod backup;
 mod change;
 mod commit;
 mod config;
+mod disk;
 mod embedded;
 mod error;
 mod heartbeat;
@@ -138,7 +139,7 @@ impl Registry {
         let dir = DataDir::take(&config.data_dir)?;
         match config.membership.clone() {
             None => Self::start_alone(dir, config, tasks).await,
-            Some(membership) => Self::start_replica(dir, &membership, config, tasks),
+            Some(membership) => Self::start_replica(dir, membership, config, tasks),
         }
     }
 
@@ -164,16 +165,16 @@ impl Registry {
 
     fn start_replica(
         dir: DataDir,
-        membership: &Membership,
+        membership: Membership,
         config: RegistryConfig,
         tasks: &Tasks,
     ) -> Result<Self, StartError> {
         let has_data = Identity::of(&dir.path).check(membership.id)?;
-        let peers = Arc::new(Peers::new(membership).map_err(StartError::Endpoint)?);
+        let peers = Arc::new(Peers::new(&membership).map_err(StartError::Endpoint)?);
         let role = if has_data { Role::Starting } else { Role::Empty };
-        let (opening, registry) = Opening::new(config, Some(peers), role, tasks);
+        let (opening, registry) = Opening::new(config, Some(peers.clone()), role, tasks);
         let committer = registry.committer.clone();
-        committer.spawn("registry replica", Box::pin(opening.join(dir, has_data)));
+        committer.spawn("registry replica", Box::pin(opening.join(dir, membership, peers, has_data)));
         Ok(registry)
     }
 
@@ -259,19 +260,23 @@ impl Opening {
     }
 
     /// From a directory to a replica that serves, for as long as it can.
-    async fn join(self, dir: DataDir, has_data: bool) {
+    async fn join(self, dir: DataDir, membership: Membership, peers: Arc<Peers>, has_data: bool) {
         let stop = self.committer.token().clone();
-        let begun = stop.run_until_cancelled(self.begin(dir, has_data)).await;
-        match begun {
-            None | Some(Ok(None)) => {}
-            Some(Ok(Some(driver))) => self.watch_over(driver).await,
+        match stop.run_until_cancelled(self.begin(dir, &membership, &peers, has_data)).await {
+            None => {}
+            Some(Ok(driver)) => self.watch_over(driver).await,
             Some(Err(error)) => self.fail(&error),
         }
     }
 
     /// Starts the database when that is safe; returns when a leader is known.
-    async fn begin(&self, dir: DataDir, has_data: bool) -> Result<Option<ReplicaDriver>, StartError> {
-        let (Some(membership), Some(peers)) = (&self.config.membership, &self.peers) else { return Ok(None) };
+    async fn begin(
+        &self,
+        dir: DataDir,
+        membership: &Membership,
+        peers: &Peers,
+        has_data: bool,
+    ) -> Result<ReplicaDriver, StartError> {
         let beginning = bootstrap::wait_to_begin(membership, peers, has_data).await?;
         tracing::info!(replica = membership.id, ?beginning, "registry replica starts");
         let (identity, doubt) = (Identity::of(&dir.path), Doubt::of(&dir.path));
@@ -288,7 +293,7 @@ impl Opening {
         identity.write(membership.id)?;
         self.outputs.role.send_replace(Role::Starting);
         let readers = self.readers(&node);
-        Ok(Some(self.open(node, readers)))
+        Ok(self.open(node, readers))
     }
 
     fn readers(&self, node: &Embedded) -> Arc<Readers> {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blixard::error::{Error, Reason};
+use blixard::error::Error;
 use futures::{
     FutureExt as _,
     future::{BoxFuture, OptionFuture},
@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     StartError,
+    disk::{LOG_RESERVE_BYTES, Shortage, shortage},
     embedded::{self, Embedded, core_has_panicked},
     metrics::METRICS,
     read::Readers,
@@ -41,9 +42,6 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 const LOOK_AT_DISK_EVERY: Duration = Duration::from_secs(1);
 /// How often the others are asked whether they are well enough to begin again.
 const RESEED_EVERY: Duration = Duration::from_secs(5);
-/// The disk must have room for this much of log, and a snapshot beside it: a log that could not grow would end the core.
-const LOG_RESERVE_BYTES: u64 = 4 * embedded::WAL_SIZE as u64;
-
 /// What the driver tells others.
 pub(crate) struct Outputs {
     pub(crate) role: watch::Sender<Role>,
@@ -246,13 +244,11 @@ impl ReplicaDriver {
             return;
         }
         self.disk_at = now + LOOK_AT_DISK_EVERY;
-        let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return };
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         let needed = LOG_RESERVE_BYTES + fs::metadata(&self.database).map_or(0, |database| database.len());
-        let full = free < needed;
-        if full != outputs.closed.borrow().is_some() {
-            tracing::warn!(free, needed, full, "the registry's disk");
-            outputs.closed.send_replace(full.then(|| disk_full(free, needed)));
+        let Ok(shortage) = shortage(&self.dir, needed) else { return };
+        if shortage.is_some() != outputs.closed.borrow().is_some() {
+            tracing::warn!(?shortage, needed, "the registry's disk");
+            outputs.closed.send_replace(shortage.map(disk_full));
         }
     }
 }
@@ -274,7 +270,7 @@ async fn observe(client: &Client) -> (Observation, u64) {
     (seen, metrics.last_log_index.unwrap_or(0))
 }
 
-fn disk_full(free: u64, needed: u64) -> Error {
-    let message = format!("the registry's disk has {free} bytes free and needs {needed} to take changes safely");
-    Error::new(Reason::DiskFull, message).with("free_bytes", free).with("needed_bytes", needed)
+fn disk_full(shortage: Shortage) -> Error {
+    let Shortage { free, needed } = shortage;
+    shortage.error(format!("the registry's disk has {free} bytes free and needs {needed} to take changes safely"))
 }

@@ -3,7 +3,7 @@
 //! Order: defaults < TOML file < environment < flags. All four go through the same [`SETTINGS`] table, so a bad value is the
 //! same error wherever it stands: it names the setting as its user wrote it, the value and what is allowed.
 
-use std::{fmt, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf};
 
 use crate::{
     id::{NAME_ALLOWED, NodeId},
@@ -25,6 +25,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How VMs are managed.
     pub vm_manager: VmManagerConfig,
+    /// How jobs are queued and shared out.
+    pub scheduler: SchedulerConfig,
     /// What the registry forgets, and when.
     pub retention: RetentionConfig,
 }
@@ -38,6 +40,8 @@ pub struct ServerConfig {
     pub node_id: NodeId,
     /// Where metrics are served; none: nowhere.
     pub metrics_listen: Option<SocketAddr>,
+    /// Labels of this node that jobs can ask for.
+    pub node_labels: Assignments<String>,
 }
 
 /// VM hypervisor settings. The name is history's: the hypervisors are Cloud Hypervisor and QEMU.
@@ -64,6 +68,8 @@ pub struct StorageConfig {
     pub data_dir: PathBuf,
     /// What each VM holds, one directory a VM.
     pub vm_state_dir: PathBuf,
+    /// A file with the key that seals jobs' secrets.
+    pub secret_key_file: PathBuf,
 }
 
 /// Whether the registry is alone or one of several replicas.
@@ -84,6 +90,77 @@ pub struct VmManagerConfig {
     pub auto_scaling: bool,
     /// How many service VMs of the default image the scheduler keeps warm.
     pub pre_warm_count: u32,
+    /// How many of other images.
+    pub pre_warm_images: Assignments<u32>,
+    /// How many service VMs of one image the scheduler starts at most; 0: as many as there is room for.
+    pub max_service_vms: u32,
+    /// How long a service VM beyond those kept warm stays idle before the scheduler ends it.
+    pub scale_down_seconds: u32,
+    /// After so many jobs a service VM is replaced; 0: never.
+    pub recycle_after_jobs: u32,
+    /// After so many minutes a service VM is replaced; 0: never.
+    pub recycle_after_minutes: u32,
+    /// A service VM with less of its memory available than this is replaced; 0: never.
+    pub recycle_below_memory_percent: u32,
+    /// How often each VM's guest agent is asked whether it is well; 0: never.
+    pub health_check_seconds: u32,
+    /// Which of the nodes that fit a VM is put on.
+    pub placement: PlacementChoice,
+}
+
+/// Which of the nodes that fit a VM is put on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlacementChoice {
+    /// The one with the most free memory: load spreads.
+    Spread,
+    /// The one with the least: large gaps stay.
+    Pack,
+}
+
+/// How jobs are queued and shared out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// How many jobs may wait; more are refused.
+    pub max_queued_jobs: u32,
+    /// How many jobs of one tenant may be assigned or running; 0: no limit.
+    pub tenant_max_jobs: u32,
+    /// The same for some tenants.
+    pub tenant_limits: Assignments<u32>,
+    /// So many seconds in the queue are worth one level of priority.
+    pub ageing_seconds: u32,
+    /// How long a Lost node may come back before its jobs are taken for lost.
+    pub lost_node_grace_seconds: u32,
+}
+
+/// `name=value,…`, each name once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignments<T>(pub BTreeMap<String, T>);
+
+impl<T> Default for Assignments<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T: fmt::Display> fmt::Display for Assignments<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs: Vec<_> = self.0.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        f.write_str(&pairs.join(","))
+    }
+}
+
+impl<T> Assignments<T> {
+    fn parse(text: &str, value: impl Fn(&str) -> Option<T>) -> Option<Self> {
+        let mut all = BTreeMap::new();
+        for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let (name, given) = pair.split_once('=')?;
+            let fits = (1..=63).contains(&name.len()) && given.len() <= 255;
+            if !fits || all.insert(name.to_owned(), value(given)?).is_some() {
+                return None;
+            }
+        }
+        (all.len() <= limits::MAX_LABELS).then_some(Self(all))
+    }
 }
 
 /// What the registry forgets, and when.
@@ -115,6 +192,7 @@ impl Default for Config {
                 listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
                 node_id: NodeId::parse("node_id", "node-1").unwrap_or_else(|_| unreachable!("a constant name")),
                 metrics_listen: None,
+                node_labels: Assignments::default(),
             },
             firecracker: FirecrackerConfig {
                 driver: DriverChoice::Auto,
@@ -124,13 +202,38 @@ impl Default for Config {
                 flake_dir: "./microvms".into(),
                 image_dir: "./images".into(),
             },
-            storage: StorageConfig { data_dir: "./data".into(), vm_state_dir: "./data/vm-state".into() },
+            storage: StorageConfig {
+                data_dir: "./data".into(),
+                vm_state_dir: "./data/vm-state".into(),
+                secret_key_file: "./data/secrets.key".into(),
+            },
             registry: RegistryConfig {
                 replicas: Replicas::default(),
                 replica_id: 0,
                 secret_file: "./registry.secret".into(),
             },
-            vm_manager: VmManagerConfig { auto_scaling: true, pre_warm_count: 0 },
+            vm_manager: VmManagerConfig {
+                auto_scaling: true,
+                pre_warm_count: 0,
+                pre_warm_images: Assignments::default(),
+                max_service_vms: 0,
+                // Long enough that a pause between two pushes does not cost a boot.
+                scale_down_seconds: 300,
+                recycle_after_jobs: 0,
+                recycle_after_minutes: 0,
+                recycle_below_memory_percent: 5,
+                // A thousand VMs are 33 calls a second.
+                health_check_seconds: 30,
+                placement: PlacementChoice::Spread,
+            },
+            // The registry counts 15 s of silence before a node is Lost; a vmhost ends its attempts 30 s after it was heard of.
+            scheduler: SchedulerConfig {
+                max_queued_jobs: 1_000_000,
+                tenant_max_jobs: 0,
+                tenant_limits: Assignments::default(),
+                ageing_seconds: 30,
+                lost_node_grace_seconds: 30,
+            },
             // A week covers any watcher's absence and last weekend's questions. A million events are some 200 MB, and the
             // database's snapshots, which hold up writers, take a second with as much. What ended last month is still listed.
             retention: RetentionConfig { events_days: 7, max_events: 1_000_000, ended_days: 30 },
@@ -281,6 +384,17 @@ pub const SETTINGS: &[Setting] = &[
         get: |config| config.server.metrics_listen.map_or_else(String::new, |address| address.to_string()),
     },
     Setting {
+        key: "server.node_labels",
+        env: "BLIXARD_NODE_LABELS",
+        flag: "node-labels",
+        help: "Labels of this node that jobs can ask for",
+        allowed: "empty, or key=value,…: at most 32; keys of 1 to 63 and values of at most 255 bytes",
+        set: |config, value| {
+            Assignments::parse(value, |value| Some(value.to_owned())).map(|all| config.server.node_labels = all)
+        },
+        get: |config| config.server.node_labels.to_string(),
+    },
+    Setting {
         key: "firecracker.driver",
         env: "BLIXARD_DRIVER",
         flag: "driver",
@@ -371,6 +485,15 @@ pub const SETTINGS: &[Setting] = &[
         get: |config| config.storage.vm_state_dir.display().to_string(),
     },
     Setting {
+        key: "storage.secret_key_file",
+        env: "BLIXARD_SECRET_KEY_FILE",
+        flag: "secret-key-file",
+        help: "A file with the key, 32 bytes or more, that seals jobs' secrets; the same at every scheduler and vmhost",
+        allowed: "a path",
+        set: |config, value| path(value).map(|path| config.storage.secret_key_file = path),
+        get: |config| config.storage.secret_key_file.display().to_string(),
+    },
+    Setting {
         key: "registry.replicas",
         env: "BLIXARD_REGISTRY_REPLICAS",
         flag: "replicas",
@@ -414,6 +537,140 @@ pub const SETTINGS: &[Setting] = &[
         allowed: "a whole number from 0 to 10000",
         set: |config, value| number(value, 0, 10_000).map(|n| config.vm_manager.pre_warm_count = n),
         get: |config| config.vm_manager.pre_warm_count.to_string(),
+    },
+    Setting {
+        key: "vm_manager.pre_warm_images",
+        env: "BLIXARD_PRE_WARM_IMAGES",
+        flag: "pre-warm-images",
+        help: "How many service VMs of other images are kept warm",
+        allowed: "empty, or image=number,… with numbers from 0 to 10000",
+        set: |config, value| {
+            Assignments::parse(value, |n| number(n, 0, 10_000)).map(|all| config.vm_manager.pre_warm_images = all)
+        },
+        get: |config| config.vm_manager.pre_warm_images.to_string(),
+    },
+    Setting {
+        key: "vm_manager.max_service_vms",
+        env: "BLIXARD_MAX_SERVICE_VMS",
+        flag: "max-service-vms",
+        help: "How many service VMs of one image the scheduler starts at most",
+        allowed: "a whole number from 0 to 10000; 0: as many as there is room for",
+        set: |config, value| number(value, 0, 10_000).map(|n| config.vm_manager.max_service_vms = n),
+        get: |config| config.vm_manager.max_service_vms.to_string(),
+    },
+    Setting {
+        key: "vm_manager.scale_down_seconds",
+        env: "BLIXARD_SCALE_DOWN_SECONDS",
+        flag: "scale-down-seconds",
+        help: "How long a service VM beyond those kept warm stays idle before it is ended",
+        allowed: "a whole number from 1 to 86400",
+        set: |config, value| number(value, 1, 86_400).map(|n| config.vm_manager.scale_down_seconds = n),
+        get: |config| config.vm_manager.scale_down_seconds.to_string(),
+    },
+    Setting {
+        key: "vm_manager.recycle_after_jobs",
+        env: "BLIXARD_RECYCLE_AFTER_JOBS",
+        flag: "recycle-after-jobs",
+        help: "After how many jobs a service VM is replaced",
+        allowed: "a whole number from 0 to 1000000; 0: never",
+        set: |config, value| number(value, 0, 1_000_000).map(|n| config.vm_manager.recycle_after_jobs = n),
+        get: |config| config.vm_manager.recycle_after_jobs.to_string(),
+    },
+    Setting {
+        key: "vm_manager.recycle_after_minutes",
+        env: "BLIXARD_RECYCLE_AFTER_MINUTES",
+        flag: "recycle-after-minutes",
+        help: "After how many minutes a service VM is replaced",
+        allowed: "a whole number from 0 to 525600; 0: never",
+        set: |config, value| number(value, 0, 525_600).map(|n| config.vm_manager.recycle_after_minutes = n),
+        get: |config| config.vm_manager.recycle_after_minutes.to_string(),
+    },
+    Setting {
+        key: "vm_manager.recycle_below_memory_percent",
+        env: "BLIXARD_RECYCLE_BELOW_MEMORY_PERCENT",
+        flag: "recycle-below-memory-percent",
+        help: "A service VM with less of its memory available is replaced",
+        allowed: "a whole number from 0 to 90; 0: never",
+        set: |config, value| number(value, 0, 90).map(|n| config.vm_manager.recycle_below_memory_percent = n),
+        get: |config| config.vm_manager.recycle_below_memory_percent.to_string(),
+    },
+    Setting {
+        key: "vm_manager.health_check_seconds",
+        env: "BLIXARD_HEALTH_CHECK_SECONDS",
+        flag: "health-check-seconds",
+        help: "How often each VM's guest agent is asked whether it is well",
+        allowed: "a whole number from 0 to 3600; 0: never",
+        set: |config, value| number(value, 0, 3_600).map(|n| config.vm_manager.health_check_seconds = n),
+        get: |config| config.vm_manager.health_check_seconds.to_string(),
+    },
+    Setting {
+        key: "vm_manager.placement",
+        env: "BLIXARD_PLACEMENT",
+        flag: "placement",
+        help: "Which of the nodes that fit a VM is put on: the emptiest or the fullest",
+        allowed: "spread or pack",
+        set: |config, value| {
+            config.vm_manager.placement = match value {
+                "spread" => PlacementChoice::Spread,
+                "pack" => PlacementChoice::Pack,
+                _ => return None,
+            };
+            Some(())
+        },
+        get: |config| {
+            match config.vm_manager.placement {
+                PlacementChoice::Spread => "spread",
+                PlacementChoice::Pack => "pack",
+            }
+            .to_owned()
+        },
+    },
+    Setting {
+        key: "scheduler.max_queued_jobs",
+        env: "BLIXARD_MAX_QUEUED_JOBS",
+        flag: "max-queued-jobs",
+        help: "How many jobs may wait; more are refused",
+        allowed: "a whole number from 1 to 10000000",
+        set: |config, value| number(value, 1, 10_000_000).map(|n| config.scheduler.max_queued_jobs = n),
+        get: |config| config.scheduler.max_queued_jobs.to_string(),
+    },
+    Setting {
+        key: "scheduler.tenant_max_jobs",
+        env: "BLIXARD_TENANT_MAX_JOBS",
+        flag: "tenant-max-jobs",
+        help: "How many jobs of one tenant may be assigned or running at once",
+        allowed: "a whole number from 0 to 1000000; 0: no limit",
+        set: |config, value| number(value, 0, 1_000_000).map(|n| config.scheduler.tenant_max_jobs = n),
+        get: |config| config.scheduler.tenant_max_jobs.to_string(),
+    },
+    Setting {
+        key: "scheduler.tenant_limits",
+        env: "BLIXARD_TENANT_LIMITS",
+        flag: "tenant-limits",
+        help: "The same for some tenants",
+        allowed: "empty, or tenant=number,… with numbers from 0 to 1000000",
+        set: |config, value| {
+            Assignments::parse(value, |n| number(n, 0, 1_000_000)).map(|all| config.scheduler.tenant_limits = all)
+        },
+        get: |config| config.scheduler.tenant_limits.to_string(),
+    },
+    Setting {
+        key: "scheduler.ageing_seconds",
+        env: "BLIXARD_AGEING_SECONDS",
+        flag: "ageing-seconds",
+        help: "How many seconds in the queue are worth one level of priority",
+        allowed: "a whole number from 1 to 86400",
+        set: |config, value| number(value, 1, 86_400).map(|n| config.scheduler.ageing_seconds = n),
+        get: |config| config.scheduler.ageing_seconds.to_string(),
+    },
+    Setting {
+        key: "scheduler.lost_node_grace_seconds",
+        env: "BLIXARD_LOST_NODE_GRACE_SECONDS",
+        flag: "lost-node-grace-seconds",
+        help: "How long a Lost node may come back before its jobs are taken for lost",
+        allowed: "a whole number from 20 to 86400",
+        set: |config, value| number(value, 20, 86_400).map(|n| config.scheduler.lost_node_grace_seconds = n),
+        get: |config| config.scheduler.lost_node_grace_seconds.to_string(),
     },
     Setting {
         key: "retention.events_days",
@@ -528,6 +785,8 @@ mod tests {
             load(None, &[], &[("driver", "firecracker")]),
             load(Some("[vm_manager]\npre_warm_count = -1\n"), &[], &[]),
             load(Some("[vm_manager]\npre_warm = 1\n"), &[], &[]),
+            load(None, &[], &[("tenant-limits", "a=1,a=2")]),
+            load(None, &[], &[("placement", "random")]),
         ];
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"

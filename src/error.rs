@@ -40,10 +40,14 @@ impl Reason {
         match self {
             Self::Unspecified | Self::Internal => Code::Internal,
             Self::InvalidField | Self::RequestIdReused | Self::QueryRefused => Code::InvalidArgument,
-            Self::VmNotFound | Self::JobNotFound | Self::NodeNotFound | Self::LogNotFound => Code::NotFound,
+            Self::VmNotFound | Self::JobNotFound | Self::NodeNotFound | Self::LogNotFound | Self::ArtifactNotFound => {
+                Code::NotFound
+            }
             Self::IllegalTransition
             | Self::StaleAttempt
             | Self::StaleIncarnation
+            | Self::StaleEpoch
+            | Self::SecretsUnavailable
             | Self::ImageNotFound
             | Self::ExceedsCapacity
             | Self::VmNotAccepting
@@ -51,7 +55,7 @@ impl Reason {
             Self::StaleGeneration => Code::Aborted,
             Self::Overloaded | Self::QueryBudgetExceeded | Self::DiskFull => Code::ResourceExhausted,
             Self::OffsetBeyondEnd | Self::RevisionCompacted => Code::OutOfRange,
-            Self::PeerUnavailable | Self::ShuttingDown | Self::ReplicaBehind => Code::Unavailable,
+            Self::PeerUnavailable | Self::ShuttingDown | Self::ReplicaBehind | Self::NotLeading => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
         }
     }
@@ -67,6 +71,7 @@ impl Reason {
                 | Self::StaleGeneration
                 | Self::ReplicaBehind
                 | Self::DiskFull
+                | Self::NotLeading
         )
     }
 }

@@ -40,6 +40,34 @@ pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most attempts of a job.
 pub const MAX_ATTEMPTS: u32 = 100;
+/// Longest time that a job asks to be kept after its end: 3,650 days.
+pub const MAX_RESULT_TTL: Duration = Duration::from_secs(3650 * 24 * 3600);
+/// Longest pause between two attempts.
+pub const MAX_BACKOFF: Duration = Duration::from_secs(3600);
+/// The longest pause when the job names none.
+pub const DEFAULT_MAX_BACKOFF: Duration = Duration::from_secs(300);
+/// Most jobs that a job depends on.
+pub const MAX_DEPENDENCIES: usize = 100;
+/// Most files in, and most artifacts out.
+pub const MAX_FILES: usize = 100;
+/// Longest path of one.
+pub const MAX_PATH_BYTES: usize = 4096;
+/// Most bytes of a job's input in all: like a command and its environment it goes through the Raft log.
+pub const MAX_INPUT_BYTES: usize = 512 * 1024;
+/// Most secrets of a job.
+pub const MAX_SECRETS: usize = 100;
+/// Shortest secret: anything shorter would be found everywhere in the output.
+pub const MIN_SECRET_BYTES: usize = 4;
+/// Longest secret.
+pub const MAX_SECRET_BYTES: usize = 65_536;
+/// Most bytes of artifacts that are kept of an attempt; a file beyond it is not.
+pub const MAX_ARTIFACT_BYTES: u64 = 256 * 1024 * 1024;
+/// Most jobs of a group, and most elements of an array.
+pub const MAX_GROUP_JOBS: usize = 1000;
+/// Most bytes of a group in all: it is one entry of the Raft log.
+pub const MAX_GROUP_BYTES: usize = 1024 * 1024;
+/// Longest deadline of a drain.
+pub const MAX_DRAIN_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a VM has to end by itself when the caller names no grace.
 pub const DEFAULT_STOP_GRACE: Duration = Duration::from_secs(10);
 /// The longest such grace.

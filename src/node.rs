@@ -1,12 +1,13 @@
 //! A node: one vmhost and what it offers.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use crate::{
     error::{Error, invalid},
     id::NodeId,
     pb::common::v1 as pb,
     time::Timestamp,
+    vm::parse_labels,
 };
 
 /// Whether a node takes work. The names are those of the registry's `state` column.
@@ -37,6 +38,15 @@ impl NodeState {
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.as_str() == name)
+    }
+
+    /// Parses the wire's value.
+    ///
+    /// # Errors
+    /// INVALID_FIELD.
+    pub fn from_pb(field: &str, value: i32) -> Result<Self, Error> {
+        let known = Self::ALL.into_iter().find(|state| i32::from(state.to_pb()) == value);
+        known.ok_or_else(|| invalid(field, value, "one of the node states 1 to 4"))
     }
 
     /// The wire's value.
@@ -81,6 +91,16 @@ pub struct Node {
     pub revision: u64,
     /// When its vmhost last registered.
     pub registered_at: Timestamp,
+    /// Labels that jobs can ask for.
+    pub labels: BTreeMap<String, String>,
+    /// Why it is in this state; may be empty.
+    pub reason: String,
+    /// When it last changed.
+    pub updated_at: Timestamp,
+    /// While Draining: when what is left is stopped.
+    pub drain_deadline: Option<Timestamp>,
+    /// What its keepers want of it: its state, unless it is Lost.
+    pub wanted: NodeState,
 }
 
 impl From<Node> for pb::Node {
@@ -97,6 +117,11 @@ impl From<Node> for pb::Node {
             incarnation: node.incarnation,
             revision: node.revision,
             registered_at: Some(node.registered_at.into()),
+            labels: node.labels,
+            reason: node.reason,
+            updated_at: Some(node.updated_at.into()),
+            drain_deadline: node.drain_deadline.map(Into::into),
+            wanted: node.wanted.to_pb().into(),
         }
     }
 }
@@ -105,12 +130,12 @@ impl TryFrom<pb::Node> for Node {
     type Error = Error;
 
     fn try_from(node: pb::Node) -> Result<Self, Error> {
-        let state = NodeState::ALL
-            .into_iter()
-            .find(|state| i32::from(state.to_pb()) == node.state)
-            // A vmhost that registers leaves the state to the registry.
-            .or((node.state == 0).then_some(NodeState::Ready))
-            .ok_or_else(|| invalid("node.state", node.state, "one of the node states 1 to 4"))?;
+        // A vmhost that registers leaves these to the registry.
+        let parse = |field: &str, value: i32| match value {
+            0 => Ok(NodeState::Ready),
+            value => NodeState::from_pb(field, value),
+        };
+        let (state, wanted) = (parse("node.state", node.state)?, parse("node.wanted", node.wanted)?);
         let host = node.endpoint.strip_prefix("http://").or_else(|| node.endpoint.strip_prefix("https://"));
         if host.is_none_or(str::is_empty) {
             return Err(invalid("node.endpoint", node.endpoint, "http://host:port"));
@@ -130,6 +155,11 @@ impl TryFrom<pb::Node> for Node {
             incarnation: node.incarnation,
             revision: node.revision,
             registered_at: node.registered_at.unwrap_or_default().into(),
+            labels: parse_labels("node.labels", node.labels)?,
+            reason: node.reason,
+            updated_at: node.updated_at.unwrap_or_default().into(),
+            drain_deadline: node.drain_deadline.map(Into::into),
+            wanted,
         })
     }
 }

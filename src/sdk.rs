@@ -356,10 +356,10 @@ impl VmManager {
             timeout_ms: job.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             max_attempts: job.max_attempts,
             labels: job.labels,
-            node_id: String::new(),
             target_vm_id: vm_id.map(|id| id.to_string()).unwrap_or_default(),
+            ..Default::default()
         };
-        let message = pb::SubmitJobRequest { request_id: job.id.to_string(), spec: Some(spec) };
+        let message = pb::SubmitJobRequest { request_id: job.id.to_string(), spec: Some(spec), input: None };
         self.client.clone().submit_job(message).await?;
         Ok(JobId(job.id))
     }

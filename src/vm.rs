@@ -203,7 +203,7 @@ impl VmConfig {
             image: parse_image(field, config.image)?,
             vcpus: parse_vcpus(field, config.vcpus, defaults)?,
             memory_mib: parse_memory(field, config.memory_mib, defaults)?,
-            labels: parse_labels(field, config.labels)?,
+            labels: parse_labels(&format!("{field}.labels"), config.labels)?,
             node_id: parse_node(field, &config.node_id)?,
         })
     }
@@ -260,16 +260,15 @@ pub(crate) fn parse_memory(field: &str, memory_mib: Option<u32>, defaults: Defau
 
 /// Checks labels: those of a spec and those of a filter.
 pub fn parse_labels(field: &str, labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Error> {
-    let field = format!("{field}.labels");
     if labels.len() > limits::MAX_LABELS {
-        return Err(invalid(&field, labels.len(), &format!("at most {} labels", limits::MAX_LABELS)));
+        return Err(invalid(field, labels.len(), &format!("at most {} labels", limits::MAX_LABELS)));
     }
     for (key, value) in &labels {
         if !(1..=63).contains(&key.len()) {
-            return Err(invalid(&field, key, "keys of 1 to 63 bytes"));
+            return Err(invalid(field, key, "keys of 1 to 63 bytes"));
         }
         if value.len() > 255 {
-            return Err(invalid(&field, value, "values of at most 255 bytes"));
+            return Err(invalid(field, value, "values of at most 255 bytes"));
         }
     }
     Ok(labels)
@@ -304,6 +303,8 @@ pub struct Vm {
     pub created_at: Timestamp,
     /// When it last changed.
     pub updated_at: Timestamp,
+    /// How many jobs it has been given.
+    pub jobs_assigned: u32,
 }
 
 impl From<Vm> for pb::Vm {
@@ -319,6 +320,7 @@ impl From<Vm> for pb::Vm {
             revision: vm.revision,
             created_at: Some(vm.created_at.into()),
             updated_at: Some(vm.updated_at.into()),
+            jobs_assigned: vm.jobs_assigned,
         }
     }
 }
@@ -338,6 +340,7 @@ impl TryFrom<pb::Vm> for Vm {
             revision: vm.revision,
             created_at: vm.created_at.unwrap_or_default().into(),
             updated_at: vm.updated_at.unwrap_or_default().into(),
+            jobs_assigned: vm.jobs_assigned,
         })
     }
 }

@@ -49,6 +49,19 @@ impl VmHostService for Stubborn {
         let first = tokio_stream::once(Ok(pb::StreamLogsResponse { attempt: 1, record: Some(beat) }));
         Ok(Response::new(Box::pin(first.chain(tokio_stream::pending()))))
     }
+    async fn list_artifacts(
+        &self,
+        _: Request<pb::ListArtifactsRequest>,
+    ) -> Result<Response<pb::ListArtifactsResponse>, Status> {
+        std::future::pending().await
+    }
+    type GetArtifactStream = Pin<Box<dyn Stream<Item = Result<pb::GetArtifactResponse, Status>> + Send>>;
+    async fn get_artifact(
+        &self,
+        _: Request<pb::GetArtifactRequest>,
+    ) -> Result<Response<Self::GetArtifactStream>, Status> {
+        std::future::pending().await
+    }
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Result<Response<pb::GetConsoleResponse>, Status> {
         std::future::pending().await
     }

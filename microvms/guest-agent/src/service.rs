@@ -39,6 +39,8 @@ impl GuestService for Service {
             vm_id: status.vm_id.map(|id| id.to_string()).unwrap_or_default(),
             job_id: status.owed.map(|id| id.job_id.to_string()).unwrap_or_default(),
             attempt: status.owed.map(|id| id.number).unwrap_or_default(),
+            memory_total_kib: 0,
+            memory_available_kib: 0,
         }))
     }
 
@@ -66,6 +68,12 @@ impl GuestService for Service {
         let stream = attempt.attach(start.resume_offset)?;
         self.0.spawn(take_acknowledgements(attempt.clone(), stream, requests));
         Ok(Response::new(Box::pin(attempt.responses(stream, start.resume_offset))))
+    }
+
+    type GetFileStream = Pin<Box<dyn Stream<Item = Result<pb::GetFileResponse, Status>> + Send>>;
+
+    async fn get_file(&self, _: Request<pb::GetFileRequest>) -> Result<Response<Self::GetFileStream>, Status> {
+        Err(Status::unimplemented("get_file"))
     }
 
     async fn signal(&self, request: Request<pb::SignalRequest>) -> Result<Response<pb::SignalResponse>, Status> {
@@ -100,6 +108,7 @@ async fn take_acknowledgements(attempt: Arc<Attempt>, stream: StreamNumber, mut 
     while let Ok(Some(request)) = requests.message().await {
         let result = match request.message {
             Some(Message::Ack(ack)) => attempt.acknowledge(ack.offset),
+            Some(Message::Renew(_)) => Ok(()),
             Some(Message::Start(_)) | None => {
                 Err(invalid("message", "", "an acknowledgement, after the first message"))
             }

@@ -573,6 +573,11 @@ mod tests {
             incarnation: 0,
             revision: 0,
             registered_at: Timestamp(0),
+            labels: std::collections::BTreeMap::new(),
+            reason: String::new(),
+            updated_at: Timestamp(0),
+            drain_deadline: None,
+            wanted: NodeState::Ready,
         };
         let id = JobId::random();
         let lost = Outcome::Lost { started: true, reason: String::new() };

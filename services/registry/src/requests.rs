@@ -297,6 +297,11 @@ mod tests {
             incarnation: 0,
             revision: 0,
             registered_at: Timestamp(0),
+            labels: std::collections::BTreeMap::new(),
+            reason: String::new(),
+            updated_at: Timestamp(0),
+            drain_deadline: None,
+            wanted: NodeState::Ready,
         };
         Mutation::RegisterNode { node }
     }

@@ -72,6 +72,7 @@ impl VmRow {
             revision: number(row, 7)?,
             created_at: Some(when(row, 8)?),
             updated_at: Some(when(row, 9)?),
+            ..pb::Vm::default()
         };
         Ok(Self { vm, state, config, created_revision: number(row, 10)? })
     }
@@ -121,6 +122,7 @@ impl JobRow {
             assigned_at: maybe_when(row, 18)?,
             started_at: maybe_when(row, 19)?,
             finished_at: maybe_when(row, 20)?,
+            ..pb::Job::default()
         };
         let attempt_end = match row.get_ref(22)?.as_str_or_null()? {
             Some("result") => Some(AttemptEnd::Result),
@@ -180,6 +182,7 @@ pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
         incarnation: number(row, 8)?,
         revision: number(row, 9)?,
         registered_at: Some(when(row, 10)?),
+        ..pb::Node::default()
     })
 }
 

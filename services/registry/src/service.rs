@@ -111,7 +111,7 @@ impl RegistryService for Service {
             .states(states.iter().map(|state| state.as_str()))
             .equals("kind", kind)
             .equals("node_id", node_filter(&request.node_id)?)
-            .labels(&parse_labels("request", request.labels)?);
+            .labels(&parse_labels("labels", request.labels)?);
         let page = self.readers.read(move |connection| list::vms(connection, &page, &filter)).await?;
         let (vms, next_page_token, revision) = (page.items, page.next_page_token, page.revision);
         Ok(Response::new(wire::ListVmsResponse { vms, next_page_token, revision }))
@@ -235,7 +235,7 @@ impl RegistryService for Service {
         let filter = Filter::default()
             .states(states.iter().map(|state| state.as_str()))
             .equals("node_id", node_filter(&request.node_id)?)
-            .labels(&parse_labels("request", request.labels)?);
+            .labels(&parse_labels("labels", request.labels)?);
         let page = self.readers.read(move |connection| list::jobs(connection, &page, &filter)).await?;
         let (jobs, next_page_token, revision) = (page.items, page.next_page_token, page.revision);
         Ok(Response::new(wire::ListJobsResponse { jobs, next_page_token, revision }))
@@ -250,6 +250,33 @@ impl RegistryService for Service {
             Answer::Node(node) => Ok(Response::new(wire::RegisterNodeResponse { node: Some(*node) })),
             Answer::Vm(_) | Answer::Job(_) | Answer::Purged(_) | Answer::Revision(_) => Err(wrong_answer().into()),
         }
+    }
+
+    async fn create_jobs(&self, _: Request<wire::CreateJobsRequest>) -> Answered<wire::CreateJobsResponse> {
+        Err(Status::unimplemented("create_jobs"))
+    }
+
+    async fn get_job_input(&self, _: Request<wire::GetJobInputRequest>) -> Answered<wire::GetJobInputResponse> {
+        Err(Status::unimplemented("get_job_input"))
+    }
+
+    async fn list_attempts(&self, _: Request<wire::ListAttemptsRequest>) -> Answered<wire::ListAttemptsResponse> {
+        Err(Status::unimplemented("list_attempts"))
+    }
+
+    async fn find_forgotten_jobs(
+        &self,
+        _: Request<wire::FindForgottenJobsRequest>,
+    ) -> Answered<wire::FindForgottenJobsResponse> {
+        Err(Status::unimplemented("find_forgotten_jobs"))
+    }
+
+    async fn update_node(&self, _: Request<wire::UpdateNodeRequest>) -> Answered<wire::UpdateNodeResponse> {
+        Err(Status::unimplemented("update_node"))
+    }
+
+    async fn acquire_lease(&self, _: Request<wire::AcquireLeaseRequest>) -> Answered<wire::AcquireLeaseResponse> {
+        Err(Status::unimplemented("acquire_lease"))
     }
 
     type HeartbeatStream = Pin<Box<dyn Stream<Item = Result<wire::HeartbeatResponse, Status>> + Send>>;

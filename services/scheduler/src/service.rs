@@ -150,6 +150,7 @@ impl SchedulerService for SchedulerApi {
             states: asked.states,
             labels: asked.labels,
             node_id: asked.node_id,
+            group_id: asked.group_id,
         };
         let answer = self.peers.registry().list_jobs(forward(&request, list)).await.map_err(refused)?.into_inner();
         Ok(Response::new(pb::ListJobsResponse { jobs: answer.jobs, next_page_token: answer.next_page_token }))
@@ -161,6 +162,46 @@ impl SchedulerService for SchedulerApi {
         let cancel = registry::CancelJobRequest { job_id: asked.job_id, reason: asked.reason, ..Default::default() };
         let answer = self.peers.registry().cancel_job(forward(&request, cancel)).await.map_err(refused)?;
         Ok(Response::new(pb::CancelJobResponse { job: answer.into_inner().job }))
+    }
+
+    async fn submit_job_group(&self, _: Request<pb::SubmitJobGroupRequest>) -> Answer<pb::SubmitJobGroupResponse> {
+        Err(Status::unimplemented("submit_job_group"))
+    }
+
+    type RunJobStream = Streamed<pb::RunJobResponse>;
+
+    async fn run_job(&self, _: Request<pb::RunJobRequest>) -> Answer<Self::RunJobStream> {
+        Err(Status::unimplemented("run_job"))
+    }
+
+    type GetArtifactStream = Streamed<pb::GetArtifactResponse>;
+
+    async fn get_artifact(&self, _: Request<pb::GetArtifactRequest>) -> Answer<Self::GetArtifactStream> {
+        Err(Status::unimplemented("get_artifact"))
+    }
+
+    async fn explain_job(&self, _: Request<pb::ExplainJobRequest>) -> Answer<pb::ExplainJobResponse> {
+        Err(Status::unimplemented("explain_job"))
+    }
+
+    async fn list_artifacts(&self, _: Request<pb::ListArtifactsRequest>) -> Answer<pb::ListArtifactsResponse> {
+        Err(Status::unimplemented("list_artifacts"))
+    }
+
+    async fn list_nodes(&self, _: Request<pb::ListNodesRequest>) -> Answer<pb::ListNodesResponse> {
+        Err(Status::unimplemented("list_nodes"))
+    }
+
+    async fn cordon_node(&self, _: Request<pb::CordonNodeRequest>) -> Answer<pb::CordonNodeResponse> {
+        Err(Status::unimplemented("cordon_node"))
+    }
+
+    async fn uncordon_node(&self, _: Request<pb::UncordonNodeRequest>) -> Answer<pb::UncordonNodeResponse> {
+        Err(Status::unimplemented("uncordon_node"))
+    }
+
+    async fn drain_node(&self, _: Request<pb::DrainNodeRequest>) -> Answer<pb::DrainNodeResponse> {
+        Err(Status::unimplemented("drain_node"))
     }
 
     type WatchJobStream = Streamed<pb::WatchJobResponse>;
@@ -311,6 +352,8 @@ impl SchedulerService for SchedulerApi {
             ready_nodes: u32::try_from(ready).unwrap_or(u32::MAX),
             max_vms: self.config.max_vms,
             revision: counts.revision,
+            leader: String::new(),
+            leading: false,
         }))
     }
 }

@@ -172,6 +172,8 @@ impl Pump {
             spec: self.assignment.spec.clone(),
             resume_offset: self.log.next_offset(),
             attach_only: self.assignment.spec.is_none(),
+            input: None,
+            lease_ms: 0,
         };
         let request = |message| pb::RunRequest { message: Some(message) };
         // A watch keeps only the latest: acknowledgements never queue up.

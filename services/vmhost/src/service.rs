@@ -102,6 +102,23 @@ impl pb::vm_host_service_server::VmHostService for Service {
         Ok(Response::new(stream))
     }
 
+    type GetArtifactStream =
+        std::pin::Pin<Box<dyn futures::Stream<Item = Result<pb::GetArtifactResponse, Status>> + Send>>;
+
+    async fn get_artifact(
+        &self,
+        _: Request<pb::GetArtifactRequest>,
+    ) -> Result<Response<Self::GetArtifactStream>, Status> {
+        Err(Status::unimplemented("get_artifact"))
+    }
+
+    async fn list_artifacts(
+        &self,
+        _: Request<pb::ListArtifactsRequest>,
+    ) -> Result<Response<pb::ListArtifactsResponse>, Status> {
+        Err(Status::unimplemented("list_artifacts"))
+    }
+
     async fn get_console(
         &self,
         request: Request<pb::GetConsoleRequest>,

@@ -60,7 +60,7 @@ async fn list(
             page_token,
             states: states.iter().map(|state| state.to_pb().into()).collect(),
             labels: labels.iter().cloned().collect(),
-            node_id: String::new(),
+            ..Default::default()
         };
         let page = client.call(request, async |mut stub, request| stub.list_jobs(request).await).await?;
         for job in page.jobs {

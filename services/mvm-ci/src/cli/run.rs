@@ -37,7 +37,11 @@ pub(crate) async fn run(endpoint: &str, args: RunArgs, printer: &Printer) -> Res
     // The id is ours, so that a submission whose answer is lost can be repeated.
     let job_id = JobId::random().to_string();
     let detach = args.detach;
-    let request = pb::SubmitJobRequest { request_id: job_id.clone(), spec: Some(spec(args).map_err(Failure::NotRun)?) };
+    let request = pb::SubmitJobRequest {
+        request_id: job_id.clone(),
+        spec: Some(spec(args).map_err(Failure::NotRun)?),
+        input: None,
+    };
     let progress = Progress::new();
     let submitted = CancellationToken::new();
     let tasks = Tasks::new();
@@ -97,6 +101,7 @@ fn spec(args: RunArgs) -> Result<common::JobSpec, Error> {
         labels: args.label.into_iter().collect(),
         node_id: args.node,
         target_vm_id: vm.unwrap_or_default(),
+        ..Default::default()
     })
 }
 

@@ -41,6 +41,11 @@ fn node(revision: u64, incarnation: u64) -> Node {
         incarnation,
         revision,
         registered_at: Timestamp(0),
+        labels: BTreeMap::new(),
+        reason: String::new(),
+        updated_at: Timestamp(0),
+        drain_deadline: None,
+        wanted: NodeState::Ready,
     }
 }
 
@@ -70,6 +75,9 @@ fn queued(id: u128, revision: u64, spec: JobSpec) -> Job {
         assigned_at: None,
         started_at: None,
         finished_at: None,
+        queued_at: Timestamp(0),
+        not_before: None,
+        attempts_started: 0,
     }
 }
 
@@ -87,6 +95,7 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
         revision,
         created_at: Timestamp(0),
         updated_at: Timestamp(0),
+        jobs_assigned: 0,
     }
 }
 

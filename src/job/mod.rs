@@ -1,14 +1,21 @@
 //! A job: what to run, and the one table of its life.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+mod input;
+mod spec;
+
+use std::fmt;
 
 use crate::{
     error::{Error, invalid},
     id::{JobId, NodeId, VmId},
-    limits,
     pb::common::v1 as pb,
     time::Timestamp,
-    vm::{Defaults, VmKind, parse_image, parse_labels, parse_memory, parse_node, parse_vcpus},
+    vm::VmKind,
+};
+
+pub use self::{
+    input::{InputFile, JobInput},
+    spec::{Dependency, DependencyCondition, Isolation, JobSpec, Retry, RetryOn, TENANT_LABEL},
 };
 
 /// Where a job is in its life. The names are those of the registry's `state` column.
@@ -28,12 +35,12 @@ impl JobState {
     pub const ALL: [Self; 7] =
         [Self::Queued, Self::Assigned, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled, Self::TimedOut];
 
-    /// Whether a job may go from here to `to`. Assigned and Running go back to Queued when their attempt is lost;
-    /// Assigned reaches a final state directly when the report of its start was overtaken by that of its end.
+    /// Whether a job may go from here to `to`. Assigned and Running go back to Queued when their attempt is over and
+    /// another may follow; Queued becomes TimedOut when it waits too long; Assigned reaches a final state directly when the report of its start was overtaken by that of its end.
     #[must_use]
     pub fn may_go_to(self, to: Self) -> bool {
         match self {
-            Self::Queued => matches!(to, Self::Assigned | Self::Failed | Self::Cancelled),
+            Self::Queued => matches!(to, Self::Assigned | Self::Failed | Self::Cancelled | Self::TimedOut),
             Self::Assigned => to == Self::Running || to == Self::Queued || to.is_terminal(),
             Self::Running => to == Self::Queued || to.is_terminal(),
             Self::Succeeded | Self::Failed | Self::Cancelled | Self::TimedOut => false,
@@ -100,168 +107,6 @@ impl JobState {
 impl fmt::Display for JobState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.as_str())
-    }
-}
-
-/// How far a job must be kept from other jobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Isolation {
-    /// Always a fresh VM.
-    Maximum,
-    /// A free service VM if there is one, else a fresh VM.
-    Standard,
-    /// A service VM only.
-    Minimal,
-}
-
-/// What to run: checked, with every default filled in. Never changes once recorded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JobSpec {
-    /// Program and arguments; never empty.
-    pub command: Vec<String>,
-    /// Environment, added to the guest's own.
-    pub env: BTreeMap<String, String>,
-    /// Absolute path to run in.
-    pub working_dir: String,
-    /// Image it needs.
-    pub image: String,
-    /// Virtual CPUs of its VM.
-    pub vcpus: u32,
-    /// Memory of its VM in MiB.
-    pub memory_mib: u32,
-    /// How far it must be kept from other jobs.
-    pub isolation: Isolation,
-    /// Higher runs first, -1000 to 1000.
-    pub priority: i32,
-    /// How long one attempt may run, from its start in the guest.
-    pub timeout: Option<Duration>,
-    /// How many attempts may start.
-    pub max_attempts: u32,
-    /// Labels for filtering.
-    pub labels: BTreeMap<String, String>,
-    /// The node that must run it.
-    pub node_id: Option<NodeId>,
-    /// The VM that must run it.
-    pub target_vm_id: Option<VmId>,
-}
-
-impl JobSpec {
-    /// Checks a request's `spec`, filling in defaults; errors name the field below `field`.
-    pub fn parse(field: &str, spec: pb::JobSpec, defaults: Defaults) -> Result<Self, Error> {
-        let at = |name: &str| format!("{field}.{name}");
-        check_command(&at("command"), &spec.command)?;
-        check_env(&at("env"), &spec.env)?;
-        let working_dir = if spec.working_dir.is_empty() { "/".to_owned() } else { spec.working_dir };
-        if !working_dir.starts_with('/') || working_dir.len() > 4096 || working_dir.contains('\0') {
-            return Err(invalid(&at("working_dir"), working_dir, "an absolute path of at most 4096 bytes"));
-        }
-        if !(-1000..=1000).contains(&spec.priority) {
-            return Err(invalid(&at("priority"), spec.priority, "-1000 to 1000"));
-        }
-        let timeout = Duration::from_millis(spec.timeout_ms);
-        if timeout > limits::MAX_TIMEOUT {
-            let allowed = format!("at most {} (30 days), 0 for none", limits::MAX_TIMEOUT.as_millis());
-            return Err(invalid(&at("timeout_ms"), spec.timeout_ms, &allowed));
-        }
-        if spec.max_attempts > limits::MAX_ATTEMPTS {
-            return Err(invalid(&at("max_attempts"), spec.max_attempts, &format!("0 to {}", limits::MAX_ATTEMPTS)));
-        }
-        let isolation = match pb::Isolation::try_from(spec.isolation) {
-            Ok(pb::Isolation::Maximum) => Isolation::Maximum,
-            Ok(pb::Isolation::Standard | pb::Isolation::Unspecified) => Isolation::Standard,
-            Ok(pb::Isolation::Minimal) => Isolation::Minimal,
-            Err(_) => return Err(invalid(&at("isolation"), spec.isolation, "one of the isolation levels 0 to 3")),
-        };
-        Ok(Self {
-            command: spec.command,
-            env: spec.env,
-            working_dir,
-            image: parse_image(field, spec.image)?,
-            vcpus: parse_vcpus(field, spec.vcpus, defaults)?,
-            memory_mib: parse_memory(field, spec.memory_mib, defaults)?,
-            isolation,
-            priority: spec.priority,
-            timeout: (!timeout.is_zero()).then_some(timeout),
-            max_attempts: spec.max_attempts.max(1),
-            labels: parse_labels(field, spec.labels)?,
-            node_id: parse_node(field, &spec.node_id)?,
-            target_vm_id: match spec.target_vm_id.as_str() {
-                "" => None,
-                id => Some(VmId::parse(&at("target_vm_id"), id)?),
-            },
-        })
-    }
-
-    /// Checks a spec in which nothing may be left out: what services send each other.
-    pub fn parse_full(field: &str, spec: Option<pb::JobSpec>) -> Result<Self, Error> {
-        let spec = spec.ok_or_else(|| invalid(field, "", "required"))?;
-        Self::parse(field, spec, Defaults { vcpus: 0, memory_mib: 0 })
-    }
-}
-
-fn check_command(field: &str, command: &[String]) -> Result<(), Error> {
-    if command.first().is_none_or(String::is_empty) {
-        return Err(invalid(field, "", "a program and its arguments"));
-    }
-    if command.len() > limits::MAX_COMMAND_ARGS {
-        return Err(invalid(field, command.len(), &format!("at most {} strings", limits::MAX_COMMAND_ARGS)));
-    }
-    let bytes: usize = command.iter().map(String::len).sum();
-    if bytes > limits::MAX_COMMAND_BYTES {
-        return Err(invalid(field, bytes, &format!("at most {} bytes in all", limits::MAX_COMMAND_BYTES)));
-    }
-    match command.iter().find(|argument| argument.contains('\0')) {
-        Some(argument) => Err(invalid(field, argument.escape_debug(), "strings without NUL bytes")),
-        None => Ok(()),
-    }
-}
-
-fn check_env(field: &str, env: &BTreeMap<String, String>) -> Result<(), Error> {
-    if env.len() > limits::MAX_ENV_VARS {
-        return Err(invalid(field, env.len(), &format!("at most {} variables", limits::MAX_ENV_VARS)));
-    }
-    let bytes: usize = env.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if bytes > limits::MAX_COMMAND_BYTES {
-        return Err(invalid(field, bytes, &format!("at most {} bytes in all", limits::MAX_COMMAND_BYTES)));
-    }
-    for (name, value) in env {
-        if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(invalid(
-                field,
-                name.escape_debug(),
-                "names that are not empty and contain neither '=' nor NUL",
-            ));
-        }
-        if value.contains('\0') {
-            return Err(invalid(field, value.escape_debug(), "values without NUL bytes"));
-        }
-    }
-    Ok(())
-}
-
-impl From<JobSpec> for pb::JobSpec {
-    fn from(spec: JobSpec) -> Self {
-        Self {
-            command: spec.command,
-            env: spec.env,
-            working_dir: spec.working_dir,
-            image: spec.image,
-            vcpus: Some(spec.vcpus),
-            memory_mib: Some(spec.memory_mib),
-            isolation: match spec.isolation {
-                Isolation::Maximum => pb::Isolation::Maximum,
-                Isolation::Standard => pb::Isolation::Standard,
-                Isolation::Minimal => pb::Isolation::Minimal,
-            }
-            .into(),
-            priority: spec.priority,
-            timeout_ms: spec.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-            max_attempts: spec.max_attempts,
-            labels: spec.labels,
-            node_id: spec.node_id.map(|id| id.to_string()).unwrap_or_default(),
-            target_vm_id: spec.target_vm_id.map(|id| id.to_string()).unwrap_or_default(),
-        }
     }
 }
 
@@ -363,6 +208,12 @@ pub struct Job {
     pub started_at: Option<Timestamp>,
     /// When it reached its final state.
     pub finished_at: Option<Timestamp>,
+    /// When it last became Queued.
+    pub queued_at: Timestamp,
+    /// While Queued after an attempt: when the next one may begin.
+    pub not_before: Option<Timestamp>,
+    /// How many of its attempts have started.
+    pub attempts_started: u32,
 }
 
 impl From<Job> for pb::Job {
@@ -390,6 +241,9 @@ impl From<Job> for pb::Job {
             assigned_at: job.assigned_at.map(Into::into),
             started_at: job.started_at.map(Into::into),
             finished_at: job.finished_at.map(Into::into),
+            queued_at: Some(job.queued_at.into()),
+            not_before: job.not_before.map(Into::into),
+            attempts_started: job.attempts_started,
         }
     }
 }
@@ -421,6 +275,9 @@ impl TryFrom<pb::Job> for Job {
             assigned_at: job.assigned_at.map(Into::into),
             started_at: job.started_at.map(Into::into),
             finished_at: job.finished_at.map(Into::into),
+            queued_at: job.queued_at.or(job.created_at).unwrap_or_default().into(),
+            not_before: job.not_before.map(Into::into),
+            attempts_started: job.attempts_started,
         })
     }
 }
@@ -428,14 +285,6 @@ impl TryFrom<pb::Job> for Job {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
-
-    fn spec(change: impl FnOnce(&mut pb::JobSpec)) -> Result<JobSpec, Error> {
-        let mut spec = pb::JobSpec { command: vec!["true".into()], ..Default::default() };
-        change(&mut spec);
-        JobSpec::parse("spec", spec, DEFAULTS)
-    }
 
     #[test]
     fn the_table_of_transitions_is_the_documented_one() {
@@ -445,7 +294,7 @@ mod tests {
             table += &format!("{from:9} -> {}\n", to.join(" "));
         }
         insta::assert_snapshot!(table, @r"
-        Queued    -> Assigned Failed Cancelled
+        Queued    -> Assigned Failed Cancelled TimedOut
         Assigned  -> Queued Running Succeeded Failed Cancelled TimedOut
         Running   -> Queued Succeeded Failed Cancelled TimedOut
         Succeeded -> 
@@ -453,38 +302,5 @@ mod tests {
         Cancelled -> 
         TimedOut  -> 
         ");
-    }
-
-    #[test]
-    fn a_spec_is_filled_with_defaults_and_survives_the_wire() {
-        let spec = spec(|_| {}).expect("valid");
-        assert_eq!((spec.vcpus, spec.memory_mib, spec.image.as_str(), spec.max_attempts), (2, 512, "default", 1));
-        assert_eq!(JobSpec::parse_full("spec", Some(spec.clone().into())), Ok(spec));
-    }
-
-    #[test]
-    fn each_bad_field_is_refused_by_name() {
-        type Spoil = fn(&mut pb::JobSpec);
-        let cases: &[(&str, Spoil)] = &[
-            ("spec.command", |s| s.command.clear()),
-            ("spec.command", |s| s.command = vec!["x".repeat(limits::MAX_COMMAND_BYTES + 1)]),
-            ("spec.command", |s| s.command.push("a\0b".into())),
-            ("spec.env", |s| drop(s.env.insert("A=B".into(), String::new()))),
-            ("spec.working_dir", |s| s.working_dir = "tmp".into()),
-            ("spec.image", |s| s.image = "../etc".into()),
-            ("spec.vcpus", |s| s.vcpus = Some(0)),
-            ("spec.memory_mib", |s| s.memory_mib = Some(1)),
-            ("spec.isolation", |s| s.isolation = 9),
-            ("spec.priority", |s| s.priority = 1001),
-            ("spec.timeout_ms", |s| s.timeout_ms = u64::MAX),
-            ("spec.max_attempts", |s| s.max_attempts = 101),
-            ("spec.labels", |s| drop(s.labels.insert(String::new(), String::new()))),
-            ("spec.node_id", |s| s.node_id = "a b".into()),
-            ("spec.target_vm_id", |s| s.target_vm_id = "nonsense".into()),
-        ];
-        for (field, change) in cases {
-            let error = spec(change).expect_err(field);
-            assert_eq!(error.metadata.get("field").map(String::as_str), Some(*field), "{error}");
-        }
     }
 }

@@ -71,7 +71,7 @@ pub(crate) enum Mutation {
         outcome: Outcome,
         scheduler_epoch: u64,
     },
-    /// A report about an attempt that is over: kept, and refused.
+    /// A report about an attempt that is over: kept and refused, unless it says again what the attempt came to.
     RecordLate {
         job_id: JobId,
         attempt: u32,
@@ -161,6 +161,8 @@ pub(crate) enum Key {
     Job(JobId),
     Node(NodeId),
     Lease(String),
+    /// One after which the job went back to the queue.
+    Attempt(JobId, u32),
     /// Not a row that the answer shows, but one that tells it: see [`crate::requests`].
     Request(uuid::Uuid),
 }
@@ -179,9 +181,8 @@ impl Mutation {
             Self::CancelJob { id, .. } | Self::FailQueuedJob { id, .. } => vec![Key::Job(*id)],
             Self::CreateJobs { jobs } => jobs.iter().map(|job| Key::Job(job.id)).collect(),
             Self::AssignJob { job_id, vm_id, .. } => vec![Key::Job(*job_id), Key::Vm(*vm_id)],
-            Self::StartAttempt { job_id, .. }
-            | Self::FinishAttempt { job_id, .. }
-            | Self::RecordLate { job_id, .. } => vec![Key::Job(*job_id)],
+            Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
+            Self::RecordLate { job_id, attempt, .. } => vec![Key::Job(*job_id), Key::Attempt(*job_id, *attempt)],
             Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
             Self::UpdateNode { id, .. } | Self::LoseNode { id, .. } => vec![Key::Node(id.clone())],
             Self::TakeLease { name, .. } | Self::ReleaseLease { name, .. } => vec![Key::Lease(name.clone())],

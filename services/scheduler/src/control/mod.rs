@@ -90,6 +90,8 @@ pub enum Event {
     LeaseAnswered(Option<registry::AcquireLeaseResponse>),
     /// [`Action::Call`] was answered.
     Answered { call: CallId, result: Result<Reply, Error> },
+    /// A job was recorded through this scheduler, which need not wait until the watch brings it.
+    Submitted(Box<Job>),
     /// A user wants a VM.
     VmRequested { vm_id: VmId, config: VmConfig },
     /// Time has passed.
@@ -173,6 +175,7 @@ impl Control {
                 self.lead(now, change);
             }
             Event::Answered { call, result } => self.answered(now, call, result),
+            Event::Submitted(job) => self.changed(now, job.revision, Change::Job(job)),
             Event::VmRequested { vm_id, config } => self.vm_requested(now, vm_id, config),
             Event::Tick => {}
         }

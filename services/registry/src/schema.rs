@@ -216,6 +216,7 @@ const RETRIES: Migration = Migration {
     version: 5,
     statements: &[
         "ALTER TABLE vms ADD COLUMN jobs_assigned INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE vms ADD COLUMN stop_grace_ms INTEGER",
         "ALTER TABLE jobs ADD COLUMN queued_at TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE jobs ADD COLUMN not_before TEXT",
         "ALTER TABLE jobs ADD COLUMN group_id TEXT",

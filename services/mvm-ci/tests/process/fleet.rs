@@ -80,7 +80,8 @@ impl Part {
         let endpoint = wait_for("where it listens", || {
             let log = std::fs::read_to_string(&log).expect("log");
             assert!(child.try_wait().expect("wait").is_none(), "it ended: {log}");
-            let ready = log.lines().find(|line| ["serves", "ready", "listening"].iter().any(|word| line.contains(word)));
+            let ready =
+                log.lines().find(|line| ["serves", "ready", "listening"].iter().any(|word| line.contains(word)));
             let address = ready.and_then(|line| line.rsplit(['=', ' ', '/']).next());
             address.map(|address| format!("http://{address}")).ok_or(log)
         });

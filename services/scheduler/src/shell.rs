@@ -72,12 +72,13 @@ fn stopped() -> Error {
 
 pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &Tasks) -> ShellHandle {
     let (sender, inbox) = mpsc::channel(INBOX);
-    let engine = Engine::new(Settings {
-        max_vms: config.max_vms,
-        auto_scaling: config.auto_scaling,
-        pre_warm_count: config.pre_warm_count,
-        defaults: config.defaults,
-    });
+    let mut settings = Settings::from(&blixard::config::Config::default());
+    settings.max_vms = config.max_vms;
+    settings.auto_scaling = config.auto_scaling;
+    settings.pre_warm = BTreeMap::from([(blixard::limits::DEFAULT_IMAGE.to_owned(), config.pre_warm_count)]);
+    settings.defaults = config.defaults;
+    let mut engine = Engine::new(settings);
+    engine.step(Timestamp::now(), Input::Lead(Some(0)));
     let effects = Effects {
         peers: peers.clone(),
         feed: feed.clone(),
@@ -236,6 +237,7 @@ impl Shell {
                 | Effect::FailVm { .. }
                 | Effect::DrainVm { .. }
                 | Effect::Tell { .. } => self.effects.carry_out(effect, None),
+                Effect::LookUpJob { .. } => {}
             }
         }
     }
@@ -330,7 +332,7 @@ impl Effects {
 
     async fn perform(&self, effect: Effect, reply: Option<oneshot::Sender<Result<Vm, Error>>>) -> Option<Input> {
         match effect {
-            Effect::RefuseVm { .. } => None,
+            Effect::RefuseVm { .. } | Effect::LookUpJob { .. } => None,
             Effect::CreateVm { ticket, vm_id, config, node_id } => {
                 let vm_id = vm_id.unwrap_or_else(VmId::random);
                 let message = registry::CreateVmRequest {
@@ -345,20 +347,22 @@ impl Effects {
                 }
                 Some(Input::Created { ticket, result })
             }
-            Effect::Assign { job_id, vm_id, attempt } => {
+            Effect::Assign { job_id, vm_id, attempt, decision } => {
                 let message = registry::AssignJobRequest {
                     job_id: job_id.to_string(),
                     vm_id: vm_id.to_string(),
                     attempt,
+                    decision: Some(*decision),
                     ..Default::default()
                 };
                 let result = self.assign(message).await;
                 Some(Input::Assigned { job_id, vm_id, result })
             }
-            Effect::FailJob { job_id, reason } => {
+            Effect::FailJob { job_id, reason, timed_out } => {
                 let message = registry::FailQueuedJobRequest {
                     job_id: job_id.to_string(),
                     reason: cut(reason),
+                    timed_out,
                     ..Default::default()
                 };
                 let call =

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part of this module")]
 
+pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
 
@@ -218,16 +219,32 @@ impl World {
 
     /// Processes whose environment names this world's directory.
     pub fn processes(&self) -> Vec<u32> {
-        let mark = self.vm_state_dir().into_os_string().into_encoded_bytes();
-        let pids = fs::read_dir("/proc").expect("/proc").flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.filter(|pid| *pid != std::process::id())
-            .filter(|pid| {
-                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                environment.windows(mark.len()).any(|window| window == mark)
-            })
-            .collect()
+        processes_with(self.vm_state_dir().into_os_string().into_encoded_bytes())
     }
+
+    /// Those of a job.
+    pub fn processes_of(&self, job: JobId) -> Vec<u32> {
+        processes_with(format!("BLIXARD_JOB_ID={job}").into_bytes())
+    }
+
+    pub async fn wait_no_process_of(&self, job: JobId) {
+        wait_for("the job's processes to be gone", || {
+            let left = self.processes_of(job);
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    }
+}
+
+fn processes_with(mark: Vec<u8>) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id())
+        .filter(|pid| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.windows(mark.len()).any(|window| window == mark)
+        })
+        .collect()
 }
 
 impl Drop for World {

@@ -1,7 +1,7 @@
 //! The scheduler as a process of its own.
 
 use anyhow::Context as _;
-use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
+use blixard_chassis::{Server, Tasks, metrics, secrets::SecretKey, settings, telemetry};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use clap::{Arg, Command};
 
@@ -20,20 +20,11 @@ async fn main() -> anyhow::Result<()> {
     let config = settings::load(&matches)?;
     let registry_endpoint = matches.get_one::<String>("registry").cloned().unwrap_or_default();
 
+    let secret_key = SecretKey::load(&config.storage.secret_key_file)?;
     let tasks = Tasks::new();
     metrics::serve(config.server.metrics_listen, &tasks).await?;
     let server = Server::bind(config.server.listen).await?;
-    let scheduler = Scheduler::start(
-        SchedulerConfig {
-            registry_endpoint,
-            max_vms: config.firecracker.max_concurrent_vms,
-            auto_scaling: config.vm_manager.auto_scaling,
-            pre_warm_count: config.vm_manager.pre_warm_count,
-            defaults: config.defaults(),
-        },
-        &tasks,
-    )
-    .await?;
+    let scheduler = Scheduler::start(SchedulerConfig::new(&config, registry_endpoint, secret_key), &tasks).await?;
     tracing::info!("Scheduler ready listen={}", server.local_addr());
     server.add_service(scheduler.service()).run(&tasks).await.context("serving")
 }

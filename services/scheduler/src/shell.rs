@@ -1,11 +1,19 @@
 //! The loop around the engine: registry's changes, users' requests and effects' outcomes in, effects out.
 
-use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use backon::{ExponentialBuilder, Retryable as _};
 use blixard::{
     error::{Error, Reason},
-    id::{JobId, VmId},
+    id::{JobId, NodeId, VmId},
     job::{Job, JobState},
     node::Node,
     pb::{common::v1 as common, registry::v1 as registry, vmhost::v1 as vmhost},
@@ -18,7 +26,7 @@ use tonic::{Status, Streaming};
 
 use crate::{
     SchedulerConfig,
-    engine::{Effect, Engine, Input, Order, OrderKey, Settings},
+    engine::{Effect, Engine, Input, Order, OrderKey},
     feed::Feed,
     peers::{CALL_TIMEOUT, Peers, missing, peer_error},
 };
@@ -33,13 +41,30 @@ const RECONNECT_AFTER: Duration = Duration::from_millis(200);
 /// What the service asks of the loop.
 enum Message {
     StartVm { vm_id: VmId, config: VmConfig, reply: oneshot::Sender<Result<Vm, Error>> },
-    Explain { job_id: JobId, reply: oneshot::Sender<Option<String>> },
+    Explain { job_id: JobId, reply: oneshot::Sender<Option<common::Decision>> },
+    NodeUse { reply: oneshot::Sender<BTreeMap<NodeId, NodeUse>> },
     Input(Box<Input>),
+}
+
+/// What of a node is taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct NodeUse {
+    /// VMs that have not ended.
+    pub(crate) vms: u32,
+    /// Memory of these.
+    pub(crate) used_memory_mib: u64,
+    /// Jobs that are assigned to them or run there.
+    pub(crate) jobs: u32,
 }
 
 /// The service's handle on the loop.
 #[derive(Clone)]
-pub(crate) struct ShellHandle(mpsc::Sender<Message>);
+pub(crate) struct ShellHandle {
+    inbox: mpsc::Sender<Message>,
+    /// How many jobs wait.
+    queued: Arc<AtomicUsize>,
+    name: String,
+}
 
 impl ShellHandle {
     /// Places and records a VM.
@@ -50,10 +75,27 @@ impl ShellHandle {
     }
 
     /// What a job waits for.
-    pub(crate) async fn explain(&self, job_id: JobId) -> Result<Option<String>, Error> {
+    pub(crate) async fn explain(&self, job_id: JobId) -> Result<Option<common::Decision>, Error> {
         let (reply, answer) = oneshot::channel();
         self.send(Message::Explain { job_id, reply }).await?;
         answer.await.map_err(|_| stopped())
+    }
+
+    /// What of each node is taken.
+    pub(crate) async fn node_use(&self) -> Result<BTreeMap<NodeId, NodeUse>, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::NodeUse { reply }).await?;
+        answer.await.map_err(|_| stopped())
+    }
+
+    /// How many jobs wait.
+    pub(crate) fn queued(&self) -> usize {
+        self.queued.load(Ordering::Relaxed)
+    }
+
+    /// The scheduler that leads, and whether it is this one.
+    pub(crate) fn leader(&self) -> (String, bool) {
+        (self.name.clone(), true)
     }
 
     /// Notes how patiently a VM is to be stopped.
@@ -62,7 +104,7 @@ impl ShellHandle {
     }
 
     async fn send(&self, message: Message) -> Result<(), Error> {
-        self.0.send(message).await.map_err(|_| stopped())
+        self.inbox.send(message).await.map_err(|_| stopped())
     }
 }
 
@@ -72,12 +114,8 @@ fn stopped() -> Error {
 
 pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &Tasks) -> ShellHandle {
     let (sender, inbox) = mpsc::channel(INBOX);
-    let engine = Engine::new(Settings {
-        max_vms: config.max_vms,
-        auto_scaling: config.auto_scaling,
-        pre_warm_count: config.pre_warm_count,
-        defaults: config.defaults,
-    });
+    let engine = Engine::new(config.settings.clone());
+    let queued = Arc::new(AtomicUsize::new(0));
     let effects = Effects {
         peers: peers.clone(),
         feed: feed.clone(),
@@ -85,7 +123,7 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
         slots: Arc::new(Semaphore::new(EFFECTS_AT_ONCE)),
         tasks: tasks.child(),
     };
-    let shell = Shell { engine, inbox, peers, feed, effects, requested: BTreeMap::new() };
+    let shell = Shell { engine, inbox, peers, feed, effects, requested: BTreeMap::new(), queued: queued.clone() };
     let token = tasks.token().clone();
     tasks.spawn("scheduler", async move {
         tokio::select! {
@@ -93,7 +131,7 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
             () = token.cancelled() => {}
         }
     });
-    ShellHandle(sender)
+    ShellHandle { inbox: sender, queued, name: config.name.clone() }
 }
 
 /// Revisions up to which the lists of each kind speak; older events of that kind are already in them.
@@ -111,6 +149,7 @@ struct Shell {
     effects: Effects,
     /// Users who wait for their VM to be recorded.
     requested: BTreeMap<VmId, oneshot::Sender<Result<Vm, Error>>>,
+    queued: Arc<AtomicUsize>,
 }
 
 impl Shell {
@@ -212,14 +251,25 @@ impl Shell {
                 self.step(Input::VmRequested { vm_id, config });
             }
             Message::Explain { job_id, reply } => {
-                let _ = reply.send(self.engine.waits_for(job_id));
+                let waits = self.engine.waits_for(job_id);
+                let _ = reply.send(waits.map(|summary| common::Decision { summary, ..Default::default() }));
+            }
+            Message::NodeUse { reply } => {
+                let jobs = self.engine.jobs_by_node();
+                let taken = self.engine.nodes().iter().map(|(id, entry)| {
+                    let jobs = jobs.get(id).copied().unwrap_or(0);
+                    (id.clone(), NodeUse { vms: entry.vms, used_memory_mib: entry.used_memory_mib, jobs })
+                });
+                let _ = reply.send(taken.collect());
             }
             Message::Input(input) => self.step(*input),
         }
     }
 
     fn step(&mut self, input: Input) {
-        for effect in self.engine.step(Timestamp::now(), input) {
+        let effects = self.engine.step(Timestamp::now(), input);
+        self.queued.store(self.engine.queued(), Ordering::Relaxed);
+        for effect in effects {
             match effect {
                 Effect::RefuseVm { vm_id, error } => {
                     if let Some(reply) = self.requested.remove(&vm_id) {

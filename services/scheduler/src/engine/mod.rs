@@ -290,6 +290,24 @@ impl Engine {
         &self.nodes
     }
 
+    /// How many jobs wait.
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// How many jobs are assigned or run on each node.
+    #[must_use]
+    pub fn jobs_by_node(&self) -> BTreeMap<NodeId, u32> {
+        let mut counts = BTreeMap::new();
+        for job in self.jobs.values().filter(|job| job.state != JobState::Queued) {
+            if let Some(node_id) = &job.node_id {
+                *counts.entry(node_id.clone()).or_default() += 1;
+            }
+        }
+        counts
+    }
+
     /// What a job waits for, in words; `None` when it does not wait.
     #[must_use]
     pub fn waits_for(&self, job_id: JobId) -> Option<String> {

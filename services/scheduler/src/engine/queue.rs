@@ -131,6 +131,10 @@ impl Queue {
         self.index.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.index.len()
+    }
+
     pub(super) fn contains(&self, job_id: JobId) -> bool {
         self.index.contains_key(&job_id)
     }

@@ -34,10 +34,7 @@ mod vms;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
     error::Error,
@@ -95,8 +92,6 @@ pub enum Input {
     JobGone(JobId),
     /// A user asks for a VM.
     VmRequested { vm_id: VmId, config: VmConfig },
-    /// A user asks for a VM's end with this grace; the registry has recorded it as Draining, or is about to.
-    StopRequested { vm_id: VmId, grace: Duration },
     /// [`Effect::CreateVm`] is done.
     Created { ticket: Ticket, result: Result<Vm, Error> },
     /// [`Effect::Assign`] is done.
@@ -224,7 +219,6 @@ impl Engine {
             Input::Job(job) => self.on_job(now, job, &mut effects),
             Input::JobGone(job_id) => self.on_job_gone(now, job_id),
             Input::VmRequested { vm_id, config } => self.on_vm_requested(vm_id, config, &mut effects),
-            Input::StopRequested { vm_id, grace } => self.on_stop_requested(now, vm_id, grace),
             Input::Created { ticket, result } => self.on_created(now, ticket, result, &mut effects),
             Input::Assigned { job_id, vm_id, result } => self.on_assigned(now, job_id, vm_id, result, &mut effects),
             Input::Told { order, result } => self.on_told(now, order, result, &mut effects),
@@ -252,6 +246,12 @@ impl Engine {
             return Some(self.now);
         }
         self.wakes.first().map(|(at, _)| *at)
+    }
+
+    /// Whether it acts.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        self.lead.is_some()
     }
 
     /// The nodes and what of them is taken.

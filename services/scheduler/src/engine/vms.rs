@@ -7,7 +7,7 @@ use std::{
 
 use blixard::{
     error::{Error, Reason},
-    id::{JobId, VmId},
+    id::{JobId, NodeId, VmId},
     node::NodeState,
     time::Timestamp,
     vm::{Vm, VmConfig, VmKind, VmState},
@@ -48,7 +48,7 @@ pub(super) struct VmEntry {
     pub(super) reserved: Option<JobId>,
     /// While it is Starting.
     pub(super) made_for: Option<Lane>,
-    /// How long it has to end, when a user said so.
+    /// How long it has to end, while it is Draining and somebody said so.
     pub(super) grace: Option<Duration>,
     /// When it is looked at again.
     pub(super) timer: Option<Timestamp>,
@@ -184,7 +184,7 @@ impl Engine {
             evicted: false,
             reserved: None,
             made_for: None,
-            grace: None,
+            grace: vm.stop_grace,
             timer: None,
             config: None,
             reason: "".into(),
@@ -193,9 +193,10 @@ impl Engine {
         if vm.state.is_terminal() {
             return self.on_vm_end(now, &vm, &entry, before, effects);
         }
-        let mut made_for = None;
+        let (mut made_for, mut shortened) = (None, false);
         if let Some(before) = before {
-            entry.grace = before.grace;
+            // Told already, perhaps with more patience.
+            shortened = before.state == VmState::Draining && before.grace != entry.grace;
             entry.reserved = before.reserved.filter(|_| vm.state.takes_jobs());
             entry.why = before.why.filter(|_| vm.state == VmState::Starting || vm.state.takes_jobs());
             made_for = before.made_for;
@@ -215,6 +216,9 @@ impl Engine {
         let vcpus = entry.class.vcpus;
         self.insert_vm(id, entry);
         self.end_boot(made_for, vcpus);
+        if shortened {
+            self.order_anew(now, OrderKey::Stop(id));
+        }
         self.want_vm_orders(now, id);
         self.vm_changed(now, id, effects);
     }
@@ -311,27 +315,32 @@ impl Engine {
     }
 
     pub(super) fn on_vm_requested(&mut self, vm_id: VmId, config: VmConfig, effects: &mut Vec<Effect>) {
-        let class = Class::of(&config, ImageId(self.images.number(&config.image)));
-        let site = self.fleet.use_site(&Constraint::only(config.node_id.clone()));
-        let room = self.room_for(site, &class);
-        self.fleet.leave_site(site);
-        match room {
-            Ok((_, _, node)) => self.create_vm(Some(vm_id), config, class, node, None, None, effects),
-            Err(wait) => {
-                let waits_for = self.describe_wait(wait, site, &class);
-                let message = format!("there is no room for another VM: it would wait for {waits_for}");
-                let error = Error::new(Reason::Overloaded, message).with("limit", self.settings.max_vms);
-                effects.push(Effect::RefuseVm { vm_id, error });
-            }
+        match self.find_room(&config) {
+            Ok((class, node)) => self.create_vm(Some(vm_id), config, class, node, None, None, effects),
+            Err(error) => effects.push(Effect::RefuseVm { vm_id, error }),
         }
     }
 
-    pub(super) fn on_stop_requested(&mut self, now: Timestamp, vm_id: VmId, grace: Duration) {
-        let Some(entry) = self.vms.get_mut(&vm_id) else { return };
-        entry.grace = Some(grace);
-        if entry.state == VmState::Draining {
-            // Told already, perhaps with more patience.
-            self.order_anew(now, OrderKey::Stop(vm_id));
+    /// The node on which a user's VM would be started now; whether this engine leads does not matter.
+    ///
+    /// # Errors
+    /// OVERLOADED with what it would wait for.
+    pub fn place(&mut self, config: &VmConfig) -> Result<NodeId, Error> {
+        let (_, node) = self.find_room(config)?;
+        Ok(self.fleet.place(node).id.clone())
+    }
+
+    fn find_room(&mut self, config: &VmConfig) -> Result<(Class, NodeIx), Error> {
+        let class = Class::of(config, ImageId(self.images.number(&config.image)));
+        let site = self.fleet.use_site(&Constraint::only(config.node_id.clone()));
+        let room = self.room_for(site, &class).map_err(|wait| self.describe_wait(wait, site, &class));
+        self.fleet.leave_site(site);
+        match room {
+            Ok((_, _, node)) => Ok((class, node)),
+            Err(waits_for) => {
+                let message = format!("there is no room for another VM: it would wait for {waits_for}");
+                Err(Error::new(Reason::Overloaded, message).with("limit", self.settings.max_vms))
+            }
         }
     }
 

@@ -291,6 +291,7 @@ const RETRIES: Migration = Migration {
                 NEW.assigned_at, NEW.started_at, NEW.queued_at, NEW.decision
             WHERE true ON CONFLICT DO NOTHING;
             DELETE FROM attempts WHERE job_id = NEW.id AND attempt <= NEW.attempt - 1000;
+            DELETE FROM late_reports WHERE job_id = NEW.id AND attempt <= NEW.attempt - 1000;
         END",
         "CREATE TRIGGER jobs_finished AFTER UPDATE OF finished_at ON jobs WHEN NEW.finished_at IS NOT NULL BEGIN
             DELETE FROM job_inputs WHERE job_id = NEW.id;

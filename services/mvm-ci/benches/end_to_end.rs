@@ -197,7 +197,7 @@ fn job(command: &[&str], vm_id: &str) -> pb::SubmitJobRequest {
         target_vm_id: vm_id.to_owned(),
         ..Default::default()
     };
-    pb::SubmitJobRequest { request_id: Uuid::new_v4().to_string(), spec: Some(spec) }
+    pb::SubmitJobRequest { request_id: Uuid::new_v4().to_string(), spec: Some(spec), input: None }
 }
 
 fn logs_of(job_id: &str) -> pb::StreamJobLogsRequest {
@@ -253,6 +253,19 @@ impl VmHostService for Nothing {
         Err(Status::unimplemented(""))
     }
     type StreamLogsStream = Records;
+    async fn list_artifacts(
+        &self,
+        _: Request<vmhost::ListArtifactsRequest>,
+    ) -> Result<Response<vmhost::ListArtifactsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    type GetArtifactStream = futures::stream::Empty<Result<vmhost::GetArtifactResponse, Status>>;
+    async fn get_artifact(
+        &self,
+        _: Request<vmhost::GetArtifactRequest>,
+    ) -> Result<Response<Self::GetArtifactStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
     async fn stream_logs(&self, _: Request<vmhost::StreamLogsRequest>) -> Result<Response<Records>, Status> {
         let data = Bytes::from(vec![0; limits::MAX_LOG_CHUNK]);
         let chunks = LOG_BYTES / limits::MAX_LOG_CHUNK as u64;

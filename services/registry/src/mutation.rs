@@ -39,6 +39,8 @@ pub(crate) enum Mutation {
         to: VmState,
         expected_generation: u64,
         reason: String,
+        /// To Draining: how long it has to end by itself.
+        grace_ms: Option<u64>,
         scheduler_epoch: u64,
     },
     PurgeVms {
@@ -149,8 +151,19 @@ pub(crate) struct NewJob {
 /// What an attempt came to.
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
-    Result { state: JobState, exit: Option<ExitStatus>, reason: String, log_bytes: u64, finished_at: Timestamp },
-    Lost { started: bool, reason: String },
+    Result {
+        state: JobState,
+        exit: Option<ExitStatus>,
+        reason: String,
+        log_bytes: u64,
+        finished_at: Timestamp,
+        /// When its command started, if that was not reported before.
+        started_at: Option<Timestamp>,
+    },
+    Lost {
+        started: bool,
+        reason: String,
+    },
 }
 
 /// The rows that a mutation's answer shows. Mutations that share one are not committed together, so that each answer
@@ -247,9 +260,13 @@ impl Mutation {
         let now = time::to_text(at);
         match self {
             Self::CreateVm { id, config, node_id, .. } => vec![create_vm(*id, config, node_id, now)],
-            Self::TransitionVm { id, to, expected_generation, reason, .. } => {
+            Self::TransitionVm { id, to, expected_generation, reason, grace_ms, .. } => {
                 let generation = integer(*expected_generation);
-                vec![(sql(&TRANSITION_VM[index(*to)]), vec![id.text(), generation, reason.into(), now.into()])]
+                let mut params = vec![id.text(), generation, reason.into(), now.into()];
+                if *to == VmState::Draining {
+                    params.push(grace_ms.map_or(Param::Null, integer));
+                }
+                vec![(sql(&TRANSITION_VM[index(*to)]), params)]
             }
             Self::PurgeVms { states, ids, at_most } => purge_vms(states, ids, *at_most, now),
             Self::CreateJob { job } => create_job(job, now),
@@ -360,13 +377,22 @@ fn create_vm(id: VmId, config: &VmConfig, node_id: &NodeId, now: String) -> Stat
 /// One statement for each state to reach, in the order of `VmState::ALL`.
 static TRANSITION_VM: LazyLock<Vec<String>> = LazyLock::new(|| {
     let statement = |to: VmState| {
-        // A VM that is draining may still run its job; in any other state it reaches here it runs none.
-        let job = if to == VmState::Draining { "" } else { "job_id = NULL, " };
+        // A VM that is draining may still run its job, and may be given less time to end; in any other state that it
+        // reaches here it runs none.
+        let (set, may_reach) = match to {
+            VmState::Draining => (
+                "stop_grace_ms = ?5",
+                format!(
+                    "({} OR (state = '{to}' AND (stop_grace_ms IS NULL OR ?5 < stop_grace_ms) AND ?5 IS NOT NULL))",
+                    may_reach(to)
+                ),
+            ),
+            _ => ("job_id = NULL", may_reach(to)),
+        };
         format!(
-            "UPDATE vms SET state = '{to}', {job}reason = ?3, generation = generation + 1, \
+            "UPDATE vms SET state = '{to}', {set}, reason = ?3, generation = generation + 1, \
                  revision = {NEXT_REVISION}, updated_at = ?4 \
-             WHERE id = ?1 AND (?2 = 0 OR generation = ?2) AND {}",
-            may_reach(to)
+             WHERE id = ?1 AND (?2 = 0 OR generation = ?2) AND {may_reach}"
         )
     };
     VmState::ALL.into_iter().map(statement).collect()
@@ -589,8 +615,8 @@ static RELEASE_VM: LazyLock<String> = LazyLock::new(|| {
 static FINISH: LazyLock<String> = LazyLock::new(|| {
     format!(
         "UPDATE jobs SET state = ?3, attempt_end = 'result', \
-             attempts_started = attempts_started + (started_at IS NULL AND ?4), exit_code = ?5, signal = ?6, \
-             user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
+             attempts_started = attempts_started + (started_at IS NULL AND ?4), started_at = coalesce(started_at, ?15), \
+             exit_code = ?5, signal = ?6, user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
              reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, finished_at = ?12, \
              expires_ms = ?14 + nullif(result_ttl_ms, 0), \
              generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13 \
@@ -604,13 +630,13 @@ static FINISH: LazyLock<String> = LazyLock::new(|| {
 static FINISH_OR_RETRY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "UPDATE jobs SET state = iif(again, '{}', ?3), attempt_end = iif(again, ?3, 'result'), \
-             attempts_started = iif(again OR ?4, counted, attempts_started), \
+             attempts_started = iif(again OR ?4, counted, attempts_started), started_at = coalesce(started_at, ?15), \
              exit_code = ?5, signal = ?6, user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
              reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, \
              finished_at = iif(again, NULL, ?12), queued_at = iif(again, ?13, queued_at), \
              not_before_ms = {}, expires_ms = iif(again, NULL, ?14 + nullif(result_ttl_ms, 0)), \
              generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13 \
-         FROM (SELECT counted, NOT cancel_requested AND retry_on & ?15 AND counted < max_attempts AS again \
+         FROM (SELECT counted, NOT cancel_requested AND retry_on & ?16 AND counted < max_attempts AS again \
              FROM (SELECT *, attempts_started + (started_at IS NULL) AS counted FROM jobs WHERE id = ?1)) \
          WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
         JobState::Queued,
@@ -655,7 +681,7 @@ fn pause(now_ms: &str, condition: &str) -> String {
 fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, at: Timestamp) -> Statement {
     let now = time::to_text(at);
     match outcome {
-        Outcome::Result { state, exit, reason, log_bytes, finished_at } => {
+        Outcome::Result { state, exit, reason, log_bytes, finished_at, started_at } => {
             let (code, signal) = match exit.map(|exit| exit.kind) {
                 Some(ExitKind::Code(code)) => (Some(code), None),
                 Some(ExitKind::Signal(signal)) => (None, Some(signal)),
@@ -676,6 +702,7 @@ fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, at: Timestamp) -> Stat
                 time::to_text(*finished_at).into(),
                 now.into(),
                 at.0.into(),
+                started_at.map_or(Param::Null, text),
             ];
             let retry_on = match state {
                 JobState::Failed => bit(pb::RetryOn::Failed),
@@ -902,6 +929,7 @@ mod tests {
             reason: String::new(),
             log_bytes: 0,
             finished_at: Timestamp(0),
+            started_at: None,
         };
         let late = Mutation::RecordLate {
             job_id: id,

@@ -302,6 +302,7 @@ mod tests {
             reason: "it ended".into(),
             log_bytes: 7,
             finished_at: Timestamp(5),
+            started_at: Some(Timestamp(4)),
         });
         let lost = any::<bool>().prop_map(|started| Outcome::Lost { started, reason: "gone".into() });
         // The scheduler's epoch is 1.
@@ -320,9 +321,10 @@ mod tests {
         };
         prop_oneof![
             2 => (1..=2u128, kind).prop_map(|(vm, kind)| create_vm(vm, kind)),
-            4 => (vm(), prop::sample::select(VmState::ALL.to_vec()), 0..3u64, epoch()).prop_map(
-                |(id, to, expected_generation, scheduler_epoch)| {
-                    Mutation::TransitionVm { id, to, expected_generation, reason: "s\0o".into(), scheduler_epoch }
+            4 => (vm(), prop::sample::select(VmState::ALL.to_vec()), 0..3u64, epoch(), any::<Option<u16>>()).prop_map(
+                |(id, to, expected_generation, scheduler_epoch, grace_ms)| {
+                    let (reason, grace_ms) = ("s\0o".into(), grace_ms.map(Into::into));
+                    Mutation::TransitionVm { id, to, expected_generation, reason, grace_ms, scheduler_epoch }
                 },
             ),
             1 => Just(Mutation::PurgeVms { states: vec![VmState::Failed], ids: vec![], at_most: 9 }),

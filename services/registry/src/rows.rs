@@ -21,7 +21,7 @@ use crate::{
 
 /// The columns that [`VmRow::read`] expects.
 pub(crate) const VM_COLUMNS: &str = "id, config, state, node_id, job_id, reason, generation, revision, created_at, updated_at, created_revision, \
-     jobs_assigned";
+     jobs_assigned, stop_grace_ms";
 /// The columns that [`JobRow::read`] expects.
 pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, assignment, cancel_requested, exit_code, \
      signal, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, generation, revision, created_at, assigned_at, \
@@ -82,6 +82,7 @@ impl VmRow {
             created_at: Some(when(row, 8)?),
             updated_at: Some(when(row, 9)?),
             jobs_assigned: row.get::<_, Option<u32>>(11)?.unwrap_or(0),
+            stop_grace_ms: row.get::<_, Option<i64>>(12)?.map(i64::unsigned_abs),
         };
         Ok(Self { vm, state, config, created_revision: number(row, 10)? })
     }

@@ -107,6 +107,7 @@ impl Command for wire::TransitionVmRequest {
             to: VmState::from_pb("to_state", self.to_state)?,
             expected_generation: self.expected_generation,
             reason: reason("reason", self.reason)?,
+            grace_ms: grace(self.grace_ms)?,
             scheduler_epoch: self.scheduler_epoch,
         })
     }
@@ -529,6 +530,14 @@ fn counts(connection: &Connection) -> rusqlite::Result<wire::GetCountsResponse> 
     Ok(wire::GetCountsResponse { vms: vms.collect(), jobs: jobs.collect(), revision: newest_revision(connection)? })
 }
 
+fn grace(grace_ms: Option<u64>) -> Result<Option<u64>, Error> {
+    let most = u64::try_from(limits::MAX_STOP_GRACE.as_millis()).unwrap_or(u64::MAX);
+    match grace_ms {
+        Some(grace_ms) if grace_ms > most => Err(invalid("grace_ms", grace_ms, &format!("at most {most} (ms)"))),
+        grace_ms => Ok(grace_ms),
+    }
+}
+
 fn outcome(outcome: Option<WireOutcome>, now: Timestamp) -> Result<Outcome, Error> {
     match outcome {
         None => Err(invalid("outcome", "", "result or lost")),
@@ -546,6 +555,7 @@ fn outcome(outcome: Option<WireOutcome>, now: Timestamp) -> Result<Outcome, Erro
                 reason: reason("result.reason", result.reason)?,
                 log_bytes: result.log_bytes,
                 finished_at: result.finished_at.map_or(now, Into::into),
+                started_at: result.started_at.map(Into::into),
             })
         }
     }

@@ -219,6 +219,7 @@ const RETRIES: Migration = Migration {
     version: 5,
     statements: &[
         "ALTER TABLE vms ADD COLUMN jobs_assigned INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE vms ADD COLUMN stop_grace_ms INTEGER",
         "ALTER TABLE jobs ADD COLUMN queued_at TEXT NOT NULL DEFAULT ''",
         // Times that are computed in SQL are milliseconds since 1970: Hiqlite forbids SQLite's functions for times.
         "ALTER TABLE jobs ADD COLUMN not_before_ms INTEGER",

@@ -431,10 +431,44 @@ mod tests {
 
     fn result(attempt: u32, state: pb::JobState, exit_code: Option<i32>, reason: &str) -> wire::FinishAttemptRequest {
         let exit = exit_code.map(|code| pb::ExitStatus { exit_code: Some(code), ..Default::default() });
-        let result =
-            wire::AttemptResult { state: state.into(), exit, reason: reason.into(), log_bytes: 5, finished_at: None };
+        let result = wire::AttemptResult {
+            state: state.into(),
+            exit,
+            reason: reason.into(),
+            log_bytes: 5,
+            ..Default::default()
+        };
         let outcome = Some(Outcome::Result(result));
         wire::FinishAttemptRequest { job_id: id(1), attempt, outcome, ..Default::default() }
+    }
+
+    #[test]
+    fn a_short_command_tells_its_start_with_its_end() {
+        let mut store = Store::new();
+        store.create_job(NOW, new_job(1, spec(|_| {}))).unwrap();
+        ready_vm(&mut store, 9);
+        assign(&mut store, 1);
+        let mut end = result(1, pb::JobState::Succeeded, Some(0), "");
+        let Some(Outcome::Result(told)) = &mut end.outcome else { panic!("a result") };
+        told.started_at = Some(Timestamp(7).into());
+        let job = store.finish_attempt(NOW, end).unwrap().job.unwrap();
+        assert_eq!((job.attempts_started, job.started_at.map(Timestamp::from)), (1, Some(Timestamp(7))));
+    }
+
+    #[test]
+    fn a_stop_that_is_asked_for_again_may_only_be_shortened() {
+        let mut store = Store::new();
+        let drain = |store: &mut Store, grace_ms| {
+            let (vm_id, to_state) = (id(9), pb::VmState::Draining.into());
+            let request = wire::TransitionVmRequest { vm_id, to_state, grace_ms, ..Default::default() };
+            store.transition_vm(NOW, request).unwrap().vm.unwrap().stop_grace_ms
+        };
+        ready_vm(&mut store, 9);
+        assert_eq!(drain(&mut store, None), None);
+        assert_eq!(drain(&mut store, Some(5000)), Some(5000));
+        assert_eq!(drain(&mut store, Some(9000)), Some(5000));
+        assert_eq!(drain(&mut store, Some(0)), Some(0));
+        assert_eq!(drain(&mut store, None), Some(0));
     }
 
     fn lost(attempt: u32, started: bool) -> wire::FinishAttemptRequest {

@@ -312,6 +312,7 @@ impl SchedulerService for SchedulerApi {
             to_state: VmState::Draining.to_pb().into(),
             expected_generation: 0,
             reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
+            grace_ms: asked.grace_ms,
             ..Default::default()
         };
         let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {

@@ -1,7 +1,7 @@
 //! All decisions under random interleavings: a registry with compare-and-set, vmhosts that boot, run and die, answers in any
 //! order, nodes that are cordoned, drained and lost, schedulers that lose the lead and get it back.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use blixard::job::{Dependency, DependencyCondition, TENANT_LABEL};
 use proptest::prelude::*;

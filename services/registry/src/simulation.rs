@@ -472,7 +472,7 @@ mod tests {
     }
 
     fn lost(attempt: u32, started: bool) -> wire::FinishAttemptRequest {
-        let outcome = Some(Outcome::Lost(wire::AttemptLost { started, reason: "gone".into() }));
+        let outcome = Some(Outcome::Lost(wire::AttemptLost { started, reason: "gone".into(), lost_node: None }));
         wire::FinishAttemptRequest { job_id: id(1), attempt, outcome, ..Default::default() }
     }
 

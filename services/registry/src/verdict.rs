@@ -16,7 +16,7 @@ use prost::Message as _;
 
 use crate::{
     leases,
-    mutation::{Mutation, NewJob, Outcome, config_text},
+    mutation::{LostNode, Mutation, NewJob, Outcome, config_text},
     requests::Recorded,
     rows::{AttemptEnd, JobRow, VmRow},
 };
@@ -76,6 +76,11 @@ impl Verdict {
 pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdict {
     if changed == 0
         && let Some(error) = stale_epoch(mutation.scheduler_epoch(), after.scheduler_epoch)
+    {
+        return Verdict::Denied(error);
+    }
+    if changed == 0
+        && let Some(error) = mutation.lost_node().and_then(|node| not_lost(node, after))
     {
         return Verdict::Denied(error);
     }
@@ -169,6 +174,17 @@ fn stale_epoch(epoch: u64, current: u64) -> Option<Error> {
         let message = format!("the scheduler of epoch {epoch} does not lead: the epoch is {current}");
         Error::new(Reason::StaleEpoch, message).with("epoch", epoch).with("current", current)
     })
+}
+
+/// The node is back.
+fn not_lost(LostNode { id, incarnation }: &LostNode, after: &After) -> Option<Error> {
+    let Some(node) = after.nodes.get(id) else { return Some(node_not_found(id)) };
+    if node.state() == pb::NodeState::Lost && node.incarnation == *incarnation {
+        return None;
+    }
+    let message = format!("node {id} is at incarnation {}, and not taken for lost at {incarnation}", node.incarnation);
+    let error = Error::new(Reason::StaleIncarnation, message).with("node_id", id);
+    Some(error.with("incarnation", incarnation).with("current", node.incarnation))
 }
 
 fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {

@@ -10,6 +10,8 @@ use uuid::Uuid;
 
 use super::*;
 
+mod behaviours;
+mod tables;
 mod world;
 
 const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };

@@ -28,6 +28,8 @@ struct World {
     /// Attempts that vmhosts run.
     running: BTreeMap<VmId, (JobId, u32)>,
     started: BTreeSet<VmId>,
+    /// Since when nodes are Lost.
+    lost_since: BTreeMap<NodeId, Timestamp>,
     next_vm: u128,
     settings: Settings,
     epoch: u64,
@@ -49,6 +51,7 @@ impl World {
             effects: Vec::new(),
             running: BTreeMap::new(),
             started: BTreeSet::new(),
+            lost_since: BTreeMap::new(),
             next_vm: 1000,
             settings,
             epoch: 0,
@@ -284,8 +287,14 @@ impl World {
 
     fn change_node(&mut self, choice: usize) {
         let id = named(u8::try_from(choice % usize::from(NODES)).expect("small") + 1);
+        self.leases_end();
         let (was, now) = (self.nodes[&id].state, self.now);
         let to = NodeState::ALL[choice / 3 % 4];
+        if to != NodeState::Lost {
+            self.lost_since.remove(&id);
+        } else {
+            self.lost_since.entry(id.clone()).or_insert(now);
+        }
         self.put_node(&id, |node| {
             node.state = to;
             node.drain_deadline = (to == NodeState::Draining).then(|| Timestamp(now.0 + 5000));
@@ -295,8 +304,19 @@ impl World {
         });
     }
 
+    /// A vmhost that is not heard kills what it runs when its lease is over.
+    fn leases_end(&mut self) {
+        let over = |world: &Self, vm_id: &VmId| {
+            let since = world.vms.get(vm_id).and_then(|vm| world.lost_since.get(&vm.node_id));
+            since.is_some_and(|since| world.now.since(*since) >= Duration::from_secs(30))
+        };
+        let killed: Vec<_> = self.running.keys().copied().filter(|vm_id| over(self, vm_id)).collect();
+        self.running.retain(|vm_id, _| !killed.contains(vm_id));
+    }
+
     /// One thing happens; `choice` says which. False when there was nothing to do.
     fn happen(&mut self, kind: u8, choice: usize) -> bool {
+        self.leases_end();
         match kind {
             0..=2 => self.events.pop_front().map(|event| self.feed(event)).is_some(),
             3..=5 if !self.effects.is_empty() => {
@@ -336,6 +356,8 @@ impl World {
     }
 
     fn settle(&mut self) {
+        self.leases_end();
+        self.lost_since.clear();
         for number in 1..=NODES {
             self.put_node(&named(number), |node| {
                 (node.state, node.drain_deadline, node.incarnation) = (NodeState::Ready, None, node.incarnation + 1);

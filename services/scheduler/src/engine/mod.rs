@@ -390,15 +390,16 @@ impl Engine {
                     self.queue.offer(image, Offer::Room);
                 }
                 for vm_id in self.vms_on(ix) {
+                    self.tend(now, vm_id, effects);
                     self.offer_to_its_jobs(vm_id);
                 }
             }
-            Some(NodeState::Draining) => {
+            Some(NodeState::Draining | NodeState::Cordoned) => {
                 for vm_id in self.vms_on(ix) {
                     self.tend(now, vm_id, effects);
                 }
             }
-            Some(NodeState::Cordoned | NodeState::Lost) | None => {}
+            Some(NodeState::Lost) | None => {}
         }
     }
 

@@ -1,7 +1,7 @@
 //! `mvm-ci run`: submits a job, passes its output on as it comes, ends as the job ended: all in one call.
 //!
 //! Exit code: the job's; 128 + n when signal n ended it; 124 when it ran out of time (as `timeout` has it); 130 when it was
-//! cancelled; 125 when it could not be run or was lost (as `docker run` has it); 141 when the reader of its output left,
+//! cancelled; 125 when it could not be run or was lost (as `docker run` has it), or its files could not be fetched; 141 when the reader of its output left,
 //! which cancels the job just as SIGPIPE ends a local one. Arrays are [`super::array`]'s.
 
 use std::process::ExitCode;
@@ -72,7 +72,7 @@ pub(crate) async fn run(endpoint: &str, args: RunArgs, printer: &Printer) -> Res
     let outcome = attend(&client, &job_id, &mut follower, &progress, &mut sink).await;
     progress.clear();
     if let (Ok(_), Some(dir)) = (&outcome, &args.artifacts_dir) {
-        artifacts::fetch_all(&client, &job_id, 0, dir, &mut |text| sink.note(text)).await?;
+        artifacts::fetch_all(&client, &job_id, 0, dir, &mut |text| sink.note(text)).await.map_err(not_run)?;
     }
     finish(&client, &job_id, outcome, &mut sink, printer.format()).await
 }

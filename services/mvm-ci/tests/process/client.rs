@@ -165,7 +165,7 @@ fn the_files_of_a_job_are_fetched_whole_whatever_breaks() {
     let damaged = common::Artifact { sha256: vec![0; 32].into(), path: "/out/c.bin".into(), ..good };
     let result = output(run(&start(damaged), &wanted));
     assert!(text(&result.stderr).contains("arrived damaged"), "{}", text(&result.stderr));
-    assert_eq!(code(result.status), 1);
+    assert_eq!(code(result.status), 125);
     let names: Vec<_> = std::fs::read_dir(dir.path().join("fetched/out")).expect("a directory").collect();
     assert_eq!(names.len(), 1, "nothing is left of the damaged one: {names:?}");
 }

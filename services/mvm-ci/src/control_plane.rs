@@ -19,7 +19,7 @@ use blixard::{
 use blixard_chassis::{Server, Tasks, client, metrics, secrets::SecretKey, server::BindError, with_causes};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
-use blixard_vmhost::{VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, Pace, VmHost, VmHostConfig};
 use tokio::sync::watch;
 
 /// How long each part has to end. VMs outlive it, so there is little to wait for.
@@ -147,6 +147,10 @@ impl Parts {
             max_vms: config.firecracker.max_concurrent_vms,
             registry_endpoint: endpoint.clone(),
             advertise_endpoint: endpoint.clone(),
+            secret_key: Some(secret_key.clone()),
+            node_labels: config.server.node_labels.0.clone(),
+            health: HealthConfig::from(&config.vm_manager),
+            pace: Pace::default(),
         };
         let vmhost = VmHost::start(vmhost, &self.services).await.map_err(|error| StartError::new(&error))?;
         let scheduler = SchedulerConfig::new(&config, endpoint.clone(), Some(secret_key));

@@ -74,7 +74,7 @@ impl RequestId {
                 Key::Vm(id) => vm = id.to_string().into(),
                 Key::Job(id) => job = id.to_string().into(),
                 Key::Node(id) => node = id.as_str().into(),
-                Key::Lease(_) | Key::Request(_) => {}
+                Key::Lease(_) | Key::Attempt(..) | Key::Request(_) => {}
             }
         }
         let sql = format!(

@@ -28,6 +28,8 @@ pub(crate) struct After {
     pub(crate) jobs: HashMap<JobId, JobRow>,
     pub(crate) nodes: HashMap<NodeId, pb::Node>,
     pub(crate) leases: HashMap<String, leases::Recorded>,
+    /// How those ended after which their job went back to the queue.
+    pub(crate) attempts: HashMap<(JobId, u32), AttemptEnd>,
     /// Of the scheduler that leads.
     pub(crate) scheduler_epoch: u64,
     /// The newest revision.
@@ -104,7 +106,13 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
         | Mutation::ForgetJobs { .. }
         | Mutation::ForgetExpiredJobs { .. }
         | Mutation::CompactEvents { .. } => Verdict::Accepted(Answer::Purged(changed)),
-        Mutation::RecordLate { refusal, .. } => Verdict::Denied(refusal.clone()),
+        Mutation::RecordLate { job_id, attempt, outcome, refusal } => {
+            let end = after.attempts.get(&(*job_id, *attempt)).copied();
+            match after.jobs.get(job_id) {
+                Some(row) if came_to(outcome, end, row.state) => Verdict::job(row),
+                Some(_) | None => Verdict::Denied(refusal.clone()),
+            }
+        }
         Mutation::TakeLease { name, .. } | Mutation::ReleaseLease { name, .. } => match after.leases.get(name) {
             None => Verdict::Again,
             Some(lease) => Verdict::Accepted(Answer::Lease(lease.clone())),
@@ -197,14 +205,7 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
             }
         }
         Mutation::FinishAttempt { job_id, attempt, outcome, .. } => {
-            let repeated = match outcome {
-                Outcome::Result { state, .. } => match row.attempt_end {
-                    Some(AttemptEnd::Result) => row.state == *state,
-                    Some(AttemptEnd::Retried(retried)) => retried == *state,
-                    Some(AttemptEnd::Lost) | None => false,
-                },
-                Outcome::Lost { .. } => row.attempt_end == Some(AttemptEnd::Lost),
-            };
+            let repeated = came_to(outcome, row.attempt_end, row.state);
             match *attempt == row.job.attempt {
                 true if repeated => Verdict::job(row),
                 true if row.state.may_go_to(JobState::Queued) => Verdict::Again,
@@ -242,6 +243,16 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         | Mutation::ForgetVms { .. }
         | Mutation::ForgetJobs { .. }
         | Mutation::CompactEvents { .. } => Verdict::Again,
+    }
+}
+
+/// Whether an attempt that ended so, of a job that ended in this state, came to this.
+fn came_to(outcome: &Outcome, end: Option<AttemptEnd>, job: JobState) -> bool {
+    match (outcome, end) {
+        (Outcome::Result { state, .. }, Some(AttemptEnd::Result)) => job == *state,
+        (Outcome::Result { state, .. }, Some(AttemptEnd::Retried(retried))) => retried == *state,
+        (Outcome::Lost { .. }, Some(AttemptEnd::Lost)) => true,
+        (Outcome::Result { .. } | Outcome::Lost { .. }, _) => false,
     }
 }
 

@@ -13,6 +13,7 @@
 //!
 //! The scheduler keeps nothing on disk: what must survive is in the registry before it is acted on.
 
+pub mod control;
 pub mod engine;
 
 mod feed;
@@ -39,12 +40,10 @@ pub use service::SchedulerApi;
 pub struct SchedulerConfig {
     /// Where the registry answers, as `http://host:port`.
     pub registry_endpoint: String,
-    /// Its name among the schedulers.
+    /// Its name among the schedulers: the same at each of its starts, and nobody else's.
     pub name: String,
     /// How the engine decides.
     pub settings: engine::Settings,
-    /// How many jobs may wait.
-    pub max_queued_jobs: u32,
     /// What seals secrets; without it they are refused.
     pub secret_key: Option<SecretKey>,
 }
@@ -56,13 +55,7 @@ impl SchedulerConfig {
         Self {
             registry_endpoint: registry_endpoint.into(),
             name: config.server.node_id.to_string(),
-            settings: engine::Settings {
-                max_vms: config.firecracker.max_concurrent_vms,
-                auto_scaling: config.vm_manager.auto_scaling,
-                pre_warm_count: config.vm_manager.pre_warm_count,
-                defaults: config.defaults(),
-            },
-            max_queued_jobs: config.scheduler.max_queued_jobs,
+            settings: config.into(),
             secret_key,
         }
     }

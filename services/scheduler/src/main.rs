@@ -1,7 +1,6 @@
 //! The scheduler as a process of its own.
 
 use anyhow::Context as _;
-use blixard::id::{NAME_ALLOWED, is_name};
 use blixard_chassis::{Server, Tasks, metrics, secrets::SecretKey, settings, telemetry};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
 use clap::{Arg, Command};
@@ -9,24 +8,19 @@ use clap::{Arg, Command};
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     telemetry::init("info");
-    let command = Command::new("scheduler")
-        .about("Routes jobs to microVMs")
-        .arg(
-            Arg::new("registry")
-                .long("registry")
-                .env("BLIXARD_REGISTRY")
-                .value_name("URL")
-                .required(true)
-                .help("Where the registry answers, as http://host:port"),
-        )
-        .arg(
-            Arg::new("name")
-                .long("name")
-                .env("BLIXARD_SCHEDULER_NAME")
-                .value_name("NAME")
-                .value_parser(|name: &str| if is_name(name) { Ok(name.to_owned()) } else { Err(NAME_ALLOWED) })
-                .help("Its name, the same at each start and no other scheduler's; the node's when left out"),
-        );
+    let own = [
+        Arg::new("registry")
+            .long("registry")
+            .env("BLIXARD_REGISTRY")
+            .value_name("URL")
+            .required(true)
+            .help("Where the registry answers, as http://host:port"),
+        Arg::new("name").long("name").env("BLIXARD_SCHEDULER_NAME").value_name("NAME").help(
+            "Its name among the schedulers: the same at each start, and nobody else's; by default this machine's name and \
+             where it listens",
+        ),
+    ];
+    let command = Command::new("scheduler").about("Routes jobs to microVMs").args(own);
     let matches = settings::add_flags(command).get_matches();
     let config = settings::load(&matches)?;
     let registry_endpoint = matches.get_one::<String>("registry").cloned().unwrap_or_default();
@@ -35,11 +29,12 @@ async fn main() -> anyhow::Result<()> {
     let tasks = Tasks::new();
     metrics::serve(config.server.metrics_listen, &tasks).await?;
     let server = Server::bind(config.server.listen).await?;
-    let mut own = SchedulerConfig::new(&config, registry_endpoint, secret_key);
-    if let Some(name) = matches.get_one::<String>("name") {
-        own.name.clone_from(name);
-    }
-    let scheduler = Scheduler::start(own, &tasks).await?;
+    let mut config = SchedulerConfig::new(&config, registry_endpoint, secret_key);
+    config.name = match matches.get_one::<String>("name") {
+        Some(name) => name.clone(),
+        None => format!("{}/{}", rustix::system::uname().nodename().to_string_lossy(), server.local_addr()),
+    };
+    let scheduler = Scheduler::start(config, &tasks).await?;
     tracing::info!("Scheduler ready listen={}", server.local_addr());
     server.add_service(scheduler.service()).run(&tasks).await.context("serving")
 }

@@ -306,13 +306,12 @@ impl SchedulerService for SchedulerApi {
         if vm.state.is_terminal() {
             return Ok(Response::new(pb::StopVmResponse { vm: Some(vm.into()) }));
         }
-        self.shell.stop_requested(vm_id, grace).await?;
         let drain = registry::TransitionVmRequest {
             vm_id: vm_id.to_string(),
             to_state: VmState::Draining.to_pb().into(),
             expected_generation: 0,
             reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
-            grace_ms: asked.grace_ms,
+            grace_ms: Some(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
             ..Default::default()
         };
         let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {

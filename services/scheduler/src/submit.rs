@@ -291,7 +291,9 @@ impl SchedulerApi {
         self.admit(&planned, repeatable, 1).await?;
         let request = forward(caller, planned.into_request());
         let answer = self.peers.registry().create_job(request).await.map_err(refused)?;
-        Ok(answer.into_inner().job.ok_or_else(|| missing("job"))?)
+        let job = answer.into_inner().job.ok_or_else(|| missing("job"))?;
+        self.shell.submitted(job.clone().try_into()?);
+        Ok(job)
     }
 
     /// Records the jobs of a group, all or none.
@@ -324,7 +326,7 @@ impl SchedulerApi {
     /// Refuses what could never run, and what the queue has no room for; `count` jobs come together. A repeated request is
     /// answered as the first one was, whatever has changed since.
     async fn admit(&self, planned: &Planned, repeatable: bool, count: usize) -> Result<(), Error> {
-        let most = usize::try_from(self.config.max_queued_jobs).unwrap_or(usize::MAX);
+        let most = usize::try_from(self.config.settings.max_queued_jobs).unwrap_or(usize::MAX);
         let refusal = if self.shell.queued().saturating_add(count) > most {
             let message = format!("{most} jobs may wait, and that many do");
             Err(Error::new(Reason::Overloaded, message).with("limit", most))

@@ -1,20 +1,23 @@
 //! The engine against a small world: a registry with compare-and-set, a vmhost that boots, runs and dies, and answers that
 //! arrive in any order. Decisions are checked one by one, then all of them under random interleavings.
 
-use std::collections::VecDeque;
-
 use blixard::{
-    job::{Isolation, JobSpec},
-    node::NodeState,
-    pb::common::v1 as pb,
+    error::Reason,
+    job::{Isolation, JobSpec, JobState},
+    vm::{Defaults, VmKind, VmState},
 };
-use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
 
+mod world;
+
 const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
-const SETTINGS: Settings = Settings { max_vms: 3, auto_scaling: true, pre_warm_count: 0, defaults: DEFAULTS };
+
+fn settings() -> Settings {
+    let config = blixard::config::Config::default();
+    Settings { max_vms: 3, defaults: DEFAULTS, ..Settings::from(&config) }
+}
 
 fn job_id(number: u128) -> JobId {
     JobId(Uuid::from_u128(number))
@@ -100,10 +103,23 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
     }
 }
 
+fn warm(count: u32) -> BTreeMap<String, u32> {
+    BTreeMap::from([("default".to_owned(), count)])
+}
+
 fn engine(settings: Settings) -> Engine {
     let mut engine = Engine::new(settings);
+    engine.step(Timestamp(0), Input::Lead(Some(1)));
     engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
     engine
+}
+
+fn assignments(effects: &[Effect]) -> Vec<(JobId, VmId, u32)> {
+    let assignment = |effect: &Effect| match effect {
+        Effect::Assign { job_id, vm_id, attempt, .. } => Some((*job_id, *vm_id, *attempt)),
+        _ => None,
+    };
+    effects.iter().filter_map(assignment).collect()
 }
 
 fn creations(effects: &[Effect]) -> usize {
@@ -112,7 +128,7 @@ fn creations(effects: &[Effect]) -> usize {
 
 #[test]
 fn a_job_without_a_free_vm_gets_a_vm_of_its_own_size() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.memory_mib = 1000))));
     let [Effect::CreateVm { ticket: 0, vm_id: None, config, .. }] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((config.kind, config.memory_mib), (VmKind::Ephemeral, 1000));
@@ -120,17 +136,17 @@ fn a_job_without_a_free_vm_gets_a_vm_of_its_own_size() {
 
 #[test]
 fn a_free_service_vm_is_used_before_a_fresh_one_is_started_unless_isolation_is_maximum() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
     assert_eq!(creations(&effects), 1);
     let effects = engine.step(Timestamp(0), Input::Job(queued(2, 4, spec(|_| {}))));
-    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(7), attempt: 1 }]);
+    assert_eq!(assignments(&effects), [(job_id(2), vm_id(7), 1)]);
 }
 
 #[test]
 fn higher_priority_goes_first_and_equals_go_in_the_order_of_submission() {
-    let mut engine = engine(Settings { max_vms: 1, auto_scaling: false, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, auto_scaling: false, ..settings() });
     let service_only = |priority| spec(move |s| (s.isolation, s.priority) = (Isolation::Minimal, priority));
     for (id, priority) in [(9, 0), (3, 0), (5, 1)] {
         engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, service_only(priority))));
@@ -148,7 +164,7 @@ fn higher_priority_goes_first_and_equals_go_in_the_order_of_submission() {
 
 #[test]
 fn never_more_vms_than_allowed_and_the_queue_says_what_it_waits_for() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects: Vec<_> = (1..=200)
         .flat_map(|id| engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, spec(|_| {})))))
         .collect();
@@ -158,7 +174,7 @@ fn never_more_vms_than_allowed_and_the_queue_says_what_it_waits_for() {
 
 #[test]
 fn a_shape_that_does_not_fit_now_does_not_hold_up_another() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let big = spec(|s| s.memory_mib = 4096);
     engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|_| {}))));
     assert_eq!(creations(&engine.step(Timestamp(0), Input::Job(queued(2, 3, big)))), 0);
@@ -167,7 +183,7 @@ fn a_shape_that_does_not_fit_now_does_not_hold_up_another() {
 
 #[test]
 fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
-    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, ..settings() });
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
     assert!(matches!(&effects[..], [Effect::DrainVm { vm_id, .. }] if *vm_id == super::tests::vm_id(7)), "{effects:?}");
@@ -175,7 +191,7 @@ fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
 
 #[test]
 fn a_lost_node_gets_no_work_and_nothing_waits_for_what_it_was_booting() {
-    let settings = Settings { max_vms: 10, pre_warm_count: 1, ..SETTINGS };
+    let settings = Settings { max_vms: 10, pre_warm: warm(1), ..settings() };
     let service_only = || spec(|s| s.isolation = Isolation::Minimal);
     let mut engine = engine(settings);
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
@@ -201,7 +217,7 @@ fn a_lost_node_gets_no_work_and_nothing_waits_for_what_it_was_booting() {
 
 #[test]
 fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_for_their_jobs() {
-    let mut engine = engine(Settings { max_vms: 2, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 2, ..settings() });
     for (id, kind) in [(7, VmKind::Service), (8, VmKind::Ephemeral)] {
         let mut theirs = vm(id, id as u64, kind, VmState::Ready);
         theirs.config.labels.clear();
@@ -210,19 +226,19 @@ fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 20, spec(|s| s.isolation = Isolation::Maximum))));
     assert_eq!(effects, []);
     let effects = engine.step(Timestamp(0), Input::Job(queued(2, 21, spec(|s| s.target_vm_id = Some(vm_id(8))))));
-    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(8), attempt: 1 }]);
+    assert_eq!(assignments(&effects), [(job_id(2), vm_id(8), 1)]);
 }
 
 #[test]
 fn a_job_whose_target_vm_has_ended_is_failed_with_the_reason() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.target_vm_id = Some(vm_id(9))))));
     assert!(matches!(&effects[..], [Effect::FailJob { reason, .. }] if reason.contains("is gone")), "{effects:?}");
 }
 
 #[test]
 fn the_third_vm_in_a_row_that_fails_to_boot_fails_the_job_that_waits_for_it() {
-    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, ..settings() });
     let mut now = Timestamp(0);
     let mut effects = engine.step(now, Input::Job(queued(1, 2, spec(|_| {}))));
     for round in 0..3u64 {
@@ -244,7 +260,7 @@ fn the_third_vm_in_a_row_that_fails_to_boot_fails_the_job_that_waits_for_it() {
 
 #[test]
 fn orders_are_given_again_when_the_vmhost_restarts_and_after_a_failure() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     let [Effect::Tell { order, .. }] = &effects[..] else { panic!("{effects:?}") };
     let key = order.key();
@@ -260,7 +276,7 @@ fn orders_are_given_again_when_the_vmhost_restarts_and_after_a_failure() {
 
 #[test]
 fn a_stop_waits_until_the_start_has_been_answered() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
     let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: Ok(()) });
@@ -273,7 +289,7 @@ fn away() -> Result<(), Error> {
 
 #[test]
 fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
     let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: away() });
@@ -282,7 +298,7 @@ fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
 
 #[test]
 fn a_stop_that_met_a_fault_of_the_node_is_given_again_and_the_vm_not_given_up() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Draining)));
     let fault = Err(Error::new(Reason::Internal, "a full disk"));
     assert_eq!(engine.step(Timestamp(0), Input::Told { order: OrderKey::Stop(vm_id(7)), result: fault }), []);
@@ -291,7 +307,7 @@ fn a_stop_that_met_a_fault_of_the_node_is_given_again_and_the_vm_not_given_up() 
 
 /// Job 1, Assigned to VM 7 and told to run there.
 fn assigned() -> (Engine, Job, OrderKey) {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Busy)));
     let (state, place) = (JobState::Assigned, (Some(vm_id(7)), Some(node_id())));
     let job = Job { state, attempt: 1, vm_id: place.0, node_id: place.1, ..queued(1, 3, spec(|_| {})) };
@@ -326,267 +342,14 @@ fn what_a_vmhost_was_told_of_a_job_is_forgotten_with_the_job() {
     let (mut engine, job, run) = assigned();
     engine.step(Timestamp(0), Input::Told { order: run, result: Ok(()) });
     engine.step(Timestamp(0), Input::Job(Job { state: JobState::Succeeded, revision: 4, ..job }));
-    assert!(engine.told.is_empty() && engine.in_flight.is_empty() && engine.jobs.is_empty());
+    assert!(engine.orders.told.is_empty() && engine.orders.in_flight.is_empty() && engine.jobs.is_empty());
 }
 
 #[test]
 fn pre_warmed_vms_are_kept_while_nothing_waits() {
-    let mut engine = Engine::new(Settings { pre_warm_count: 2, ..SETTINGS });
+    let mut engine = Engine::new(Settings { pre_warm: warm(2), ..settings() });
+    engine.step(Timestamp(0), Input::Lead(Some(1)));
     let effects = engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
     assert_eq!(creations(&effects), 2);
     assert_eq!(engine.step(Timestamp(0), Input::Tick), []);
-}
-
-/// A registry and a vmhost, reduced to their contracts.
-struct World {
-    engine: Engine,
-    now: Timestamp,
-    revision: u64,
-    vms: BTreeMap<VmId, Vm>,
-    jobs: BTreeMap<JobId, Job>,
-    events: VecDeque<Input>,
-    effects: Vec<Effect>,
-    /// Attempts that the vmhost runs.
-    running: BTreeMap<VmId, (JobId, u32)>,
-    started: BTreeSet<VmId>,
-    next_vm: u128,
-    settings: Settings,
-}
-
-impl World {
-    fn new(settings: Settings) -> Self {
-        let mut world = Self {
-            engine: Engine::new(settings.clone()),
-            now: Timestamp(0),
-            revision: 1,
-            vms: BTreeMap::new(),
-            jobs: BTreeMap::new(),
-            events: VecDeque::new(),
-            effects: Vec::new(),
-            running: BTreeMap::new(),
-            started: BTreeSet::new(),
-            next_vm: 1000,
-            settings,
-        };
-        world.restart();
-        world
-    }
-
-    fn feed(&mut self, input: Input) {
-        let effects = self.engine.step(self.now, input);
-        self.effects.extend(effects);
-        assert_eq!(self.engine.broken_invariant(), None);
-    }
-
-    /// The scheduler dies and comes back: what was under way is forgotten, what is on record is listed.
-    fn restart(&mut self) {
-        self.engine = Engine::new(self.settings.clone());
-        self.effects.clear();
-        self.events.clear();
-        let vms = self.vms.values().filter(|vm| !vm.state.is_terminal()).cloned().collect();
-        let jobs = self.jobs.values().filter(|job| !job.state.is_terminal()).cloned().collect();
-        self.feed(Input::Snapshot { nodes: vec![node(1, 1)], vms, jobs });
-    }
-
-    fn put_vm(&mut self, id: VmId, change: impl FnOnce(&mut Vm)) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        change(vm);
-        self.revision += 1;
-        vm.revision = self.revision;
-        let vm = vm.clone();
-        let live = self.vms.values().filter(|vm| !vm.state.is_terminal()).count();
-        assert!(live <= self.settings.max_vms as usize, "{live} VMs live");
-        self.events.push_back(Input::Vm(vm));
-    }
-
-    fn put_job(&mut self, id: JobId, change: impl FnOnce(&mut Job)) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        change(job);
-        self.revision += 1;
-        job.revision = self.revision;
-        self.events.push_back(Input::Job(job.clone()));
-    }
-
-    fn transition(&mut self, id: VmId, to: VmState) -> bool {
-        let legal = self.vms.get(&id).is_some_and(|vm| vm.state.may_go_to(to, vm.config.kind));
-        if legal {
-            self.put_vm(id, |vm| vm.state = to);
-        }
-        legal
-    }
-
-    fn finish(&mut self, id: JobId, attempt: u32, to: JobState) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        if job.attempt != attempt || !matches!(job.state, JobState::Assigned | JobState::Running) {
-            return;
-        }
-        let vm_id = job.vm_id.expect("assigned");
-        self.put_job(id, |job| job.state = to);
-        let vm = &self.vms[&vm_id];
-        if vm.state == VmState::Busy {
-            let next = if vm.config.kind == VmKind::Service { VmState::Idle } else { VmState::Draining };
-            self.put_vm(vm_id, |vm| (vm.state, vm.job_id) = (next, None));
-        }
-    }
-
-    fn perform(&mut self, effect: Effect) {
-        match effect {
-            Effect::CreateVm { ticket, vm_id: _, config, node_id } => {
-                let id = vm_id(self.next_vm);
-                self.next_vm += 1;
-                let mut new = vm(0, 0, config.kind, VmState::Starting);
-                (new.id, new.config, new.node_id) = (id, config, node_id);
-                self.vms.insert(id, new);
-                self.put_vm(id, |_| {});
-                let result = Ok(self.vms[&id].clone());
-                self.feed(Input::Created { ticket, result });
-            }
-            Effect::Assign { job_id, vm_id, attempt } => {
-                let result = self.assign(job_id, vm_id, attempt);
-                self.feed(Input::Assigned { job_id, vm_id, result });
-            }
-            Effect::FailJob { job_id, .. } => {
-                if self.jobs[&job_id].state == JobState::Queued {
-                    self.put_job(job_id, |job| job.state = JobState::Failed);
-                }
-            }
-            Effect::LoseAttempt { job_id, attempt, started, .. } => {
-                let to = if started { JobState::Failed } else { JobState::Queued };
-                self.finish(job_id, attempt, to);
-            }
-            Effect::FailVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Failed)),
-            Effect::DrainVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Draining)),
-            Effect::RefuseVm { .. } => {}
-            Effect::Tell { order, .. } => {
-                let key = order.key();
-                self.obey(order);
-                self.feed(Input::Told { order: key, result: Ok(()) });
-            }
-        }
-    }
-
-    fn assign(&mut self, job_id: JobId, vm_id: VmId, attempt: u32) -> Result<Job, Error> {
-        let job = &self.jobs[&job_id];
-        if job.state != JobState::Queued || job.attempt + 1 != attempt || !self.vms[&vm_id].state.takes_jobs() {
-            return Err(Error::new(Reason::StaleAttempt, "refused"));
-        }
-        self.put_job(job_id, |job| {
-            (job.state, job.attempt, job.vm_id, job.node_id) =
-                (JobState::Assigned, attempt, Some(vm_id), Some(node_id()));
-        });
-        self.put_vm(vm_id, |vm| (vm.state, vm.job_id) = (VmState::Busy, Some(job_id)));
-        Ok(self.jobs[&job_id].clone())
-    }
-
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::Start { vm_id, .. } => drop(self.started.insert(vm_id)),
-            Order::Stop { vm_id, .. } => self.end(vm_id, VmState::Terminated),
-            Order::Run(job) => {
-                let vm_id = job.vm_id.expect("assigned");
-                let current = self.jobs[&job.id].attempt == job.attempt && !self.jobs[&job.id].state.is_terminal();
-                if current && !self.running.contains_key(&vm_id) {
-                    let twice = self.running.values().any(|(id, _)| *id == job.id);
-                    assert!(!twice, "two live attempts of {}", job.id);
-                    self.running.insert(vm_id, (job.id, job.attempt));
-                }
-            }
-            Order::Cancel { job_id, attempt } => {
-                self.running.retain(|_, running| *running != (job_id, attempt));
-                self.finish(job_id, attempt, JobState::Cancelled);
-            }
-        }
-    }
-
-    /// The vmhost reports the attempt first, then the VM.
-    fn end(&mut self, vm_id: VmId, to: VmState) {
-        let held = self.running.remove(&vm_id);
-        let assigned = self.vms.get(&vm_id).and_then(|vm| vm.job_id).map(|job_id| (job_id, self.jobs[&job_id].attempt));
-        if let Some((job_id, attempt)) = held.or(assigned) {
-            let to = if held.is_some() { JobState::Failed } else { JobState::Queued };
-            self.finish(job_id, attempt, to);
-        }
-        if !self.transition(vm_id, to) {
-            self.transition(vm_id, VmState::Failed);
-        }
-    }
-
-    /// One thing happens; `choice` says which. False when there was nothing to do.
-    fn happen(&mut self, kind: u8, choice: usize) -> bool {
-        match kind {
-            0..=2 => self.events.pop_front().map(|event| self.feed(event)).is_some(),
-            3..=5 if !self.effects.is_empty() => {
-                let effect = self.effects.remove(choice % self.effects.len());
-                self.perform(effect);
-                true
-            }
-            6 => {
-                let booting: Vec<_> = self.started.iter().copied().collect();
-                let Some(&vm_id) = booting.get(choice % booting.len().max(1)) else { return false };
-                self.started.remove(&vm_id);
-                let to = if choice.is_multiple_of(5) { VmState::Failed } else { VmState::Ready };
-                self.transition(vm_id, to)
-            }
-            7 | 8 => {
-                let held: Vec<_> = self.running.iter().map(|(vm, job)| (*vm, *job)).collect();
-                let Some(&(vm_id, (job_id, attempt))) = held.get(choice % held.len().max(1)) else { return false };
-                if choice.is_multiple_of(7) {
-                    self.end(vm_id, VmState::Failed);
-                } else {
-                    self.running.remove(&vm_id);
-                    self.finish(job_id, attempt, JobState::Succeeded);
-                }
-                true
-            }
-            _ => match self.engine.next_wake() {
-                Some(at) => {
-                    self.now = at.max(self.now);
-                    self.feed(Input::Tick);
-                    true
-                }
-                None => false,
-            },
-        }
-    }
-
-    fn settle(&mut self) {
-        for round in 0..20_000usize {
-            // Many boots succeed here, so that every job can end.
-            let idle = !(0..=9).any(|kind| self.happen(kind, round * 5 + 1));
-            if idle && self.effects.is_empty() && self.events.is_empty() && self.started.is_empty() {
-                return;
-            }
-        }
-        panic!("the world never comes to rest: {:?}", self.jobs);
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn whatever_the_order_of_events_every_job_ends_and_no_limit_is_broken(
-        jobs in prop::collection::vec((0u8..3, -1i32..2, any::<bool>()), 1..12),
-        steps in prop::collection::vec((0u8..12, 0usize..1000), 0..300),
-    ) {
-        let mut world = World::new(SETTINGS);
-        let mut waiting: VecDeque<_> = jobs.iter().enumerate().collect();
-        for (kind, choice) in steps {
-            match kind {
-                10 => if let Some((number, (isolation, priority, cancel))) = waiting.pop_front() {
-                    let isolation = [Isolation::Maximum, Isolation::Standard, Isolation::Minimal][usize::from(*isolation)];
-                    let id = number as u128 + 1;
-                    world.jobs.insert(job_id(id), queued(id, 0, spec(|s| (s.isolation, s.priority) = (isolation, *priority))));
-                    world.put_job(job_id(id), |job| job.cancel_requested = *cancel && choice % 2 == 0);
-                },
-                11 if choice % 10 == 0 => world.restart(),
-                kind => drop(world.happen(kind, choice)),
-            }
-        }
-        world.settle();
-        for job in world.jobs.values() {
-            prop_assert!(job.state.is_terminal(), "{job:?} waits for {:?}", world.engine.waits_for(job.id));
-        }
-        prop_assert!(world.running.is_empty());
-    }
 }

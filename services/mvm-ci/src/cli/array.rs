@@ -86,7 +86,8 @@ enum Event {
 }
 
 async fn follow(client: &Client, ids: Vec<(u32, String)>, args: &RunArgs, format: Format) -> Result<ExitCode, Failure> {
-    let mut writer = Writer { sink: LogSink::new(format)?, format, partial: BTreeMap::new() };
+    let mut writer =
+        Writer { sink: LogSink::new(format)?, format, partial: BTreeMap::new(), attempts: BTreeMap::new() };
     let total = ids.len();
     let mut unsuccessful = BTreeMap::new();
     let streams = ids.into_iter().map(|(index, job_id)| {
@@ -156,6 +157,7 @@ struct Writer {
     format: Format,
     /// Lines that have not ended.
     partial: BTreeMap<(u32, bool), Vec<u8>>,
+    attempts: BTreeMap<u32, run::Attempts>,
 }
 
 impl Writer {
@@ -165,6 +167,9 @@ impl Writer {
             line["job_id"] = job_id.into();
             line["array_index"] = index.into();
             return Ok(self.sink.line(&line)?);
+        }
+        if let Some(note) = self.attempts.entry(index).or_default().look(record) {
+            self.sink.note(&format!("[{index}] {note}"))?;
         }
         match record {
             LogRecord::Chunk { stream, data, .. } => {
@@ -177,9 +182,6 @@ impl Writer {
             LogRecord::Gap { from_offset, to_offset, reason, .. } => {
                 let text = format!("[{index}] bytes {from_offset} to {to_offset} of the output are gone: {reason}");
                 self.sink.note(&text)?;
-            }
-            LogRecord::End { attempt, state, reason, .. } if !state.is_terminal() => {
-                self.sink.note(&format!("[{index}] {}", run::again(*attempt, *state, reason)))?;
             }
             LogRecord::End { .. } => {}
         }

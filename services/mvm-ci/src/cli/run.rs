@@ -93,16 +93,15 @@ async fn attend(
     progress: &Progress,
     sink: &mut LogSink,
 ) -> Result<Job, Failure> {
+    let mut attempts = Attempts::default();
     loop {
         match follower.next().await {
             Ok(Some(record)) => {
                 progress.clear();
-                sink.write(&record)?;
-                if let LogRecord::End { attempt, state, reason, .. } = record
-                    && !state.is_terminal()
-                {
-                    sink.note(&again(attempt, state, &reason))?;
+                if let Some(note) = attempts.look(&record) {
+                    sink.note(&note)?;
                 }
+                sink.write(&record)?;
             }
             Ok(None) => break,
             // The node that held the log is gone; how the job ended is on record all the same.
@@ -126,12 +125,26 @@ async fn attend(
     }
 }
 
-/// Says that another attempt follows this one.
-pub(crate) fn again(attempt: u32, state: JobState, reason: &str) -> String {
-    match (state, reason) {
-        (JobState::Queued, reason) => format!("attempt {attempt} was lost: {reason}"),
-        (state, "") => format!("attempt {attempt} is {state}; another one follows"),
-        (state, reason) => format!("attempt {attempt} is {state}: {reason}; another one follows"),
+/// Notices when an attempt was not the last one.
+#[derive(Default)]
+pub(crate) struct Attempts {
+    /// The latest one that has ended.
+    ended: Option<(u32, JobState, String)>,
+}
+
+impl Attempts {
+    /// What is to be said before this record: how the attempt before its own ended.
+    pub(crate) fn look(&mut self, record: &LogRecord) -> Option<String> {
+        let before = self.ended.take_if(|(ended, ..)| *ended < record.attempt());
+        if let LogRecord::End { attempt, state, reason, .. } = record {
+            self.ended = Some((*attempt, *state, reason.clone()));
+        }
+        let (attempt, state, reason) = before?;
+        let because = if reason.is_empty() { reason } else { format!(": {reason}") };
+        Some(match state {
+            JobState::Queued => format!("attempt {attempt} was lost{because}"),
+            state => format!("attempt {attempt} is {state}{because}; another one follows"),
+        })
     }
 }
 

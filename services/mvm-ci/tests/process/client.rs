@@ -83,7 +83,7 @@ fn the_exit_code_tells_how_the_job_ended() {
 }
 
 #[test]
-fn a_lost_attempt_is_named_and_the_next_one_followed() {
+fn an_attempt_that_is_not_the_last_is_named_and_the_next_one_followed() {
     let mut job = ended(JobState::Succeeded, exited(0), "");
     job.attempt = 2;
     let first = vec![chunk(1, Stdout, 0, b"first "), end(1, 6, JobState::Queued, "the node was lost")];
@@ -99,6 +99,12 @@ fn a_lost_attempt_is_named_and_the_next_one_followed() {
         assert_eq!((code(result.status), text(&result.stdout).as_str()), (0, "first second"));
         assert_eq!(text(&result.stderr), "mvm-ci: attempt 1 was lost: the node was lost\n");
     }
+    let first = vec![end(1, 0, JobState::Failed, "it exited with status 1")];
+    let second = vec![end(2, 0, JobState::Succeeded, "")];
+    let fake = Fake::start([Script::Close([first, second].concat())], job);
+    let result = output(run(&fake, &["--", "true"]));
+    let said = "mvm-ci: attempt 1 is Failed: it exited with status 1; another one follows\n";
+    assert_eq!((code(result.status), text(&result.stderr).as_str()), (0, said));
 }
 
 #[test]

@@ -259,7 +259,7 @@ impl World {
         match order {
             // One that has booted is not booted again.
             Order::Start { vm_id, .. } if self.vms[&vm_id].state == VmState::Starting => {
-                drop(self.started.insert(vm_id))
+                self.started.insert(vm_id);
             }
             Order::Start { .. } => {}
             Order::Stop { vm_id, .. } => self.end(vm_id, VmState::Terminated),

@@ -315,6 +315,11 @@ impl Control {
             LeaseChange::None => {}
             LeaseChange::Won(epoch) => {
                 tracing::info!(epoch, "this scheduler leads");
+                // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
+                if self.engine.leads() {
+                    self.calls.give_up();
+                    self.step(now, Input::Lead(None));
+                }
                 self.won = Some(epoch);
                 self.list();
             }

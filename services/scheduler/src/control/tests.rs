@@ -146,3 +146,15 @@ fn a_lead_that_was_lost_comes_back_under_another_epoch() {
     assert_eq!(before.holder, after.holder);
     assert_ne!(before.instance, after.instance, "what is under way must not be taken for the next lead's");
 }
+
+#[test]
+fn who_leads_under_another_epoch_decides_nothing_before_it_has_listed() {
+    let (mut control, round_before) = leader();
+    let round = round(&control.handle(at(1000), lease(true, 2))).expect("it lists once more");
+    let actions = control.handle(at(1000), Event::Submitted(Box::new(job(common::JobState::Queued, 20))));
+    assert!(!control.engine().leads() && calls(actions).is_empty());
+    control.handle(at(1000), listed(round_before, 30));
+    assert!(!control.engine().leads(), "that was an earlier list");
+    control.handle(at(1000), listed(round, 30));
+    assert!(control.engine().leads());
+}

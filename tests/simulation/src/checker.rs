@@ -34,6 +34,8 @@ struct Held {
 pub struct Checker {
     max_vms: u32,
     broken: Option<String>,
+    /// Of the lease by which one scheduler leads.
+    epoch: u64,
     acknowledged: BTreeSet<JobId>,
     /// Which wish of a user a job's id stands for, and the job that each wish became.
     wishes: BTreeMap<JobId, JobId>,
@@ -119,6 +121,19 @@ impl Checker {
     /// Every VM as last committed.
     pub fn vms(&self) -> impl Iterator<Item = &Vm> {
         self.vms.values()
+    }
+
+    /// A scheduler leads under this epoch.
+    pub fn leads(&mut self, epoch: u64) {
+        self.epoch = self.epoch.max(epoch);
+    }
+
+    /// Something was recorded that a scheduler decided when it led under this epoch; 0: nobody's decision.
+    pub fn wrote(&mut self, epoch: u64) {
+        let now = self.epoch;
+        self.require(epoch == 0 || epoch == now, || {
+            format!("a scheduler of epoch {epoch} wrote, and the epoch is {now}")
+        });
     }
 
     /// A user asks for one job, under this id, because of this wish: however often, it is one job.

@@ -259,6 +259,19 @@ fn a_job_that_is_acknowledged_and_not_on_record_is_seen() {
 }
 
 #[test]
+fn what_a_scheduler_writes_that_was_replaced_is_seen() {
+    let wrote = |epoch| {
+        told(|checker| {
+            checker.leads(1);
+            checker.leads(2);
+            checker.wrote(epoch);
+        })
+    };
+    assert_eq!((wrote(2), wrote(0)), (None, None));
+    assert!(wrote(1).unwrap().contains("a scheduler of epoch 1 wrote"));
+}
+
+#[test]
 fn one_wish_that_became_two_jobs_is_seen() {
     let (one, two) = (job(JobState::Queued, 0, 1), JobId(Uuid::from_u128(2)));
     let said = told(|checker| {

@@ -225,7 +225,7 @@ impl Scheduler {
     async fn call(&self, to: control::Call) -> Result<Reply, Error> {
         let node = to.node().map(ToString::to_string);
         let Some(node) = node else {
-            return match self.registry(self.registry_call(to)?).await? {
+            return match self.registry(registry_call(to)?).await? {
                 Answer::Vm(vm) => Ok(Reply::Vm(Box::new(vm))),
                 Answer::Job(job) => Ok(Reply::Job(job)),
                 _ => Ok(Reply::Done),
@@ -233,29 +233,6 @@ impl Scheduler {
         };
         let host = self.world.node(&node).ok_or_else(|| Error::new(Reason::NodeNotFound, "no such node"))?;
         self.world.network.call(self.process, host, host_call(to)?, CALL_TIMEOUT).await.map(|_| Reply::Done)
-    }
-
-    fn registry_call(&self, to: control::Call) -> Result<RegistryCall, Error> {
-        let mut call = match to {
-            control::Call::CreateVm(request) => RegistryCall::CreateVm(request),
-            control::Call::TransitionVm(request) => RegistryCall::TransitionVm(request),
-            control::Call::AssignJob(request) => RegistryCall::AssignJob(request),
-            control::Call::FinishAttempt(request) => RegistryCall::FinishAttempt(request),
-            control::Call::FailQueuedJob(request) => RegistryCall::FailQueuedJob(request),
-            control::Call::GetJob(request) => RegistryCall::GetJob(request),
-            other => return Err(Error::new(Reason::Unspecified, format!("{other:?} is no call to the registry"))),
-        };
-        if !self.world.protects(Protection::Epoch) {
-            match &mut call {
-                RegistryCall::CreateVm(request) => request.scheduler_epoch = 0,
-                RegistryCall::TransitionVm(request) => request.scheduler_epoch = 0,
-                RegistryCall::AssignJob(request) => request.scheduler_epoch = 0,
-                RegistryCall::FinishAttempt(request) => request.scheduler_epoch = 0,
-                RegistryCall::FailQueuedJob(request) => request.scheduler_epoch = 0,
-                _ => {}
-            }
-        }
-        Ok(call)
     }
 
     /// Everything that is live, jobs first.
@@ -507,6 +484,18 @@ impl Watcher {
 /// A spec with every default filled in.
 fn checked(spec: Option<common::JobSpec>) -> Result<common::JobSpec, Error> {
     JobSpec::parse("spec", spec.unwrap_or_default(), DEFAULTS).map(Into::into)
+}
+
+fn registry_call(to: control::Call) -> Result<RegistryCall, Error> {
+    Ok(match to {
+        control::Call::CreateVm(request) => RegistryCall::CreateVm(request),
+        control::Call::TransitionVm(request) => RegistryCall::TransitionVm(request),
+        control::Call::AssignJob(request) => RegistryCall::AssignJob(request),
+        control::Call::FinishAttempt(request) => RegistryCall::FinishAttempt(request),
+        control::Call::FailQueuedJob(request) => RegistryCall::FailQueuedJob(request),
+        control::Call::GetJob(request) => RegistryCall::GetJob(request),
+        other => return Err(Error::new(Reason::Unspecified, format!("{other:?} is no call to the registry"))),
+    })
 }
 
 fn host_call(to: control::Call) -> Result<HostCall, Error> {

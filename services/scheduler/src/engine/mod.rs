@@ -26,6 +26,7 @@ mod nodes;
 mod orders;
 mod pools;
 mod queue;
+mod reserve;
 mod schedule;
 mod settings;
 mod shape;
@@ -146,6 +147,8 @@ enum Wake {
     Job(JobId),
     /// A node was Lost for too long, or is to be empty.
     Node(NodeIx),
+    /// The first job of a shape may have waited too long for room.
+    Starving(ShapeId),
 }
 
 /// See the module.
@@ -159,6 +162,8 @@ pub struct Engine {
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
     evictable: BTreeSet<Evictable>,
+    /// Nodes that start VMs for one shape only.
+    kept: BTreeMap<ShapeId, NodeIx>,
     /// Shapes for which room is to be made, and what they wait for.
     in_need: BTreeMap<ShapeId, Wait>,
     /// The latest revision of a VM that the watch has brought.
@@ -197,6 +202,7 @@ impl Engine {
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
             evictable: BTreeSet::new(),
+            kept: BTreeMap::new(),
             in_need: BTreeMap::new(),
             watched_vms: 0,
             creations: BTreeMap::new(),
@@ -288,6 +294,9 @@ impl Engine {
         self.wakes.clear();
         self.orders = Orders::default();
         self.in_need.clear();
+        for id in self.kept.keys().copied().collect::<Vec<_>>() {
+            self.give_back_room(id);
+        }
         self.boot_failures.clear();
         for (_, creation) in std::mem::take(&mut self.creations) {
             self.fleet.release(creation.node, creation.class.memory_mib);
@@ -451,6 +460,7 @@ impl Engine {
                 Wake::Vm(vm_id) => self.on_vm_timer(now, vm_id, effects),
                 Wake::Job(job_id) => self.on_job_timer(now, job_id, effects),
                 Wake::Node(ix) => self.on_node_timer(now, ix, effects),
+                Wake::Starving(id) => self.queue.open(id),
             }
         }
     }

@@ -9,6 +9,7 @@ help:
 	@echo 'make test         lint and test everything (sets everything up)'
 	@echo 'make bench        measure against baselines; writes target/bench/*.json'
 	@echo 'make chaos-registry   kill, pause and cut off three replicas under load (SEED=, SECONDS=)'
+	@echo 'make sim          years of failures in seconds (SEED=, STEPS=, RUNS=, TRACE=1)'
 	@echo 'make bench-registry  only the registry beside etcd, alone and as three replicas'
 	@echo 'make guest-image  build the default image into ./images'
 	@echo 'make tools        install what running needs'

@@ -23,6 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "blixard-vmhost",
         ],
     ),
+    ("blixard-simulation", &["blixard", "blixard-registry", "blixard-scheduler", "blixard-vmhost"]),
 ];
 
 /// What a service may use of others in its tests: nothing but what it may depend on anyway. The root package's tests may
@@ -69,6 +70,7 @@ fn every_package_inherits_the_lints_or_says_which_it_changes() {
         "services/vmhost",
         "services/mvm-ci",
         "microvms/guest-agent",
+        "tests/simulation",
     ] {
         let text = std::fs::read_to_string(root.join(directory).join("Cargo.toml")).expect("a manifest");
         let manifest: toml::Table = text.parse().expect("TOML");

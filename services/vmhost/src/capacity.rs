@@ -2,6 +2,8 @@
 
 use std::{fs, io, thread};
 
+use blixard::error::{Error, Reason};
+
 /// The host keeps this much memory for itself and vmhost, or [`RESERVED_PERCENT`] when that is more.
 const RESERVED_MIB: u64 = 512;
 /// See [`RESERVED_MIB`].
@@ -31,6 +33,28 @@ impl Capacity {
     }
 }
 
+impl Capacity {
+    /// Whether there is room for another VM beside those that are alive. Two schedulers may have promised the same room to two
+    /// users: the node has the last word.
+    pub(crate) fn room_for(
+        &self,
+        memory_mib: u32,
+        alive: impl Iterator<Item = u32>,
+        max_vms: u32,
+    ) -> Result<(), Error> {
+        let (count, used) = alive.fold((0, 0), |(count, used), memory| (count + 1, used + u64::from(memory)));
+        if count >= max_vms {
+            let message = format!("this node runs {count} VMs already; it may run {max_vms}");
+            return Err(Error::new(Reason::Overloaded, message).with("limit", max_vms));
+        }
+        if used + u64::from(memory_mib) > self.memory_mib {
+            let message = format!("this node's VMs have {used} of its {} MiB already", self.memory_mib);
+            return Err(Error::new(Reason::Overloaded, message).with("limit", self.memory_mib));
+        }
+        Ok(())
+    }
+}
+
 fn total_memory_mib(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -45,6 +69,15 @@ mod tests {
     fn the_total_is_read_in_mib() {
         assert_eq!(total_memory_mib("MemTotal:       24683432 kB\nMemFree: 1 kB\n"), Some(24104));
         assert_eq!(total_memory_mib("nonsense"), None);
+    }
+
+    #[test]
+    fn there_is_room_for_as_many_vms_and_as_much_memory_as_the_node_offers() {
+        let capacity = Capacity { vcpus: 2, memory_mib: 1024 };
+        let room = |memory_mib, alive: &[u32]| capacity.room_for(memory_mib, alive.iter().copied(), 3);
+        assert_eq!((room(512, &[256, 256]), room(1024, &[])), (Ok(()), Ok(())));
+        assert_eq!(room(513, &[256, 256]).unwrap_err().reason, Reason::Overloaded);
+        assert_eq!(room(96, &[96, 96, 96]).unwrap_err().reason, Reason::Overloaded);
     }
 
     #[test]

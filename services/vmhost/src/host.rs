@@ -348,11 +348,8 @@ impl Host {
                 Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
             };
         }
-        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal()).count();
-        if alive >= self.max_vms as usize {
-            let message = format!("this node runs {alive} VMs already; it may run {}", self.max_vms);
-            return Err(Error::new(Reason::Overloaded, message).with("limit", self.max_vms));
-        }
+        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
+        self.capacity.room_for(config.memory_mib, alive.map(|vm| vm.config.memory_mib), self.max_vms)?;
         let record = VmRecord {
             config,
             accepted_at: Timestamp::now(),

@@ -255,7 +255,8 @@ impl Lifecycle {
     }
 
     /// What it came to was decided before vmhost went; it is gone now.
-    pub(crate) fn decided(mut self, end: Option<(VmState, String)>, stop: Option<Stop>) -> Self {
+    #[must_use]
+    pub fn decided(mut self, end: Option<(VmState, String)>, stop: Option<Stop>) -> Self {
         let stopped = stop.as_ref().map(|stop| (VmState::Terminated, stop.reason.clone()));
         self.ending = end.or(stopped);
         self.stop = stop;

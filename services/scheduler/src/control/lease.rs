@@ -32,6 +32,8 @@ pub(crate) struct Lease {
     /// Who leads, as far as is known.
     leader: String,
     asked_at: Option<Timestamp>,
+    /// The lead was lost while a question was under way: its answer is about who this scheduler was.
+    disowned: bool,
     ask_next: Timestamp,
 }
 
@@ -58,6 +60,10 @@ impl Lease {
     /// The registry answered; `None`: it did not.
     pub(crate) fn answered(&mut self, now: Timestamp, answer: Option<AcquireLeaseResponse>) -> Change {
         let asked_at = self.asked_at.take().unwrap_or(now);
+        if std::mem::take(&mut self.disowned) {
+            self.ask_next = now;
+            return Change::None;
+        }
         self.ask_next = after(now, EVERY);
         let Some(answer) = answer else { return Change::None };
         self.leader = answer.holder;
@@ -103,6 +109,7 @@ impl Lease {
 
     fn lost(&mut self) -> Change {
         self.held = None;
+        self.disowned = self.asked_at.is_some();
         Change::Lost
     }
 }
@@ -154,6 +161,18 @@ mod tests {
         assert_eq!(lease.passed(at(9999)), Change::None);
         assert_eq!(lease.passed(at(10_000)), Change::Lost);
         assert_eq!(lease.passed(at(10_001)), Change::None, "once");
+    }
+
+    #[test]
+    fn what_was_asked_before_the_lead_was_lost_does_not_bring_it_back() {
+        let mut lease = Lease::default();
+        lease.asks(at(0));
+        lease.answered(at(0), answer(true, 7));
+        lease.asks(at(2000));
+        assert_eq!(lease.passed(at(10_000)), Change::Lost);
+        assert_eq!(lease.answered(at(10_500), answer(true, 7)), Change::None);
+        assert!(lease.asks(at(10_500)), "it asks as who it is now");
+        assert_eq!(lease.answered(at(10_501), answer(true, 8)), Change::Won(8));
     }
 
     #[test]

@@ -144,6 +144,10 @@ pub struct Control {
     calls: Calls,
     sync: Sync,
     round: Round,
+    /// How far the watch has come.
+    watched: u64,
+    /// What answers have told since the list was asked for: it may not be in there yet.
+    told: Vec<Change>,
     new_vm_id: Box<dyn FnMut() -> VmId + Send>,
     /// VMs that users wait for.
     requested: BTreeSet<VmId>,
@@ -162,6 +166,8 @@ impl Control {
             calls: Calls::default(),
             sync: Sync::Apart { list_at: Timestamp(0) },
             round: 0,
+            watched: 0,
+            told: Vec::new(),
             new_vm_id: Box::new(new_vm_id),
             requested: BTreeSet::new(),
             actions: Vec::new(),
@@ -172,7 +178,10 @@ impl Control {
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Action> {
         match event {
             Event::Listed { round, result } if round == self.round => self.listed(now, result),
-            Event::Changed { round, revision, change } if round == self.round => self.changed(now, revision, change),
+            Event::Changed { round, revision, change } if round == self.round => {
+                self.watched = revision;
+                self.changed(now, revision, change);
+            }
             Event::WatchEnded { round } if round == self.round => {
                 self.sync = Sync::Apart { list_at: after(now, LIST_AGAIN_AFTER) };
             }
@@ -182,6 +191,8 @@ impl Control {
                 self.lead(now, change);
             }
             Event::Answered { call, result } => self.answered(now, call, result),
+            // What the watch has told already may have ended since.
+            Event::Submitted(job) if job.revision <= self.watched => {}
             Event::Submitted(job) => self.changed(now, job.revision, Change::Job(job)),
             Event::VmRequested { vm_id, config } => self.vm_requested(now, vm_id, config),
             Event::Tick => {}
@@ -257,6 +268,8 @@ impl Control {
 
     fn list(&mut self) {
         self.round += 1;
+        self.watched = 0;
+        self.told.clear();
         self.sync = Sync::Listing;
         self.actions.push(Action::List { round: self.round });
     }
@@ -266,7 +279,14 @@ impl Control {
             self.sync = Sync::Apart { list_at: after(now, LIST_AGAIN_AFTER) };
             return;
         };
-        let Listing { jobs, vms, nodes, job_revision, vm_revision, node_revision } = *listing;
+        let Listing { mut jobs, mut vms, nodes, job_revision, vm_revision, node_revision } = *listing;
+        for change in std::mem::take(&mut self.told) {
+            match change {
+                Change::Job(job) if job.revision > job_revision => renew(&mut jobs, *job, |job| (job.id, job.revision)),
+                Change::Vm(vm) if vm.revision > vm_revision => renew(&mut vms, *vm, |vm| (vm.id, vm.revision)),
+                Change::Job(_) | Change::Vm(_) | Change::Node(_) => {}
+            }
+        }
         self.sync = Sync::Following { jobs: job_revision, vms: vm_revision, nodes: node_revision };
         let start_revision = job_revision.min(vm_revision).min(node_revision) + 1;
         self.actions.push(Action::Watch { round: self.round, start_revision });
@@ -295,12 +315,20 @@ impl Control {
             LeaseChange::None => {}
             LeaseChange::Won(epoch) => {
                 tracing::info!(epoch, "this scheduler leads");
+                // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
+                if self.engine.leads() {
+                    self.calls.give_up();
+                    self.step(now, Input::Lead(None));
+                }
                 self.won = Some(epoch);
                 self.list();
             }
             LeaseChange::Lost => {
                 tracing::info!("this scheduler leads no more");
                 self.won = None;
+                // What it has under way may still be carried out. Should the lead come back, then under another epoch, which refuses
+                // that: it asks as another start of itself.
+                self.identity.instance = (self.new_vm_id)().0;
                 self.calls.give_up();
                 self.step(now, Input::Lead(None));
             }
@@ -342,6 +370,9 @@ impl Control {
             let change = self.lease.refused(now, epoch);
             return self.lead(now, change);
         }
+        if matches!(self.sync, Sync::Listing) {
+            self.note_told(&result);
+        }
         match purpose {
             Purpose::Create { ticket, vm_id, .. } => {
                 let result = result.and_then(expect_vm);
@@ -371,6 +402,17 @@ impl Control {
                 }
             }
         }
+    }
+
+    /// The list that is under way may have been read before this was written.
+    fn note_told(&mut self, result: &Result<Reply, Error>) {
+        let told = match result {
+            Ok(Reply::Vm(vm)) => Vm::try_from((**vm).clone()).map(|vm| Change::Vm(Box::new(vm))),
+            Ok(Reply::Job(job)) => Job::try_from((**job).clone()).map(|job| Change::Job(Box::new(job))),
+            Ok(Reply::Done) | Err(_) => return,
+        };
+        // What does not parse is an error where it is used.
+        self.told.extend(told);
     }
 
     fn step(&mut self, now: Timestamp, input: Input) {
@@ -477,6 +519,16 @@ impl Control {
     }
 }
 
+/// Puts something into a list in its newer state.
+fn renew<T, K: PartialEq>(list: &mut Vec<T>, newer: T, of: impl Fn(&T) -> (K, u64)) {
+    let (id, revision) = of(&newer);
+    match list.iter_mut().find(|known| of(known).0 == id) {
+        Some(known) if of(known).1 < revision => *known = newer,
+        Some(_) => {}
+        None => list.push(newer),
+    }
+}
+
 fn lost_node(LostNode { node_id, incarnation }: LostNode) -> registry::LostNode {
     registry::LostNode { node_id: node_id.to_string(), incarnation }
 }
@@ -517,3 +569,6 @@ fn cut(mut reason: String) -> String {
 fn after(time: Timestamp, duration: Duration) -> Timestamp {
     Timestamp(time.0 + i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
+
+#[cfg(test)]
+mod tests;

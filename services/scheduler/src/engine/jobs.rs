@@ -104,6 +104,9 @@ impl Engine {
             return;
         }
         let before = self.remove_job(id);
+        if let Some(Phase::Placing(vm_id) | Phase::Given { vm_id, .. }) = before.as_ref().map(|before| &before.phase) {
+            self.release_vm(now, *vm_id, &job, effects);
+        }
         if let Some(attempt) = before.as_ref().map(|before| before.attempt)
             && (attempt != job.attempt || job.state.is_terminal())
         {
@@ -123,6 +126,16 @@ impl Engine {
             self.want_job_orders(now, id, attempt);
         } else {
             self.admit_queued(now, id, effects);
+        }
+    }
+
+    /// That an attempt is over may be heard before the news that its VM was given it: it is not held for the job any more, and not
+    /// believed to be free before there are news of it.
+    fn release_vm(&mut self, now: Timestamp, vm_id: VmId, job: &Job, effects: &mut Vec<Effect>) {
+        let under_way = matches!(job.state, JobState::Assigned | JobState::Running) && job.vm_id == Some(vm_id);
+        if !under_way && self.vms.get(&vm_id).is_some_and(|vm| vm.reserved == Some(job.id)) {
+            self.suspect(now, vm_id);
+            self.vm_changed(now, vm_id, effects);
         }
     }
 

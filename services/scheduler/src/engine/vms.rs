@@ -201,7 +201,9 @@ impl Engine {
         if let Some(before) = before {
             // Told already, perhaps with more patience.
             shortened = before.state == VmState::Draining && before.grace != entry.grace;
-            entry.reserved = before.reserved.filter(|_| vm.state.takes_jobs());
+            // News may tell of an assignment together with its end: then the VM is free once more.
+            let assigned_since = vm.jobs_assigned != before.jobs_assigned;
+            entry.reserved = before.reserved.filter(|_| vm.state.takes_jobs() && !assigned_since);
             entry.why = before.why.filter(|_| vm.state == VmState::Starting || vm.state.takes_jobs());
             made_for = before.made_for;
         }

@@ -473,3 +473,27 @@ fn room_is_kept_for_a_large_job_that_small_ones_would_starve() {
     assert_eq!(end_one(&mut engine, at(64)), [1024], "then it is everybody's again");
     assert_eq!(engine.broken_invariant(), None);
 }
+
+#[test]
+fn a_vm_is_not_held_for_a_job_whose_attempt_is_over_in_whatever_order_that_is_heard() {
+    let given = |engine: &mut Engine| {
+        engine.step(at(0), free_vm(7));
+        let effects = engine.step(at(0), Input::Job(queued(1, 2000, minimal())));
+        assert_eq!(assignments(&effects), [(job_id(1), vm_id(7), 1)]);
+    };
+    let again = || Input::Job(Job { attempt: 1, ..queued(1, 2009, minimal()) });
+    let idle = || Input::Vm(Vm { jobs_assigned: 1, ..vm(7, 2008, VmKind::Service, VmState::Idle) });
+
+    // The watch may show a job in a later state than the one in which its VM is known.
+    let mut engine = engine(no_scaling());
+    given(&mut engine);
+    assert_eq!(assignments(&engine.step(at(0), again())), [], "nobody knows yet that the VM is free");
+    assert_eq!(engine.broken_invariant(), None);
+    assert_eq!(assignments(&engine.step(at(0), idle())), [(job_id(1), vm_id(7), 2)]);
+
+    // Or the VM as Idle, without its having been Busy.
+    let mut engine = super::engine(no_scaling());
+    given(&mut engine);
+    engine.step(at(0), idle());
+    assert_eq!(assignments(&engine.step(at(0), again())), [(job_id(1), vm_id(7), 2)]);
+}

@@ -14,7 +14,7 @@ use std::{future::Future, io::Write as _, time::Duration};
 
 pub use crate::{
     network::Network,
-    processes::{Processes, Program},
+    processes::{Processes, Program, processes_mentioning},
     rng::Rng,
 };
 

@@ -172,3 +172,23 @@ fn supervise(programs: &[Program], over: &AtomicBool) {
         std::thread::sleep(LOOK_EVERY);
     }
 }
+
+/// Every process but this one that has one of these words in its command line or environment, with its command line.
+#[must_use]
+pub fn processes_mentioning(words: &[String]) -> Vec<(u32, String)> {
+    let mentions = |path: PathBuf| {
+        let bytes = fs::read(path).unwrap_or_default();
+        words.iter().any(|word| bytes.windows(word.len()).any(|part| part == word.as_bytes()))
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let dir = entry.path();
+        // A dead one that nobody has waited for has neither.
+        if pid != std::process::id() && (mentions(dir.join("cmdline")) || mentions(dir.join("environ"))) {
+            let command = fs::read(dir.join("cmdline")).unwrap_or_default();
+            found.push((pid, String::from_utf8_lossy(&command).replace('\0', " ")));
+        }
+    }
+    found
+}

@@ -145,17 +145,19 @@ async fn collect(fleet: &Fleet, load: &Load, seen: &BTreeMap<usize, Seen>) -> Ve
 
 fn judge(jobs: &[Job]) -> Result<(), String> {
     let mut states: BTreeMap<String, usize> = BTreeMap::new();
-    let (mut attempts, mut again, mut followed) = (0, 0, 0);
+    let (mut attempts, mut most, mut again, mut followed) = (0, 0, 0, 0);
     for job in jobs {
         let Some(recorded) = &job.recorded else { continue };
         *states.entry(format!("{:?}", recorded.state)).or_default() += 1;
         attempts += recorded.attempts.len();
+        most = most.max(recorded.attempt);
         again += usize::from(recorded.attempts.len() > 1);
         followed += usize::from(job.followed.is_some());
     }
     let bytes: usize = jobs.iter().filter_map(|job| job.log.as_ref().ok()).map(Vec::len).sum();
     say(&format!(
-        "{} jobs {states:?}, {attempts} attempts, {again} jobs with more than one, {bytes} bytes of logs, {followed} followed",
+        "{} jobs {states:?}, {attempts} attempts, {again} jobs with more than one, at most {most}; {bytes} bytes of logs, \
+         {followed} followed",
         jobs.len()
     ));
     let mut wrong = Vec::new();

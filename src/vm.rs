@@ -1,6 +1,6 @@
 //! A VM: what it is made of, and the one table of its life.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use crate::{
     error::{Error, invalid},
@@ -305,6 +305,8 @@ pub struct Vm {
     pub updated_at: Timestamp,
     /// How many jobs it has been given.
     pub jobs_assigned: u32,
+    /// While Draining: how long it has to end by itself; `None`: its node's default.
+    pub stop_grace: Option<Duration>,
 }
 
 impl From<Vm> for pb::Vm {
@@ -321,6 +323,7 @@ impl From<Vm> for pb::Vm {
             created_at: Some(vm.created_at.into()),
             updated_at: Some(vm.updated_at.into()),
             jobs_assigned: vm.jobs_assigned,
+            stop_grace_ms: vm.stop_grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
         }
     }
 }
@@ -341,6 +344,7 @@ impl TryFrom<pb::Vm> for Vm {
             created_at: vm.created_at.unwrap_or_default().into(),
             updated_at: vm.updated_at.unwrap_or_default().into(),
             jobs_assigned: vm.jobs_assigned,
+            stop_grace: vm.stop_grace_ms.map(Duration::from_millis),
         })
     }
 }

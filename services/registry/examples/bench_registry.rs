@@ -297,7 +297,7 @@ impl Drop for Subject {
 
 /// One who calls, again and again.
 enum Caller {
-    Create { client: RegistryServiceClient<Channel>, spec: pb::JobSpec },
+    Create { client: RegistryServiceClient<Channel>, spec: Box<pb::JobSpec> },
     Step { client: RegistryServiceClient<Channel>, vm_id: String, busy: bool },
     Put { channel: Channel, key: Option<Vec<u8>>, value: Vec<u8> },
 }
@@ -308,7 +308,7 @@ impl Caller {
         let id = uuid::Uuid::new_v4().to_string();
         let mut caller = match (kind, operation) {
             (Kind::Registry, "create") => {
-                Self::Create { client: RegistryServiceClient::new(channel), spec: spec(value_bytes)? }
+                Self::Create { client: RegistryServiceClient::new(channel), spec: Box::new(spec(value_bytes)?) }
             }
             (Kind::Registry, "step") => {
                 let mut client = RegistryServiceClient::new(channel);
@@ -342,7 +342,7 @@ impl Caller {
             Self::Create { client, spec } => {
                 let job_id = uuid::Uuid::new_v4().to_string();
                 client
-                    .create_job(wire::CreateJobRequest { job_id, spec: Some(spec.clone()), ..Default::default() })
+                    .create_job(wire::CreateJobRequest { job_id, spec: Some((**spec).clone()), ..Default::default() })
                     .await
                     .map(drop)
             }

@@ -34,7 +34,7 @@ use crate::{
     read::{Readers, advance, newest_revision},
     replica::Role,
     requests::{self, Recorded, RequestId},
-    rows::{JobRow, VmRow, find_node, made_job, made_vm, number, text},
+    rows::{JobRow, VmRow, find_lease, find_node, made_job, made_vm, number, scheduler_epoch, text},
     verdict::{After, Answer, Verdict, judge},
 };
 
@@ -49,7 +49,7 @@ const COMMIT_DEADLINE: Duration = Duration::from_secs(20);
 /// A commit of no more rows than this is read where it was made: another thread would take longer to begin.
 const READ_HERE: usize = 16;
 /// How often a mutation whose guard was overtaken in its own commit is tried again.
-const TRIES: u32 = 5;
+pub(crate) const TRIES: u32 = 5;
 
 /// A mutation and who waits for it.
 struct Unit {
@@ -218,6 +218,10 @@ impl CommitDriver {
             match verdict {
                 Verdict::Accepted(answer) => drop(unit.reply.send(Ok(answer))),
                 Verdict::Denied(error) => drop(unit.reply.send(Err(error))),
+                Verdict::Instead(mutation) => {
+                    (unit.mutation, unit.request) = (*mutation, None);
+                    self.waiting.push_front(unit);
+                }
                 Verdict::Again if unit.tries < TRIES => {
                     unit.tries += 1;
                     self.waiting.push_front(unit);
@@ -429,11 +433,11 @@ impl Event {
     fn row_made(&self, mutation: &Mutation, at: Timestamp) -> Option<Answer> {
         let made_here = |entity: &str, id: String, of: &str| self.entity == entity && self.from.is_empty() && id == of;
         match mutation {
-            Mutation::CreateVm { id, config, node_id } if made_here("vm", id.to_string(), &self.vm_id) => {
+            Mutation::CreateVm { id, config, node_id, .. } if made_here("vm", id.to_string(), &self.vm_id) => {
                 Some(Answer::Vm(Box::new(made_vm(id, config, node_id, at, self.revision))))
             }
-            Mutation::CreateJob { id, spec } if made_here("job", id.to_string(), &self.job_id) => {
-                Some(Answer::Job(Box::new(made_job(id, spec, at, self.revision))))
+            Mutation::CreateJob { job } if made_here("job", job.id.to_string(), &self.job_id) => {
+                Some(Answer::Job(Box::new(made_job(&job.id, &job.spec, at, self.revision))))
             }
             _ => None,
         }
@@ -459,12 +463,13 @@ pub(crate) fn read_rows(
     connection: &rusqlite::Connection,
     keys: impl IntoIterator<Item = Key>,
 ) -> rusqlite::Result<After> {
-    let mut after = After::default();
+    let mut after = After { scheduler_epoch: scheduler_epoch(connection)?, ..After::default() };
     for key in keys {
         match key {
             Key::Vm(id) => drop(VmRow::find(connection, &id.to_string())?.map(|row| after.vms.insert(id, row))),
             Key::Job(id) => drop(JobRow::find(connection, &id.to_string())?.map(|row| after.jobs.insert(id, row))),
             Key::Request(id) => drop(Recorded::find(connection, id)?.map(|row| after.requests.insert(id, row))),
+            Key::Lease(name) => drop(find_lease(connection, &name)?.map(|lease| after.leases.insert(name, lease))),
             Key::Node(id) => drop(find_node(connection, id.as_str())?.map(|node| after.nodes.insert(id, node))),
         }
     }
@@ -518,6 +523,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::mutation::NewJob;
 
     fn unit(mutation: Mutation) -> Unit {
         Unit { mutation, request: None, reply: oneshot::channel().0, tries: 0 }
@@ -543,7 +549,7 @@ mod tests {
     fn changes_of_one_row_are_committed_one_after_the_other_in_their_order() {
         let [a, b, c] = [JobId::random(), JobId::random(), JobId::random()];
         let vm_id = VmId::random();
-        let assign = |job_id| Mutation::AssignJob { job_id, vm_id, attempt: 1 };
+        let assign = |job_id| Mutation::AssignJob { job_id, vm_id, attempt: 1, decision: None, scheduler_epoch: 0 };
         // The last one touches only `b`, but must not overtake the second assignment, which waits for the VM.
         let taken = batches(vec![assign(a), assign(b), cancel(c), cancel(b)]);
         let (vm, a, b, c) = (Key::Vm(vm_id), Key::Job(a), Key::Job(b), Key::Job(c));
@@ -556,7 +562,7 @@ mod tests {
         assert_eq!(batches(many).iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_MUTATIONS, 1]);
         let large = |_| {
             let spec = pb::JobSpec { command: vec!["x".repeat(400 << 10)], ..Default::default() };
-            Mutation::CreateJob { id: JobId::random(), spec }
+            Mutation::CreateJob { job: Box::new(NewJob { id: JobId::random(), spec, input: None }) }
         };
         assert_eq!(batches((0..5).map(large).collect()).iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
     }

@@ -1,9 +1,10 @@
-//! Heartbeats of vmhosts, which live in the leader's memory, and the one thing about them that is recorded: that a node is
-//! lost.
+//! What lives in the leader's memory: heartbeats of vmhosts, of which it is recorded that a node is lost, and who still wants
+//! which lease, of which it is recorded when one changes hands.
 //!
 //! ```text
 //!   vmhost ──heartbeat──► stream ──► presence ◄── recorded nodes, passing time ── watch (a task)
 //!          ◄──interval───                              lost ──► a guarded mutation: this incarnation, not lost yet
+//!   scheduler ──AcquireLease──► leases ── passes on ──► a guarded mutation: still of this epoch
 //! ```
 
 use std::{
@@ -25,23 +26,35 @@ use tonic::{Status, Streaming};
 
 use crate::{
     commit::CommitHandle,
+    leases::{self, Asked, Leases},
     mutation::Mutation,
     presence::{Heard, Lost, NodeTiming, Presence, Recorded},
     read::Readers,
     replica::Role,
-    rows::number,
-    verdict::{node_not_found, stale_incarnation},
+    rows::{find_lease, number},
+    rpc::LeaseRequest,
+    verdict::{Answer, node_not_found, stale_incarnation},
 };
 
 /// The heartbeats of all nodes.
 pub(crate) struct Heartbeats {
     timing: NodeTiming,
     presence: Mutex<Presence>,
+    leases: Mutex<TermLeases>,
     readers: Arc<Readers>,
     commits: CommitHandle,
     role: watch::Receiver<Role>,
     stop: CancellationToken,
 }
+
+/// The leases as a leader knows them, and the term in which it does.
+struct TermLeases {
+    term: Option<u64>,
+    leases: Leases,
+}
+
+/// How often a lease is asked for anew that others take or give up at the same time.
+const TRIES: usize = 5;
 
 impl Heartbeats {
     /// `stop`: when streams are to end.
@@ -52,7 +65,8 @@ impl Heartbeats {
         role: watch::Receiver<Role>,
         stop: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self { timing, presence: Mutex::new(Presence::new(timing)), readers, commits, role, stop })
+        let leases = Mutex::new(TermLeases { term: None, leases: Leases::new(timing.every) });
+        Arc::new(Self { timing, presence: Mutex::new(Presence::new(timing)), leases, readers, commits, role, stop })
     }
 
     /// Watches the nodes while this replica leads.
@@ -75,6 +89,8 @@ impl Heartbeats {
             }
             let passed = std::mem::replace(&mut looked_at, Instant::now()).elapsed();
             if leads.is_some() {
+                // An error means that it stops leading just now.
+                let _ = self.with_leases(|leases| leases.passed(passed));
                 let looked = self.stop.run_until_cancelled(self.look(passed)).await;
                 if let Some(Err(error)) = looked {
                     tracing::warn!(%error, "the nodes could not be looked at");
@@ -152,6 +168,45 @@ impl Heartbeats {
         }
     }
 
+    /// Who has a lease now that somebody asks for it.
+    pub(crate) async fn lease(&self, request: &LeaseRequest) -> Result<leases::Recorded, Error> {
+        let name = request.name.clone();
+        for _ in 0..TRIES {
+            let change = match self.with_leases(|leases| leases.ask(&name, &request.who, request.wish))? {
+                Asked::Stands(lease) => return Ok(lease),
+                Asked::Take { epoch } => Some(request.take(epoch)),
+                Asked::Release => Some(request.give_up()),
+                Asked::Unknown => None,
+            };
+            let recorded = match change {
+                None => {
+                    let name = name.clone();
+                    self.readers.read(move |connection| find_lease(connection, &name)).await?.unwrap_or_default()
+                }
+                Some(change) => match self.commits.submit(change, None).await? {
+                    Answer::Lease(lease) => {
+                        tracing::info!(lease = name, holder = ?lease.holder, epoch = lease.epoch, "lease changed hands");
+                        lease
+                    }
+                    other => return Err(Error::internal(|id| tracing::error!(error_id = id, ?other, "no lease"))),
+                },
+            };
+            self.with_leases(|leases| leases.recorded(&name, recorded))?;
+        }
+        let message = format!("the lease {name} changes hands at this moment; ask again");
+        Err(Error::new(Reason::PeerUnavailable, message).with("peer", "registry"))
+    }
+
+    /// The leases of the term in which this replica leads. Never held across an await.
+    fn with_leases<T>(&self, work: impl FnOnce(&mut Leases) -> T) -> Result<T, Error> {
+        let Some(term) = self.role.borrow().leads() else { return Err(no_longer_leading()) };
+        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        if leases.term != Some(term) {
+            *leases = TermLeases { term: Some(term), leases: Leases::new(self.timing.every) };
+        }
+        Ok(work(&mut leases.leases))
+    }
+
     /// Never held across an await.
     fn presence(&self) -> MutexGuard<'_, Presence> {
         self.presence.lock().unwrap_or_else(PoisonError::into_inner)
@@ -164,7 +219,7 @@ async fn until_not_leading(role: &mut watch::Receiver<Role>) {
 }
 
 /// The node of this id; empty: all nodes.
-fn recorded(connection: &Connection, id: &str) -> rusqlite::Result<Vec<Recorded>> {
+pub(crate) fn recorded(connection: &Connection, id: &str) -> rusqlite::Result<Vec<Recorded>> {
     let sql = "SELECT id, incarnation, state FROM nodes WHERE ?1 IN (id, '')";
     let mut statement = connection.prepare_cached(sql)?;
     let rows = statement.query_map([id], |row| {

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   replica ── may this replica answer? here, through the leader, or not
-//!   service ── parse, one call, encode
+//!   service ── parse, one call, encode (rpc)
 //!     ├─► commit ── mutation (guarded SQL) ─► Hiqlite (Raft log, fsync) ─► verdict ─► answer
 //!     ├─► list, read ── pages from one snapshot of SQLite
-//!     ├─► heartbeat ── which nodes live: in the leader's memory, but for a loss
+//!     ├─► heartbeat ── which nodes live, who wants which lease: in the leader's memory, but for what changes
 //!     ├─► query ── users' SQL, in processes of their own, within budgets
 //!     └─► watch ── a position in the sequence of changes ◄── tail (recent ones, read once for all) or change (pages)
 //! retention ── forgets what is old, through commit like everybody
@@ -23,6 +23,7 @@ mod disk;
 mod embedded;
 mod error;
 mod heartbeat;
+mod leases;
 mod list;
 mod metrics;
 mod mutation;
@@ -36,8 +37,10 @@ mod requests;
 mod restore;
 mod retention;
 mod rows;
+mod rpc;
 mod schema;
 mod service;
+pub mod simulation;
 mod tail;
 mod time;
 mod verdict;

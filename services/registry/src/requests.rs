@@ -24,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::{
-    mutation::{Key, Mutation, Statement},
+    mutation::{Key, Mutation, SCHEDULER_EPOCH, Statement, only_if},
     rows::{JOB_COLUMNS, JobRow, NODE_COLUMNS, VM_COLUMNS, VmRow, node, number},
     verdict::{After, Verdict, judge, reused},
 };
@@ -61,13 +61,9 @@ impl RequestId {
         statements.chain([self.record(mutation, now)]).collect()
     }
 
-    /// Adds to a statement's conditions, which are ANDs at the end of it or before the ON CONFLICT of an INSERT.
-    fn unless_recorded(&self, (sql, mut params): Statement) -> Statement {
-        params.push(self.id.to_string().into());
-        let guard = format!(" AND NOT EXISTS (SELECT 1 FROM requests WHERE id = ?{})", params.len());
-        let mut sql = sql.into_owned();
-        sql.insert_str(sql.find(" ON CONFLICT").unwrap_or(sql.len()), &guard);
-        (sql.into(), params)
+    fn unless_recorded(&self, statement: Statement) -> Statement {
+        let guard = |place| format!("NOT EXISTS (SELECT 1 FROM requests WHERE id = ?{place})");
+        only_if(statement, self.id.to_string(), guard)
     }
 
     /// `changes()` are those of the statement before, which tells whether the mutation took place.
@@ -78,11 +74,12 @@ impl RequestId {
                 Key::Vm(id) => vm = id.to_string().into(),
                 Key::Job(id) => job = id.to_string().into(),
                 Key::Node(id) => node = id.as_str().into(),
-                Key::Request(_) => {}
+                Key::Lease(_) | Key::Request(_) => {}
             }
         }
         let sql = format!(
-            "INSERT INTO requests (at, id, digest, changed, vm, job, spec, node) SELECT ?1, ?2, ?3, changes(), \
+            "INSERT INTO requests (at, id, digest, changed, epoch, vm, job, spec, node) \
+             SELECT ?1, ?2, ?3, changes(), coalesce({SCHEDULER_EPOCH}, 0), \
                  (SELECT {} FROM vms WHERE id = ?4), (SELECT {} FROM jobs WHERE id = ?5), \
                  (SELECT spec FROM jobs WHERE id = ?5), (SELECT {} FROM nodes WHERE id = ?6) \
              WHERE true ON CONFLICT (id) DO NOTHING",
@@ -143,10 +140,10 @@ impl Recorded {
         {
             after.nodes.insert(id, row);
         }
-        find(connection, "SELECT digest, changed FROM requests WHERE id = ?1", id, |row| {
-            Ok((row.get(0)?, usize::try_from(number(row, 1)?).unwrap_or(usize::MAX)))
+        find(connection, "SELECT digest, changed, epoch FROM requests WHERE id = ?1", id, |row| {
+            let changed = usize::try_from(number(row, 1)?).unwrap_or(usize::MAX);
+            Ok(Self { digest: row.get(0)?, changed, after: After { scheduler_epoch: number(row, 2)?, ..after } })
         })
-        .map(|found| found.map(|(digest, changed)| Self { digest, changed, after }))
     }
 }
 
@@ -194,12 +191,11 @@ macro_rules! repeatable {
 
 repeatable! {
     CreateVmRequest TransitionVmRequest PurgeVmsRequest CreateJobRequest AssignJobRequest StartAttemptRequest
-    FinishAttemptRequest CancelJobRequest FailQueuedJobRequest RegisterNodeRequest
+    FinishAttemptRequest CancelJobRequest FailQueuedJobRequest RegisterNodeRequest UpdateNodeRequest
 }
 
 /// A request and its id, if its caller gave it one.
-pub(crate) fn parse<R: Repeatable>(request: tonic::Request<R>) -> std::result::Result<(R, Option<RequestId>), Error> {
-    let mut request = request.into_inner();
+pub(crate) fn parse<R: Repeatable>(mut request: R) -> std::result::Result<(R, Option<RequestId>), Error> {
     let text = std::mem::take(request.request_id());
     if text.is_empty() {
         return Ok((request, None));
@@ -219,48 +215,36 @@ mod tests {
         pb::common::v1 as pb,
         vm::{VmConfig, VmKind, VmState},
     };
-    use hiqlite::rusqlite::{params_from_iter, types::Value};
+    use hiqlite::rusqlite::types::Value;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{commit::read_rows, mutation::Outcome, schema};
+    use crate::{
+        leases::Holder,
+        mutation::{NewJob, Outcome},
+        schema,
+        simulation::{commit, execute},
+    };
 
     /// A database without Raft in front of it.
     struct Database(Connection);
 
     impl Database {
         fn new() -> Self {
-            Self(schema::in_memory())
+            let database = Self(schema::in_memory());
+            let holder = Holder { name: "a".into(), instance: Uuid::nil() };
+            database
+                .commit(&[(Mutation::TakeLease { name: "scheduler".into(), holder, epoch: 0 }, None)], Timestamp(0));
+            database
         }
 
-        fn execute(&self, (sql, params): Statement) -> usize {
-            let value = |param| match param {
-                Param::Text(text) => Value::Text(text),
-                Param::Blob(bytes) => Value::Blob(bytes),
-                Param::Integer(number) => Value::Integer(number),
-                Param::Null => Value::Null,
-                other => panic!("{other:?}"),
-            };
-            self.0.execute(&sql, params_from_iter(params.into_iter().map(value))).unwrap()
+        fn execute(&self, statement: Statement) -> usize {
+            execute(&self.0, statement)
         }
 
         /// Commits units together; what each came to.
         fn commit(&self, units: &[(Mutation, Option<RequestId>)], now: Timestamp) -> Vec<String> {
-            let transaction = self.0.unchecked_transaction().unwrap();
-            let mut counts = Vec::new();
-            for (mutation, request) in units {
-                let statements = match request {
-                    Some(request) => request.once(mutation, now),
-                    None => mutation.statements(now),
-                };
-                counts.push(statements.into_iter().map(|statement| self.execute(statement)).last().unwrap());
-            }
-            transaction.commit().unwrap();
-            let verdict = |((mutation, request), count): (&(Mutation, Option<RequestId>), usize)| match request {
-                Some(request) => request.judge(mutation, &read_rows(&self.0, [request.key()]).unwrap()),
-                None => judge(mutation, count, &read_rows(&self.0, mutation.shows()).unwrap()),
-            };
-            units.iter().zip(counts).map(verdict).map(|verdict| format!("{verdict:?}")).collect()
+            commit(&self.0, units, now).iter().map(|verdict| format!("{verdict:?}")).collect()
         }
 
         fn tables(&self) -> Vec<Vec<Vec<Value>>> {
@@ -270,7 +254,7 @@ mod tests {
                 let row = |row: &Row<'_>| (0..columns).map(|column| row.get(column)).collect();
                 statement.query_map([], row).unwrap().map(Result::unwrap).collect()
             };
-            ["vms", "jobs", "nodes", "events"].map(table).into()
+            ["vms", "jobs", "nodes", "attempts", "job_inputs", "leases", "events"].map(table).into()
         }
     }
 
@@ -281,7 +265,8 @@ mod tests {
     fn create_vm(vm: u128, kind: VmKind) -> Mutation {
         let labels = [("\"a\"".to_owned(), "é\u{1}".to_owned())].into();
         let config = VmConfig { kind, image: "default".into(), vcpus: 1, memory_mib: 512, labels, node_id: None };
-        Mutation::CreateVm { id: VmId(Uuid::from_u128(vm)), config, node_id: NodeId::parse("", "n").unwrap() }
+        let node_id = NodeId::parse("", "n").unwrap();
+        Mutation::CreateVm { id: VmId(Uuid::from_u128(vm)), config, node_id, scheduler_epoch: 0 }
     }
 
     fn register() -> Mutation {
@@ -317,28 +302,51 @@ mod tests {
             reason: "it ended".into(),
             log_bytes: 7,
             finished_at: Timestamp(5),
+            started_at: Some(Timestamp(4)),
         });
         let lost = any::<bool>().prop_map(|started| Outcome::Lost { started, reason: "gone".into() });
-        let spec = |max_attempts| pb::JobSpec { command: vec!["true".into()], max_attempts, ..Default::default() };
+        // The scheduler's epoch is 1.
+        let epoch = || prop::sample::select(vec![0u64, 1, 2]);
+        let new_job = |id, max_attempts| NewJob {
+            id,
+            spec: pb::JobSpec {
+                command: vec!["true".into()],
+                max_attempts,
+                retry_on: vec![pb::RetryOn::Lost.into(), pb::RetryOn::Failed.into()],
+                backoff_ms: 10,
+                max_backoff_ms: 100,
+                ..Default::default()
+            },
+            input: Some(pb::JobInput { stdin: vec![1].into(), ..Default::default() }),
+        };
         prop_oneof![
             2 => (1..=2u128, kind).prop_map(|(vm, kind)| create_vm(vm, kind)),
-            4 => (vm(), prop::sample::select(VmState::ALL.to_vec()), 0..3u64).prop_map(|(id, to, expected_generation)| {
-                Mutation::TransitionVm { id, to, expected_generation, reason: "s\0o".into() }
-            }),
+            4 => (vm(), prop::sample::select(VmState::ALL.to_vec()), 0..3u64, epoch(), any::<Option<u16>>()).prop_map(
+                |(id, to, expected_generation, scheduler_epoch, grace_ms)| {
+                    let (reason, grace_ms) = ("s\0o".into(), grace_ms.map(Into::into));
+                    Mutation::TransitionVm { id, to, expected_generation, reason, grace_ms, scheduler_epoch }
+                },
+            ),
             1 => Just(Mutation::PurgeVms { states: vec![VmState::Failed], ids: vec![], at_most: 9 }),
-            2 => (job(), 1..3u32).prop_map(move |(id, most)| Mutation::CreateJob { id, spec: spec(most) }),
-            4 => (job(), vm(), 1..4u32).prop_map(|(job_id, vm_id, attempt)| {
-                Mutation::AssignJob { job_id, vm_id, attempt }
+            2 => (job(), 1..3u32).prop_map(move |(id, most)| Mutation::CreateJob { job: Box::new(new_job(id, most)) }),
+            4 => (job(), vm(), 1..4u32, epoch()).prop_map(|(job_id, vm_id, attempt, scheduler_epoch)| {
+                Mutation::AssignJob { job_id, vm_id, attempt, decision: Some(pb::Decision::default()), scheduler_epoch }
             }),
             2 => (job(), 1..4u32).prop_map(|(job_id, attempt)| {
                 Mutation::StartAttempt { job_id, attempt, started_at: Timestamp(4) }
             }),
             2 => (job(), 1..4u32, prop_oneof![result, lost]).prop_map(|(job_id, attempt, outcome)| {
-                Mutation::FinishAttempt { job_id, attempt, outcome }
+                Mutation::FinishAttempt { job_id, attempt, outcome, scheduler_epoch: 0 }
             }),
             1 => job().prop_map(|id| Mutation::CancelJob { id, reason: "enough".into() }),
-            1 => job().prop_map(|id| Mutation::FailQueuedJob { id, reason: "never".into() }),
+            1 => (job(), prop::sample::select(vec![JobState::Failed, JobState::TimedOut])).prop_map(|(id, to)| {
+                Mutation::FailQueuedJob { id, to, reason: "never".into(), scheduler_epoch: 0 }
+            }),
             1 => Just(register()),
+            1 => prop::sample::select(vec![NodeState::Ready, NodeState::Cordoned]).prop_map(|wanted| {
+                let id = NodeId::parse("", "n").unwrap();
+                Mutation::UpdateNode { id, wanted, reason: "so".into(), drain_deadline: None }
+            }),
         ]
     }
 

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     change::compacted_revision,
     commit::CommitHandle,
-    mutation::{ENDED_JOBS, ENDED_VMS, Mutation},
+    mutation::{ENDED_JOBS, ENDED_VMS, EXPIRED_JOBS, Mutation},
     read::{Readers, newest_revision},
     rows::number,
     time,
@@ -97,7 +97,11 @@ impl RetentionDriver {
 }
 
 /// What is to be forgotten next, if anything is.
-fn next_step(connection: &Connection, retention: &Retention, now: Timestamp) -> rusqlite::Result<Option<Mutation>> {
+pub(crate) fn next_step(
+    connection: &Connection,
+    retention: &Retention,
+    now: Timestamp,
+) -> rusqlite::Result<Option<Mutation>> {
     let ended_before = before(now, retention.ended_for);
     for (ended, step) in [
         (&*ENDED_VMS, Mutation::ForgetVms { ended_before, at_most: ROWS_AT_ONCE }),
@@ -106,6 +110,9 @@ fn next_step(connection: &Connection, retention: &Retention, now: Timestamp) -> 
         if connection.prepare_cached(&format!("SELECT 1 {ended}"))?.exists([time::to_text(ended_before)])? {
             return Ok(Some(step));
         }
+    }
+    if connection.prepare_cached(&format!("SELECT 1 {}", *EXPIRED_JOBS))?.exists([now.0])? {
+        return Ok(Some(Mutation::ForgetExpiredJobs { now, at_most: ROWS_AT_ONCE }));
     }
     let compacted = compacted_revision(connection)?;
     let too_many = newest_revision(connection)?.saturating_sub(retention.max_events);
@@ -141,7 +148,7 @@ mod tests {
 
     fn database() -> Connection {
         let database = Connection::open_in_memory().unwrap();
-        schema::create(&database);
+        schema::create(&database).unwrap();
         database
     }
 
@@ -198,7 +205,9 @@ mod tests {
     #[test]
     fn what_has_ended_is_found_without_reading_what_has_not() {
         let database = database();
-        for (ended, index) in [(&*ENDED_VMS, "vms_ended"), (&*ENDED_JOBS, "jobs_ended")] {
+        for (ended, index) in
+            [(&*ENDED_VMS, "vms_ended"), (&*ENDED_JOBS, "jobs_ended"), (&*EXPIRED_JOBS, "jobs_expiring")]
+        {
             let sql = format!("EXPLAIN QUERY PLAN SELECT 1 {ended}");
             let plan: String = database.query_row(&sql, [""], |row| row.get("detail")).unwrap();
             assert!(plan.starts_with("SEARCH") && plan.contains(&format!("INDEX {index} ")), "{plan}");

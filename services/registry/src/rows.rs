@@ -3,6 +3,7 @@
 use blixard::{
     id::{JobId, NodeId, VmId},
     job::JobState,
+    limits,
     node::NodeState,
     pb::common::v1 as pb,
     time::Timestamp,
@@ -10,24 +11,32 @@ use blixard::{
 };
 use hiqlite::rusqlite::{Connection, OptionalExtension as _, Result, Row, types::Type};
 use prost::Message as _;
+use uuid::Uuid;
 
-use crate::time;
+use crate::{
+    leases,
+    mutation::{SCHEDULER_EPOCH, names},
+    time,
+};
 
 /// The columns that [`VmRow::read`] expects.
-pub(crate) const VM_COLUMNS: &str =
-    "id, config, state, node_id, job_id, reason, generation, revision, created_at, updated_at, created_revision";
+pub(crate) const VM_COLUMNS: &str = "id, config, state, node_id, job_id, reason, generation, revision, created_at, updated_at, created_revision, \
+     jobs_assigned, stop_grace_ms";
 /// The columns that [`JobRow::read`] expects.
 pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, assignment, cancel_requested, exit_code, \
      signal, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, generation, revision, created_at, assigned_at, \
-     started_at, finished_at, created_revision, attempt_end";
+     started_at, finished_at, created_revision, attempt_end, queued_at, not_before, attempts_started";
 /// The columns that [`node`] expects.
-pub(crate) const NODE_COLUMNS: &str =
-    "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at";
+pub(crate) const NODE_COLUMNS: &str = "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at, \
+     labels, reason, updated_at, drain_deadline, wanted";
 
 /// How an attempt ended: the value of `jobs.attempt_end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AttemptEnd {
+    /// It came to what the job came to.
     Result,
+    /// It came to this, and another one may follow.
+    Retried(JobState),
     Lost,
 }
 
@@ -72,7 +81,8 @@ impl VmRow {
             revision: number(row, 7)?,
             created_at: Some(when(row, 8)?),
             updated_at: Some(when(row, 9)?),
-            ..pb::Vm::default()
+            jobs_assigned: row.get::<_, Option<u32>>(11)?.unwrap_or(0),
+            stop_grace_ms: row.get::<_, Option<i64>>(12)?.map(i64::unsigned_abs),
         };
         Ok(Self { vm, state, config, created_revision: number(row, 10)? })
     }
@@ -89,21 +99,9 @@ impl JobRow {
     pub(crate) fn read(row: &Row<'_>) -> Result<Self> {
         let spec: Vec<u8> = row.get(1)?;
         let state = from_name(row, 2, JobState::from_name)?;
-        let (exit_code, signal): (Option<i32>, Option<i32>) = (row.get(8)?, row.get(9)?);
-        let exit = pb::ExitStatus {
-            exit_code,
-            signal,
-            user_time_ms: number(row, 10)?,
-            system_time_ms: number(row, 11)?,
-            max_rss_kib: number(row, 12)?,
-        };
-        let assignment = match row.get_ref(6)?.as_str_or_null()? {
-            None => pb::AssignmentKind::Unspecified,
-            Some(_) => match from_name(row, 6, VmKind::from_name)? {
-                VmKind::Ephemeral => pb::AssignmentKind::Ephemeral,
-                VmKind::Service => pb::AssignmentKind::Service,
-            },
-        };
+        let created_at = when(row, 17)?;
+        // While it waits; the column keeps what it last was.
+        let not_before = if state == JobState::Queued { maybe_when(row, 24)? } else { None };
         let job = pb::Job {
             id: row.get(0)?,
             spec: Some(pb::JobSpec::decode(spec.as_slice()).map_err(|error| damaged(1, error))?),
@@ -111,22 +109,25 @@ impl JobRow {
             attempt: row.get(3)?,
             vm_id: text(row, 4)?,
             node_id: text(row, 5)?,
-            assignment: assignment.into(),
+            assignment: assignment(row, 6)?.into(),
             cancel_requested: row.get(7)?,
-            exit: (exit_code.is_some() || signal.is_some()).then_some(exit),
+            exit: exit(row, 8)?,
             reason: row.get(13)?,
             log_bytes: number(row, 14)?,
             generation: number(row, 15)?,
             revision: number(row, 16)?,
-            created_at: Some(when(row, 17)?),
+            created_at: Some(created_at),
             assigned_at: maybe_when(row, 18)?,
             started_at: maybe_when(row, 19)?,
             finished_at: maybe_when(row, 20)?,
-            ..pb::Job::default()
+            queued_at: maybe_when(row, 23)?.or(Some(created_at)),
+            not_before,
+            attempts_started: row.get::<_, Option<u32>>(25)?.unwrap_or(0),
         };
         let attempt_end = match row.get_ref(22)?.as_str_or_null()? {
             Some("result") => Some(AttemptEnd::Result),
-            Some(_) => Some(AttemptEnd::Lost),
+            Some("lost") => Some(AttemptEnd::Lost),
+            Some(_) => Some(AttemptEnd::Retried(from_name(row, 22, JobState::from_name)?)),
             None => None,
         };
         Ok(Self { job, state, spec, attempt_end, created_revision: number(row, 21)? })
@@ -163,6 +164,7 @@ pub(crate) fn made_job(id: &JobId, spec: &pb::JobSpec, at: Timestamp, revision: 
         generation: 1,
         revision,
         created_at: Some(at.into()),
+        queued_at: Some(at.into()),
         ..pb::Job::default()
     }
 }
@@ -182,7 +184,17 @@ pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
         incarnation: number(row, 8)?,
         revision: number(row, 9)?,
         registered_at: Some(when(row, 10)?),
-        ..pb::Node::default()
+        labels: serde_json::from_str(row.get_ref(11)?.as_str_or_null()?.unwrap_or("{}"))
+            .map_err(|error| damaged(11, error))?,
+        reason: text(row, 12)?,
+        updated_at: maybe_when(row, 13)?,
+        drain_deadline: maybe_when(row, 14)?,
+        wanted: match row.get_ref(15)?.as_str_or_null()? {
+            None => NodeState::Ready,
+            Some(_) => from_name(row, 15, NodeState::from_name)?,
+        }
+        .to_pb()
+        .into(),
     })
 }
 
@@ -190,6 +202,122 @@ pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
 pub(crate) fn find_node(connection: &Connection, id: &str) -> Result<Option<pb::Node>> {
     let sql = format!("SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?1");
     connection.prepare_cached(&sql)?.query_row([id], node).optional()
+}
+
+/// The lease of this name, as it is recorded.
+pub(crate) fn find_lease(connection: &Connection, name: &str) -> Result<Option<leases::Recorded>> {
+    let sql = "SELECT holder, instance, epoch FROM leases WHERE name = ?1";
+    let lease = |row: &Row<'_>| {
+        let holder = match row.get_ref(0)?.as_str()? {
+            "" => None,
+            name => {
+                let instance = from_name(row, 1, |text| Uuid::parse_str(text).ok())?;
+                Some(leases::Holder { name: name.to_owned(), instance })
+            }
+        };
+        Ok(leases::Recorded { holder, epoch: number(row, 2)? })
+    };
+    connection.prepare_cached(sql)?.query_row([name], lease).optional()
+}
+
+/// The epoch of the scheduler that leads; 0: none ever has.
+pub(crate) fn scheduler_epoch(connection: &Connection) -> Result<u64> {
+    let sql = format!("SELECT coalesce({SCHEDULER_EPOCH}, 0)");
+    connection.prepare_cached(&sql)?.query_row([], |row| number(row, 0))
+}
+
+/// The attempts of a job, the first one first: the newest ones that an answer has room for.
+pub(crate) fn attempts(connection: &Connection, job: &JobRow) -> Result<Vec<pb::Attempt>> {
+    let columns = "job_id, attempt, vm_id, node_id, assignment, state, reported, exit_code, signal, user_time_ms, \
+         system_time_ms, max_rss_kib, reason, log_bytes, assigned_at, started_at, finished_at, decision";
+    let earlier = format!("SELECT {columns} FROM attempts WHERE job_id = ?1");
+    // An attempt after which the job waits again is among the earlier ones.
+    let ended = names(JobState::ALL.into_iter().filter(|state| state.is_terminal()).map(JobState::as_str));
+    let latest = columns
+        .replace("job_id", "id")
+        .replace(" state", &format!(" iif(state IN ({ended}), state, NULL)"))
+        .replace("reported", "attempt_end IS 'result'");
+    let sql = format!(
+        "{earlier} UNION ALL SELECT {latest} FROM jobs WHERE id = ?1 AND attempt > 0 \
+             AND NOT EXISTS (SELECT 1 FROM attempts WHERE job_id = ?1 AND attempt = jobs.attempt) \
+         ORDER BY 2 DESC LIMIT 1000"
+    );
+    let mut statement = connection.prepare_cached(&sql)?;
+    let mut rows = statement.query([&job.job.id])?;
+    let (mut attempts, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()? {
+        let mut attempt = attempt(row)?;
+        attempt.late_reports = late_reports(connection, &attempt)?;
+        bytes += attempt.encoded_len();
+        if bytes > limits::MAX_PAGE_BYTES && !attempts.is_empty() {
+            break;
+        }
+        attempts.push(attempt);
+    }
+    attempts.reverse();
+    Ok(attempts)
+}
+
+fn attempt(row: &Row<'_>) -> Result<pb::Attempt> {
+    let decision: Option<Vec<u8>> = row.get(17)?;
+    let decision = decision.map(|bytes| pb::Decision::decode(bytes.as_slice())).transpose();
+    Ok(pb::Attempt {
+        job_id: row.get(0)?,
+        attempt: row.get(1)?,
+        vm_id: text(row, 2)?,
+        node_id: text(row, 3)?,
+        assignment: assignment(row, 4)?.into(),
+        state: maybe_job_state(row, 5)?.into(),
+        reported: row.get(6)?,
+        exit: exit(row, 7)?,
+        reason: row.get(12)?,
+        log_bytes: number(row, 13)?,
+        assigned_at: maybe_when(row, 14)?,
+        started_at: maybe_when(row, 15)?,
+        finished_at: maybe_when(row, 16)?,
+        decision: decision.map_err(|error| damaged(17, error))?,
+        late_reports: vec![],
+    })
+}
+
+fn late_reports(connection: &Connection, attempt: &pb::Attempt) -> Result<Vec<pb::LateReport>> {
+    let sql = "SELECT at, state, reason FROM late_reports WHERE job_id = ?1 AND attempt = ?2 ORDER BY seq";
+    let report = |row: &Row<'_>| {
+        Ok(pb::LateReport { at: Some(when(row, 0)?), state: maybe_job_state(row, 1)?.into(), reason: row.get(2)? })
+    };
+    let mut statement = connection.prepare_cached(sql)?;
+    statement.query_map((&attempt.job_id, attempt.attempt), report)?.collect()
+}
+
+/// Reads how a command ended from five columns.
+fn exit(row: &Row<'_>, at: usize) -> Result<Option<pb::ExitStatus>> {
+    let (exit_code, signal): (Option<i32>, Option<i32>) = (row.get(at)?, row.get(at + 1)?);
+    let exit = pb::ExitStatus {
+        exit_code,
+        signal,
+        user_time_ms: number(row, at + 2)?,
+        system_time_ms: number(row, at + 3)?,
+        max_rss_kib: number(row, at + 4)?,
+    };
+    Ok((exit_code.is_some() || signal.is_some()).then_some(exit))
+}
+
+fn assignment(row: &Row<'_>, column: usize) -> Result<pb::AssignmentKind> {
+    Ok(match row.get_ref(column)?.as_str_or_null()? {
+        None => pb::AssignmentKind::Unspecified,
+        Some(_) => match from_name(row, column, VmKind::from_name)? {
+            VmKind::Ephemeral => pb::AssignmentKind::Ephemeral,
+            VmKind::Service => pb::AssignmentKind::Service,
+        },
+    })
+}
+
+/// Reads the state of a job; NULL is unspecified.
+fn maybe_job_state(row: &Row<'_>, column: usize) -> Result<pb::JobState> {
+    match row.get_ref(column)?.as_str_or_null()? {
+        None => Ok(pb::JobState::Unspecified),
+        Some(_) => Ok(from_name(row, column, JobState::from_name)?.to_pb()),
+    }
 }
 
 /// Reads the state of a VM; NULL is an error.

@@ -26,7 +26,7 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES];
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES, RETRIES];
 
 const TABLES: Migration = Migration {
     version: 1,
@@ -208,6 +208,110 @@ const LOST_NODES: Migration = Migration {
     ],
 };
 
+/// Retries and what is known of each attempt, inputs, groups, leases, and nodes that are told what is wanted of them.
+///
+/// A change of a job with one attempt and no input writes no row of these tables: what happens seldom is in triggers, whose
+/// text is not in the log with each change.
+const RETRIES: Migration = Migration {
+    version: 5,
+    statements: &[
+        "ALTER TABLE vms ADD COLUMN jobs_assigned INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE vms ADD COLUMN stop_grace_ms INTEGER",
+        "ALTER TABLE jobs ADD COLUMN queued_at TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE jobs ADD COLUMN not_before TEXT",
+        "ALTER TABLE jobs ADD COLUMN group_id TEXT",
+        "ALTER TABLE jobs ADD COLUMN array_index INTEGER NOT NULL DEFAULT 0",
+        // Bits; a job from before is retried when it is lost.
+        "ALTER TABLE jobs ADD COLUMN retry_on INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE jobs ADD COLUMN backoff_ms INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN max_backoff_ms INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN result_ttl_ms INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN decision BLOB",
+        "CREATE INDEX jobs_of_groups ON jobs (group_id, created_revision) WHERE group_id IS NOT NULL",
+        // A job that says how long it is kept is in an index of its own, by the millisecond at which it goes.
+        "DROP INDEX jobs_ended",
+        "CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL AND result_ttl_ms = 0",
+        "CREATE INDEX jobs_expiring
+            ON jobs (unixepoch(finished_at) * 1000 + substr(finished_at, 21, 3) + result_ttl_ms)
+            WHERE finished_at IS NOT NULL AND result_ttl_ms > 0",
+        // Attempts after which the job went back to the queue; the latest one is in `jobs`.
+        "CREATE TABLE attempts (
+            job_id         TEXT NOT NULL,
+            attempt        INTEGER NOT NULL,
+            vm_id          TEXT NOT NULL,
+            node_id        TEXT NOT NULL,
+            assignment     TEXT NOT NULL,
+            state          TEXT NOT NULL,
+            reported       INTEGER NOT NULL,
+            exit_code      INTEGER,
+            signal         INTEGER,
+            user_time_ms   INTEGER NOT NULL,
+            system_time_ms INTEGER NOT NULL,
+            max_rss_kib    INTEGER NOT NULL,
+            reason         TEXT NOT NULL,
+            log_bytes      INTEGER NOT NULL,
+            assigned_at    TEXT NOT NULL,
+            started_at     TEXT,
+            finished_at    TEXT NOT NULL,
+            decision       BLOB,
+            PRIMARY KEY (job_id, attempt)
+        ) STRICT, WITHOUT ROWID",
+        "CREATE TABLE late_reports (
+            seq     INTEGER PRIMARY KEY,
+            job_id  TEXT NOT NULL,
+            attempt INTEGER NOT NULL,
+            at      TEXT NOT NULL,
+            state   TEXT,
+            reason  TEXT NOT NULL
+        ) STRICT",
+        "CREATE INDEX late_reports_of_jobs ON late_reports (job_id, attempt)",
+        "CREATE TABLE job_inputs (
+            job_id TEXT NOT NULL UNIQUE,
+            input  BLOB NOT NULL
+        ) STRICT",
+        // The last change of a row from before is its own; only what is new in it is filled in.
+        "DROP TRIGGER jobs_changed",
+        "UPDATE jobs SET queued_at = created_at",
+        "CREATE TRIGGER jobs_changed AFTER UPDATE ON jobs BEGIN
+            INSERT INTO events (revision, timestamp, entity, entity_id, from_state, to_state, reason, job_id, vm_id,
+                node_id, attempt)
+            VALUES (NEW.revision, NEW.updated_at, 'job', NEW.id, OLD.state, NEW.state, NEW.reason, NEW.id, NEW.vm_id,
+                NEW.node_id, NEW.attempt);
+        END",
+        "CREATE TRIGGER jobs_requeued AFTER UPDATE OF state ON jobs WHEN NEW.state = 'Queued' BEGIN
+            INSERT INTO attempts (job_id, attempt, vm_id, node_id, assignment, state, reported, exit_code, signal,
+                user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, assigned_at, started_at, finished_at,
+                decision)
+            SELECT NEW.id, NEW.attempt, NEW.vm_id, NEW.node_id, NEW.assignment,
+                iif(NEW.attempt_end = 'lost', 'Queued', NEW.attempt_end), NEW.attempt_end <> 'lost', NEW.exit_code,
+                NEW.signal, NEW.user_time_ms, NEW.system_time_ms, NEW.max_rss_kib, NEW.reason, NEW.log_bytes,
+                NEW.assigned_at, NEW.started_at, NEW.queued_at, NEW.decision
+            WHERE true ON CONFLICT DO NOTHING;
+            DELETE FROM attempts WHERE job_id = NEW.id AND attempt <= NEW.attempt - 1000;
+        END",
+        "CREATE TRIGGER jobs_finished AFTER UPDATE OF finished_at ON jobs WHEN NEW.finished_at IS NOT NULL BEGIN
+            DELETE FROM job_inputs WHERE job_id = NEW.id;
+        END",
+        "CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
+            DELETE FROM attempts WHERE job_id = OLD.id;
+            DELETE FROM late_reports WHERE job_id = OLD.id;
+            DELETE FROM job_inputs WHERE job_id = OLD.id;
+        END",
+        "CREATE TABLE leases (
+            name     TEXT NOT NULL PRIMARY KEY,
+            holder   TEXT NOT NULL,
+            instance TEXT NOT NULL,
+            epoch    INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID",
+        // Of the scheduler's lease, when the request came: a refusal that it explains stays explained.
+        "ALTER TABLE requests ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE nodes ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE nodes ADD COLUMN wanted TEXT NOT NULL DEFAULT 'Ready'",
+        "ALTER TABLE nodes ADD COLUMN wanted_reason TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE nodes ADD COLUMN drain_deadline TEXT",
+    ],
+};
+
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
@@ -238,18 +342,58 @@ pub(crate) async fn migrate(client: &Client) -> Result<(), StartError> {
     Ok(())
 }
 
-/// The schema in a plain SQLite file, for tests that need no log.
-#[cfg(test)]
-pub(crate) fn create(database: &hiqlite::rusqlite::Connection) {
-    for statement in MIGRATIONS.iter().flat_map(|migration| migration.statements) {
-        database.execute_batch(statement).unwrap();
-    }
+/// The schema in a plain SQLite file, for a registry without a log: see [`crate::simulation`].
+pub(crate) fn create(database: &Connection) -> rusqlite::Result<()> {
+    migrate_plain(database, newest())
+}
+
+/// The schema up to a version.
+fn migrate_plain(database: &Connection, version: i64) -> rusqlite::Result<()> {
+    let migrations = MIGRATIONS.iter().filter(|migration| migration.version <= version);
+    migrations.flat_map(|migration| migration.statements).try_for_each(|statement| database.execute_batch(statement))
 }
 
 /// A database of this schema without Raft in front of it.
 #[cfg(test)]
-pub(crate) fn in_memory() -> hiqlite::rusqlite::Connection {
-    let connection = hiqlite::rusqlite::Connection::open_in_memory().unwrap();
-    create(&connection);
+pub(crate) fn in_memory() -> Connection {
+    let connection = Connection::open_in_memory().unwrap();
+    create(&connection).unwrap();
     connection
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_version_4_get_what_is_new_in_them_and_keep_their_revisions() {
+        let database = Connection::open_in_memory().unwrap();
+        migrate_plain(&database, 4).unwrap();
+        database
+            .execute_batch(
+                "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
+                     attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes,
+                     generation, revision, created_at, updated_at, created_revision, spec)
+                 VALUES ('j', 'Queued', 'true', 'default', 1, 128, 0, 3, '{}', 0, 0, 0, 0, 0, 0, '', 0, 1, 1,
+                     '2026-01-02T03:04:05.678Z', '2026-01-02T03:04:05.678Z', 1, x'');
+                 INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision,
+                     registered_at, updated_at)
+                 VALUES ('n', 'Ready', 'http://h:1', 'process', 1, 1, 1, '[]', 1, 2, '2026-01-02T03:04:05.678Z',
+                     '2026-01-02T03:04:05.678Z')",
+            )
+            .unwrap();
+        for statement in RETRIES.statements {
+            database.execute_batch(statement).unwrap();
+        }
+        let of = |sql: &str| database.query_row(sql, [], |row| row.get::<_, String>(0)).unwrap();
+        assert_eq!(
+            of("SELECT concat_ws(' ', queued_at, retry_on, backoff_ms, result_ttl_ms, revision) FROM jobs"),
+            "2026-01-02T03:04:05.678Z 1 0 0 1"
+        );
+        assert_eq!(of("SELECT concat_ws(' ', labels, wanted, revision) FROM nodes"), "{} Ready 2");
+        assert_eq!(of("SELECT concat(count(*)) FROM events"), "2");
+        // The event of the next change is written again.
+        database.execute("UPDATE jobs SET state = 'Cancelled', revision = 3", []).unwrap();
+        assert_eq!(of("SELECT concat(count(*)) FROM events"), "3");
+    }
 }

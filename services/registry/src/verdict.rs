@@ -15,7 +15,8 @@ use blixard::{
 use prost::Message as _;
 
 use crate::{
-    mutation::{Mutation, Outcome, config_text},
+    leases,
+    mutation::{Mutation, NewJob, Outcome, config_text},
     requests::Recorded,
     rows::{AttemptEnd, JobRow, VmRow},
 };
@@ -26,6 +27,9 @@ pub(crate) struct After {
     pub(crate) vms: HashMap<VmId, VmRow>,
     pub(crate) jobs: HashMap<JobId, JobRow>,
     pub(crate) nodes: HashMap<NodeId, pb::Node>,
+    pub(crate) leases: HashMap<String, leases::Recorded>,
+    /// Of the scheduler that leads.
+    pub(crate) scheduler_epoch: u64,
     /// The newest revision.
     pub(crate) revision: u64,
     pub(crate) requests: HashMap<uuid::Uuid, Recorded>,
@@ -36,6 +40,8 @@ pub(crate) struct After {
 pub(crate) enum Answer {
     Vm(Box<pb::Vm>),
     Job(Box<pb::Job>),
+    Jobs(Vec<pb::Job>),
+    Lease(leases::Recorded),
     Node(Box<pb::Node>),
     Purged(usize),
     Revision(u64),
@@ -48,6 +54,8 @@ pub(crate) enum Verdict {
     Accepted(Answer),
     /// It did not and will not.
     Denied(Error),
+    /// It did not, and its refusal comes with something to record: commit this one, which gives the answer.
+    Instead(Box<Mutation>),
     /// Its guard did not hold, but would now: something in the same commit came between. Commit it again.
     Again,
 }
@@ -64,8 +72,13 @@ impl Verdict {
 
 /// Judges a mutation. `changed` is the number of rows that its last statement changed.
 pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdict {
+    if changed == 0
+        && let Some(error) = stale_epoch(mutation.scheduler_epoch(), after.scheduler_epoch)
+    {
+        return Verdict::Denied(error);
+    }
     match mutation {
-        Mutation::CreateVm { id, config, node_id } => match after.vms.get(id) {
+        Mutation::CreateVm { id, config, node_id, .. } => match after.vms.get(id) {
             None => Verdict::Again,
             Some(row) if row.config == config_text(config) && row.vm.node_id == node_id.as_str() => Verdict::vm(row),
             Some(_) => Verdict::Denied(reused(id)),
@@ -89,16 +102,28 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
         Mutation::PurgeVms { .. }
         | Mutation::ForgetVms { .. }
         | Mutation::ForgetJobs { .. }
+        | Mutation::ForgetExpiredJobs { .. }
         | Mutation::CompactEvents { .. } => Verdict::Accepted(Answer::Purged(changed)),
+        Mutation::RecordLate { refusal, .. } => Verdict::Denied(refusal.clone()),
+        Mutation::TakeLease { name, .. } | Mutation::ReleaseLease { name, .. } => match after.leases.get(name) {
+            None => Verdict::Again,
+            Some(lease) => Verdict::Accepted(Answer::Lease(lease.clone())),
+        },
+        Mutation::UpdateNode { id, .. } => match after.nodes.get(id) {
+            None => Verdict::Denied(node_not_found(id)),
+            // What was wanted of it already is no change.
+            Some(node) => Verdict::Accepted(Answer::Node(Box::new(node.clone()))),
+        },
         Mutation::RegisterNode { node } => match after.nodes.get(&node.id) {
             None => Verdict::Again,
             Some(node) => Verdict::Accepted(Answer::Node(Box::new(node.clone()))),
         },
-        Mutation::CreateJob { id, spec } => match after.jobs.get(id) {
+        Mutation::CreateJob { job } => match after.jobs.get(&job.id) {
             None => Verdict::Again,
-            Some(row) if row.spec == spec.encode_to_vec() => Verdict::job(row),
-            Some(_) => Verdict::Denied(reused(id)),
+            Some(row) if row.spec == job.spec.encode_to_vec() => Verdict::job(row),
+            Some(_) => Verdict::Denied(reused(&job.id)),
         },
+        Mutation::CreateJobs { jobs } => judge_group(jobs, after),
         Mutation::AssignJob { job_id: id, .. }
         | Mutation::StartAttempt { job_id: id, .. }
         | Mutation::FinishAttempt { job_id: id, .. }
@@ -109,6 +134,33 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
             Some(row) => judge_unchanged_job(mutation, row, after),
         },
     }
+}
+
+/// All of them were made, or were there.
+fn judge_group(jobs: &[NewJob], after: &After) -> Verdict {
+    let found: Vec<_> = jobs.iter().map(|job| after.jobs.get(&job.id)).collect();
+    let whole: Option<Vec<_>> = found.iter().copied().collect();
+    if found.iter().all(Option::is_none) {
+        return Verdict::Again;
+    }
+    let is_other = |at: &usize| found[*at].is_some_and(|row| row.spec != jobs[*at].spec.encode_to_vec());
+    let other = (0..jobs.len()).find(is_other);
+    match (other, whole) {
+        (None, Some(rows)) => Verdict::Accepted(Answer::Jobs(rows.into_iter().map(|row| row.job.clone()).collect())),
+        // Also when some of them alone are there: this is not the group they were made in.
+        (other, _) => {
+            let at = other.or_else(|| found.iter().position(Option::is_some)).unwrap_or(0);
+            Verdict::Denied(reused(&jobs[at].id).with("field", format!("jobs[{at}].job_id")))
+        }
+    }
+}
+
+/// The scheduler that asks leads no more; 0: it is none.
+fn stale_epoch(epoch: u64, current: u64) -> Option<Error> {
+    (epoch != 0 && epoch != current).then(|| {
+        let message = format!("the scheduler of epoch {epoch} does not lead: the epoch is {current}");
+        Error::new(Reason::StaleEpoch, message).with("epoch", epoch).with("current", current)
+    })
 }
 
 fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {
@@ -136,37 +188,54 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         Mutation::AssignJob { vm_id, attempt, .. } => judge_assign(row, *vm_id, *attempt, after),
         Mutation::StartAttempt { attempt, .. } => {
             // A report of the start that the report of the end has overtaken is late, not wrong.
-            let started = row.state == JobState::Running || row.attempt_end == Some(AttemptEnd::Result);
+            let ended = matches!(row.attempt_end, Some(AttemptEnd::Result | AttemptEnd::Retried(_)));
+            let started = row.state == JobState::Running || ended;
             match *attempt == row.job.attempt {
                 true if started => Verdict::job(row),
                 true if row.state == JobState::Assigned => Verdict::Again,
                 _ => Verdict::Denied(stale(row, *attempt)),
             }
         }
-        Mutation::FinishAttempt { attempt, outcome, .. } => {
+        Mutation::FinishAttempt { job_id, attempt, outcome, .. } => {
             let repeated = match outcome {
-                Outcome::Result { state, .. } => row.attempt_end == Some(AttemptEnd::Result) && row.state == *state,
+                Outcome::Result { state, .. } => match row.attempt_end {
+                    Some(AttemptEnd::Result) => row.state == *state,
+                    Some(AttemptEnd::Retried(retried)) => retried == *state,
+                    Some(AttemptEnd::Lost) | None => false,
+                },
                 Outcome::Lost { .. } => row.attempt_end == Some(AttemptEnd::Lost),
             };
             match *attempt == row.job.attempt {
                 true if repeated => Verdict::job(row),
                 true if row.state.may_go_to(JobState::Queued) => Verdict::Again,
-                _ => Verdict::Denied(stale(row, *attempt)),
+                // There was no such attempt.
+                _ if *attempt > row.job.attempt => Verdict::Denied(stale(row, *attempt)),
+                _ => {
+                    let (job_id, attempt, outcome, refusal) =
+                        (*job_id, *attempt, outcome.clone(), stale(row, *attempt));
+                    Verdict::Instead(Box::new(Mutation::RecordLate { job_id, attempt, outcome, refusal }))
+                }
             }
         }
         Mutation::CancelJob { .. } => match row.state.is_terminal() || row.job.cancel_requested {
             true => Verdict::job(row),
             false => Verdict::Again,
         },
-        Mutation::FailQueuedJob { reason, .. } => match row.state {
+        Mutation::FailQueuedJob { to, reason, .. } => match row.state {
             JobState::Queued => Verdict::Again,
-            JobState::Failed if row.job.reason == *reason => Verdict::job(row),
-            from => Verdict::Denied(illegal("job", &row.job.id, from.as_str(), JobState::Failed.as_str())),
+            state if state == *to && row.job.reason == *reason => Verdict::job(row),
+            from => Verdict::Denied(illegal("job", &row.job.id, from.as_str(), to.as_str())),
         },
         Mutation::CreateVm { .. }
         | Mutation::TransitionVm { .. }
         | Mutation::PurgeVms { .. }
         | Mutation::CreateJob { .. }
+        | Mutation::CreateJobs { .. }
+        | Mutation::RecordLate { .. }
+        | Mutation::UpdateNode { .. }
+        | Mutation::TakeLease { .. }
+        | Mutation::ReleaseLease { .. }
+        | Mutation::ForgetExpiredJobs { .. }
         | Mutation::RegisterNode { .. }
         | Mutation::LoseNode { .. }
         | Mutation::ConfirmRevision
@@ -178,9 +247,9 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
 
 fn judge_assign(row: &JobRow, vm_id: VmId, attempt: u32, after: &After) -> Verdict {
     let vm = after.vms.get(&vm_id);
-    // A lost attempt is over, though it was this one.
+    // An attempt that another may follow is over, though it was this one.
     let same = row.job.attempt == attempt && row.job.vm_id == vm_id.to_string();
-    if same && row.attempt_end != Some(AttemptEnd::Lost) {
+    if same && matches!(row.attempt_end, None | Some(AttemptEnd::Result)) {
         return Verdict::job(row);
     }
     if row.job.attempt.checked_add(1) != Some(attempt) {

@@ -174,7 +174,7 @@ mod tests {
             let path = dir.path().join("database");
             let database = Connection::open(&path).unwrap();
             database.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF").unwrap();
-            schema::create(&database);
+            schema::create(&database).unwrap();
             let newest = watch::Sender::new(0);
             let (driver, tail) = Tail::new(Readers::new(path, Arc::default()), newest.subscribe(), REMEMBERED);
             let stop = CancellationToken::new();

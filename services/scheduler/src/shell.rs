@@ -474,6 +474,7 @@ async fn tell(mut vmhost: crate::peers::VmHostClient, order: Order) -> Result<()
                 job_id: job.id.to_string(),
                 attempt: job.attempt,
                 spec: Some(common::JobSpec::from(job.spec)),
+                incarnation: 0,
             };
             vmhost.run_job(request(message, CALL_TIMEOUT)).await.map(drop)
         }

@@ -3,6 +3,7 @@
 mod client;
 mod contract;
 mod fake_scheduler;
+mod fleet;
 mod foreign_clients;
 mod guest;
 mod jobs;

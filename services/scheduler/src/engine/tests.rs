@@ -96,6 +96,7 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
         created_at: Timestamp(0),
         updated_at: Timestamp(0),
         jobs_assigned: 0,
+        stop_grace: None,
     }
 }
 

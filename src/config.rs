@@ -797,7 +797,9 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count, retention.events_days, retention.max_events, retention.ended_days
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days
+        flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
+        flag --placement: "random" is not allowed: spread or pack
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

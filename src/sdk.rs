@@ -34,7 +34,11 @@
 //! # }
 //! ```
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
 
 use tonic::{
     Status, Streaming,
@@ -45,7 +49,7 @@ use uuid::Uuid;
 use crate::{
     error::{Error, Reason, invalid},
     id::{JobId, VmId},
-    job::{ExitStatus, Isolation, Job as Recorded, JobState},
+    job::{ExitStatus, InputFile, Isolation, Job as Recorded, JobState, RetryOn},
     limits,
     pb::{
         common::v1 as common,
@@ -166,7 +170,7 @@ pub enum JobType {
 }
 
 /// A job to run. What is `None` is the control plane's to choose.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Job {
     /// Its id; submitting the same id and body again gives the same job.
     pub id: Uuid,
@@ -190,10 +194,41 @@ pub struct Job {
     pub priority: i32,
     /// How long one attempt may run.
     pub timeout: Option<Duration>,
-    /// How many attempts may start when VMs are lost under them; 0: 1.
+    /// How many attempts may start, as `retry_on` says; 0: 1.
     pub max_attempts: u32,
-    /// Labels for filtering.
+    /// What an attempt may come to for another one to follow; empty: lost.
+    pub retry_on: BTreeSet<RetryOn>,
+    /// Pause before the second attempt, doubled for each later one.
+    pub backoff: Duration,
+    /// How long it may wait in the queue.
+    pub queue_timeout: Option<Duration>,
+    /// How long an attempt may take from its arrival at the node to the start of its command.
+    pub start_timeout: Option<Duration>,
+    /// Labels for filtering; `tenant` says whose it is.
     pub labels: BTreeMap<String, String>,
+    /// Labels that its node must have.
+    pub node_labels: BTreeMap<String, String>,
+    /// Labels that its node should have.
+    pub preferred_node_labels: BTreeMap<String, String>,
+    /// Jobs that must have succeeded before.
+    pub after: Vec<JobId>,
+    /// What its command reads on standard input. All input together: at most 512 KiB.
+    pub stdin: Vec<u8>,
+    /// Files that are put into the guest.
+    pub files: Vec<InputFile>,
+    /// Environment variables that are not to be seen, in its output either. Sealed before they are stored.
+    pub secrets: BTreeMap<String, String>,
+    /// Absolute paths of files in the guest that are kept: see [`VmManager::artifact`].
+    pub artifacts: Vec<String>,
+    /// How long it is kept after its end; `None`: as long as retention says.
+    pub result_ttl: Option<Duration>,
+}
+
+/// Without what it is given: secrets are in it.
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job").field("id", &self.id).field("command", &self.command).finish_non_exhaustive()
+    }
 }
 
 impl Default for Job {
@@ -212,9 +247,71 @@ impl Default for Job {
             priority: 0,
             timeout: None,
             max_attempts: 0,
+            retry_on: BTreeSet::new(),
+            backoff: Duration::ZERO,
+            queue_timeout: None,
+            start_timeout: None,
             labels: BTreeMap::new(),
+            node_labels: BTreeMap::new(),
+            preferred_node_labels: BTreeMap::new(),
+            after: Vec::new(),
+            stdin: Vec::new(),
+            files: Vec::new(),
+            secrets: BTreeMap::new(),
+            artifacts: Vec::new(),
+            result_ttl: None,
         }
     }
+}
+
+impl Job {
+    /// What the control plane is asked for.
+    fn into_request(self, vm_id: Option<VmId>) -> pb::SubmitJobRequest {
+        let JobType::Execute = self.job_type;
+        let isolation = match self.isolation {
+            Isolation::Maximum => common::Isolation::Maximum,
+            Isolation::Standard => common::Isolation::Standard,
+            Isolation::Minimal => common::Isolation::Minimal,
+        };
+        let succeeded = common::DependencyCondition::Succeeded.into();
+        let after = self.after.iter().map(|id| common::Dependency { job_id: id.to_string(), condition: succeeded });
+        let spec = common::JobSpec {
+            command: self.command,
+            env: self.env,
+            working_dir: self.working_dir,
+            image: self.image,
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            isolation: isolation.into(),
+            priority: self.priority,
+            timeout_ms: self.timeout.map_or(0, millis),
+            max_attempts: self.max_attempts,
+            retry_on: self.retry_on.into_iter().map(|on| common::RetryOn::from(on).into()).collect(),
+            backoff_ms: millis(self.backoff),
+            queue_timeout_ms: self.queue_timeout.map_or(0, millis),
+            start_timeout_ms: self.start_timeout.map_or(0, millis),
+            labels: self.labels,
+            node_labels: self.node_labels,
+            preferred_node_labels: self.preferred_node_labels,
+            target_vm_id: vm_id.map(|id| id.to_string()).unwrap_or_default(),
+            depends_on: after.collect(),
+            artifacts: self.artifacts,
+            result_ttl_ms: self.result_ttl.map_or(0, millis),
+            ..Default::default()
+        };
+        let input = common::JobInput {
+            stdin: self.stdin.into(),
+            files: self.files.into_iter().map(Into::into).collect(),
+            secrets: self.secrets,
+            sealed_secrets: BTreeMap::new(),
+        };
+        let input = (input != common::JobInput::default()).then_some(input);
+        pb::SubmitJobRequest { request_id: self.id.to_string(), spec: Some(spec), input }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Where a job went.
@@ -338,30 +435,9 @@ impl VmManager {
     /// # Errors
     /// As [`VmManager::execute_job`] and [`VmManager::submit_job_to_vm`].
     pub async fn submit(&self, job: Job, vm_id: Option<VmId>) -> Result<JobId, Error> {
-        let JobType::Execute = job.job_type;
-        let isolation = match job.isolation {
-            Isolation::Maximum => common::Isolation::Maximum,
-            Isolation::Standard => common::Isolation::Standard,
-            Isolation::Minimal => common::Isolation::Minimal,
-        };
-        let spec = common::JobSpec {
-            command: job.command,
-            env: job.env,
-            working_dir: job.working_dir,
-            image: job.image,
-            vcpus: job.vcpus,
-            memory_mib: job.memory_mib,
-            isolation: isolation.into(),
-            priority: job.priority,
-            timeout_ms: job.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-            max_attempts: job.max_attempts,
-            labels: job.labels,
-            target_vm_id: vm_id.map(|id| id.to_string()).unwrap_or_default(),
-            ..Default::default()
-        };
-        let message = pb::SubmitJobRequest { request_id: job.id.to_string(), spec: Some(spec), input: None };
-        self.client.clone().submit_job(message).await?;
-        Ok(JobId(job.id))
+        let job_id = JobId(job.id);
+        self.client.clone().submit_job(job.into_request(vm_id)).await?;
+        Ok(job_id)
     }
 
     /// Waits for a job's end.
@@ -396,6 +472,21 @@ impl VmManager {
             }
         }
         Ok(output)
+    }
+
+    /// A file that the latest attempt of a job left; name it in [`Job::artifacts`].
+    ///
+    /// # Errors
+    /// JOB_NOT_FOUND, ARTIFACT_NOT_FOUND, PEER_UNAVAILABLE.
+    pub async fn artifact(&self, job_id: JobId, path: &str) -> Result<Vec<u8>, Error> {
+        let message =
+            pb::GetArtifactRequest { job_id: job_id.to_string(), attempt: 0, path: path.to_owned(), offset: 0 };
+        let mut parts = self.client.clone().get_artifact(message).await?.into_inner();
+        let mut bytes = Vec::new();
+        while let Some(part) = parts.message().await? {
+            bytes.extend_from_slice(&part.data);
+        }
+        Ok(bytes)
     }
 
     /// Counts of the moment.
@@ -461,5 +552,33 @@ impl From<Vm> for VmInstance {
             state: vm.state,
             node_id: vm.node_id.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_becomes_a_request_and_its_secrets_are_not_printed() {
+        let job = Job {
+            command: vec!["make".into()],
+            retry_on: BTreeSet::from([RetryOn::Failed]),
+            max_attempts: 3,
+            backoff: Duration::from_secs(1),
+            after: vec![JobId(Uuid::from_u128(9))],
+            stdin: vec![1, 2],
+            secrets: BTreeMap::from([("TOKEN".into(), "hunter22".into())]),
+            artifacts: vec!["/out".into()],
+            ..Job::default()
+        };
+        assert!(!format!("{job:?}").contains("hunter22"));
+        let request = job.into_request(None);
+        let spec = request.spec.expect("a spec");
+        assert_eq!((spec.max_attempts, spec.backoff_ms, &spec.retry_on[..]), (3, 1000, &[2][..]));
+        assert_eq!((spec.depends_on.len(), spec.artifacts.len()), (1, 1));
+        let input = request.input.expect("an input");
+        assert_eq!((&input.stdin[..], input.secrets["TOKEN"].as_str()), (&[1, 2][..], "hunter22"));
+        assert_eq!(Job::default().into_request(None).input, None, "nothing is given when nothing is");
     }
 }

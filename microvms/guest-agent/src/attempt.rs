@@ -19,6 +19,7 @@ use std::{
 use blixard::{
     error::{Error, Reason},
     job::ExitStatus,
+    limits,
     pb::{
         common::v1 as pbc,
         common::v1::LogStream,
@@ -26,11 +27,14 @@ use blixard::{
     },
     time::Timestamp,
 };
+use bytes::{Bytes, BytesMut};
 use futures::{Stream, stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
+    io::AsyncWriteExt,
     net::unix::pipe,
     sync::{Notify, watch},
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -38,8 +42,10 @@ use tonic::Status;
 use crate::{
     admission::AttemptId,
     command::{PIPE_BYTES, Running},
+    lease::Lease,
     output::{NotKept, OutputBuffer},
     processes::Processes,
+    redact::{Redactor, Secrets},
 };
 
 /// How long what a job's main process left behind may go on: enough for `tee` or `cat` at the end of a pipe to write
@@ -51,6 +57,8 @@ const STRAGGLER_GRACE: Duration = Duration::from_millis(500);
 struct Outcome {
     /// The main process's end, or why there was none.
     exit: Result<ExitStatus, String>,
+    /// It was killed because the lease had run out.
+    lease_over: bool,
     finished_at: Timestamp,
 }
 
@@ -77,6 +85,9 @@ pub(crate) struct Attempt {
     pub(crate) id: AttemptId,
     started_at: Timestamp,
     state: Mutex<State>,
+    /// Taken out of the output.
+    secrets: Secrets,
+    lease: watch::Sender<Lease>,
     /// Output, outcome or stream number changed.
     changed: watch::Sender<()>,
     /// The host acknowledged something.
@@ -86,7 +97,7 @@ pub(crate) struct Attempt {
 impl Attempt {
     /// An attempt that starts now.
     #[must_use]
-    pub(crate) fn new(id: AttemptId) -> Self {
+    pub(crate) fn new(id: AttemptId, lease: Lease, secrets: Secrets) -> Self {
         let state = State {
             output: OutputBuffer::default(),
             outcome: None,
@@ -98,6 +109,8 @@ impl Attempt {
             id,
             started_at: Timestamp::now(),
             state: Mutex::new(state),
+            secrets,
+            lease: watch::Sender::new(lease),
             changed: watch::Sender::new(()),
             room: Notify::new(),
         }
@@ -134,41 +147,69 @@ impl Attempt {
         Ok(())
     }
 
+    /// It may go on for so long from now.
+    pub(crate) fn renew(&self, lease_ms: u64) {
+        self.lease.send_modify(|lease| *lease = lease.renewed(Instant::now(), lease_ms));
+    }
+
     /// The command could not be started.
-    pub(crate) fn fail_to_start(&self, why: String) {
-        self.end(Err(why));
+    pub(crate) fn fail_to_start(&self, why: &str) {
+        // A PATH may be a secret too.
+        self.end(Err(self.secrets.redact(why)), false);
     }
 
     /// Follows the command until it has ended. The attempt's one task.
-    pub(crate) async fn drive(self: Arc<Self>, running: Running, processes: Arc<Processes>) {
-        let exit = processes.exit_of(running.pid);
+    pub(crate) async fn drive(self: Arc<Self>, running: Running, stdin: Bytes, processes: Arc<Processes>) {
+        let mut exit = processes.exit_of(running.pid);
         let all_ended = CancellationToken::new();
         let end = async {
-            let exit = exit.await;
+            let (exit, lease_over) = tokio::select! {
+                biased;
+                exit = &mut exit => (exit, false),
+                () = lease_over(self.lease.subscribe()) => {
+                    // Without a word on stderr: who read it may be what is gone.
+                    processes.kill_all().await;
+                    (exit.await, true)
+                }
+            };
             if !processes.none_left(STRAGGLER_GRACE).await && !processes.kill_all().await {
                 eprintln!("job {}: processes survive SIGKILL; going on without them", self.id.job_id);
             }
             all_ended.cancel();
-            exit.map_err(|_| "the agent lost track of the process".to_owned())
+            (exit.map_err(|_| "the agent lost track of the process".to_owned()), lease_over)
         };
         let pumps = async {
             tokio::join!(
                 self.pump(LogStream::Stdout, running.stdout, &all_ended),
                 self.pump(LogStream::Stderr, running.stderr, &all_ended),
+                feed(running.stdin, &stdin, &all_ended),
             )
         };
-        let (exit, _) = tokio::join!(end, pumps);
-        self.end(exit);
+        let ((exit, lease_over), _) = tokio::join!(end, pumps);
+        self.end(exit, lease_over);
     }
 
-    fn end(&self, exit: Result<ExitStatus, String>) {
-        self.lock().outcome = Some(Outcome { exit, finished_at: Timestamp::now() });
+    fn end(&self, exit: Result<ExitStatus, String>, lease_over: bool) {
+        self.lock().outcome = Some(Outcome { exit, lease_over, finished_at: Timestamp::now() });
         self.changed.send_replace(());
     }
 
-    /// Moves one pipe's bytes into the buffer: to its end or, when all processes of the job have ended, until it is
-    /// empty (somebody outside of the job may hold the other end).
+    /// Moves one pipe's bytes into the buffer, and what was held back of them last.
     async fn pump(&self, stream: LogStream, pipe: OwnedFd, all_ended: &CancellationToken) {
+        let mut redactor = Redactor::default();
+        self.pump_to_end(stream, pipe, &mut redactor, all_ended).await;
+        self.say(stream, &redactor.finish(&self.secrets));
+    }
+
+    /// To the pipe's end or, when all processes of the job have ended, until it is empty (somebody outside of the job may hold the
+    /// other end).
+    async fn pump_to_end(
+        &self,
+        stream: LogStream,
+        pipe: OwnedFd,
+        redactor: &mut Redactor,
+        all_ended: &CancellationToken,
+    ) {
         let pipe = match pipe::Receiver::from_owned_fd(pipe) {
             Ok(pipe) => pipe,
             Err(error) => return eprintln!("job {}: cannot watch a pipe: {error}", self.id.job_id),
@@ -185,7 +226,7 @@ impl Attempt {
                 ready = pipe.readable() => if ready.is_err() { return },
                 () = all_ended.cancelled(), if !all_ended.is_cancelled() => continue,
             }
-            match self.read(stream, &pipe) {
+            match self.read(stream, &pipe, redactor) {
                 Ok(0) => return,
                 Ok(length) => {
                     if all_ended.is_cancelled() {
@@ -210,15 +251,30 @@ impl Attempt {
         }
     }
 
-    fn read(&self, stream: LogStream, pipe: &pipe::Receiver) -> io::Result<usize> {
+    fn read(&self, stream: LogStream, pipe: &pipe::Receiver, redactor: &mut Redactor) -> io::Result<usize> {
         let mut state = self.lock();
-        if state.output.room() == 0 {
+        let room = state.output.room();
+        if room == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if !self.secrets.is_empty() {
+            drop(state);
+            let mut bytes = BytesMut::with_capacity(room.min(limits::MAX_LOG_CHUNK));
+            let length = pipe.try_read_buf(&mut bytes)?;
+            self.say(stream, &redactor.push(&self.secrets, &bytes));
+            return Ok(length);
         }
         let length = state.output.append(stream, Timestamp::now(), |into| pipe.try_read_buf(into))?;
         drop(state);
         self.changed.send_replace(());
         Ok(length)
+    }
+
+    fn say(&self, stream: LogStream, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.lock().output.push(stream, Timestamp::now(), bytes);
+            self.changed.send_replace(());
+        }
     }
 
     /// Makes a new stream the one that reads on; it ends the one before. The host has every byte before `offset`.
@@ -264,6 +320,38 @@ impl Attempt {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Resolves when a lease has run out.
+async fn lease_over(mut lease: watch::Receiver<Lease>) {
+    loop {
+        let current = *lease.borrow_and_update();
+        if current.is_over(Instant::now()) {
+            return;
+        }
+        let end = async {
+            match current {
+                Lease::Unlimited => std::future::pending().await,
+                Lease::Until(end) => tokio::time::sleep_until(end).await,
+            }
+        };
+        tokio::select! {
+            () = end => {}
+            // The attempt holds the sender.
+            Ok(()) = lease.changed() => {}
+        }
+    }
+}
+
+/// Gives a command what it reads, then the end of the file. One that does not read it, or not all, is no fault.
+async fn feed(pipe: Option<OwnedFd>, stdin: &[u8], all_ended: &CancellationToken) {
+    let Some(pipe) = pipe else { return };
+    let write = async { pipe::Sender::from_owned_fd(pipe)?.write_all(stdin).await };
+    tokio::select! {
+        // The only error there is: nobody reads on.
+        _ = write => {}
+        () = all_ended.cancelled() => {}
     }
 }
 
@@ -383,5 +471,42 @@ fn exited(outcome: &Outcome, end_offset: u64) -> pb::RunExited {
         Ok(status) => (Some((*status).into()), String::new()),
         Err(why) => (None, why.clone()),
     };
-    pb::RunExited { exit, spawn_error, end_offset, finished_at: Some(outcome.finished_at.into()) }
+    pb::RunExited {
+        exit,
+        spawn_error,
+        end_offset,
+        finished_at: Some(outcome.finished_at.into()),
+        lease_over: outcome.lease_over,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_outlives_its_lease_as_often_as_that_is_renewed_and_no_longer() {
+        let id = AttemptId { job_id: blixard::id::JobId::random(), number: 1 };
+        let attempt = Attempt::new(id, Lease::granted(Instant::now(), 1000), Secrets::default());
+        let over = lease_over(attempt.lease.subscribe());
+        tokio::pin!(over);
+        let begun = Instant::now();
+        for _ in 0..3 {
+            assert!(tokio::time::timeout(Duration::from_millis(900), &mut over).await.is_err(), "it was renewed");
+            attempt.renew(1000);
+        }
+        over.await;
+        assert_eq!(begun.elapsed(), Duration::from_millis(3 * 900 + 1000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_without_a_lease_goes_on_until_it_is_given_one() {
+        let id = AttemptId { job_id: blixard::id::JobId::random(), number: 1 };
+        let attempt = Attempt::new(id, Lease::Unlimited, Secrets::default());
+        let over = lease_over(attempt.lease.subscribe());
+        tokio::pin!(over);
+        assert!(tokio::time::timeout(Duration::from_secs(1_000_000), &mut over).await.is_err());
+        attempt.renew(5);
+        over.await;
+    }
 }

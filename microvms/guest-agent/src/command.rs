@@ -11,7 +11,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use blixard::{id::VmId, job::JobSpec};
+use blixard::{
+    id::VmId,
+    job::{JobInput, JobSpec},
+};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
 use crate::{admission::AttemptId, processes::Pid};
@@ -26,22 +29,24 @@ pub(crate) const PIPE_BYTES: usize = 1024 * 1024;
 pub(crate) struct Running {
     /// Its process, which leads its own process group.
     pub(crate) pid: Pid,
+    /// The other end of its standard input, when there is something to read.
+    pub(crate) stdin: Option<OwnedFd>,
     /// The other end of its standard output.
     pub(crate) stdout: OwnedFd,
     /// The other end of its standard error.
     pub(crate) stderr: OwnedFd,
 }
 
-/// Starts a job's command: stdin is `/dev/null`, the environment is the guest's own, the job's, and the names of VM,
-/// job and attempt.
+/// Starts a job's command: stdin is a pipe or, when it gets nothing, `/dev/null`; the environment is the guest's own, the job's,
+/// its secrets, and the names of VM, job and attempt.
 ///
 /// The command gets a process group rather than a session of its own: that leaves the standard library its fast path
 /// (vfork), and the agent, which leads a session without a terminal, finds strays by descent, not by session.
 ///
 /// # Errors
 /// Why it could not be started, for people.
-pub(crate) fn spawn(spec: &JobSpec, vm_id: VmId, id: AttemptId) -> Result<Running, String> {
-    let env = environment(spec, vm_id, id);
+pub(crate) fn spawn(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId) -> Result<Running, String> {
+    let env = environment(spec, input, vm_id, id);
     let program = resolve(spec, &env)?;
     let name = spec.command.first().map_or("", String::as_str);
     let no_pipe = |error: io::Error| format!("cannot make a pipe: {error}");
@@ -49,7 +54,15 @@ pub(crate) fn spawn(spec: &JobSpec, vm_id: VmId, id: AttemptId) -> Result<Runnin
     let (stderr, stderr_writer) = pipe().map_err(no_pipe)?;
     let mut command = Command::new(&program);
     command.arg0(name).args(spec.command.iter().skip(1)).env_clear().envs(&env).process_group(0);
-    command.stdin(Stdio::null()).stdout(stdout_writer).stderr(stderr_writer);
+    command.stdout(stdout_writer).stderr(stderr_writer);
+    let stdin = if input.stdin.is_empty() {
+        command.stdin(Stdio::null());
+        None
+    } else {
+        let (reader, writer) = pipe().map_err(no_pipe)?;
+        command.stdin(reader);
+        Some(writer)
+    };
     // Not asked for where it is so already: in a static program a change of directory costs the fast path.
     if std::env::current_dir().ok().as_deref() != Some(Path::new(&spec.working_dir)) {
         command.current_dir(&spec.working_dir);
@@ -59,16 +72,20 @@ pub(crate) fn spawn(spec: &JobSpec, vm_id: VmId, id: AttemptId) -> Result<Runnin
     drop(command);
     // The reaper waits for every child, so nothing may wait through this handle.
     let pid = Pid::try_from(child.id()).map_err(|_| format!("process id {} is out of range", child.id()))?;
-    Ok(Running { pid, stdout, stderr })
+    Ok(Running { pid, stdin, stdout, stderr })
 }
 
-fn environment(spec: &JobSpec, vm_id: VmId, id: AttemptId) -> BTreeMap<String, String> {
+fn environment(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId) -> BTreeMap<String, String> {
     let mut env = BTreeMap::from([("PATH".to_owned(), DEFAULT_PATH.to_owned()), ("HOME".into(), "/root".into())]);
     env.extend(spec.env.clone());
+    env.extend(input.secrets.clone());
     // Last, so that no job can hide: vmhost finds what a VM left behind by these.
     env.insert("BLIXARD_VM_ID".into(), vm_id.to_string());
     env.insert("BLIXARD_JOB_ID".into(), id.job_id.to_string());
     env.insert("BLIXARD_ATTEMPT".into(), id.number.to_string());
+    if let Some(index) = spec.array_index {
+        env.insert("BLIXARD_ARRAY_INDEX".into(), index.to_string());
+    }
     env
 }
 

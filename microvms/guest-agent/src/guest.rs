@@ -8,7 +8,7 @@ use std::{
 use blixard::{
     error::{Error, Reason},
     id::VmId,
-    job::JobSpec,
+    job::{JobInput, JobSpec},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -17,7 +17,10 @@ use crate::{
     attempt::Attempt,
     command,
     identity::{Configuration, Identity},
+    input,
+    lease::Lease,
     processes::Processes,
+    redact::Secrets,
 };
 
 /// How long the end waits for the host to read an ended attempt to its end.
@@ -48,6 +51,17 @@ pub(crate) struct Guest {
     ending: CancellationToken,
     /// No process is left: stop serving.
     ended: CancellationToken,
+}
+
+/// What an attempt is to do.
+#[derive(Debug)]
+pub(crate) struct Work {
+    /// What to run.
+    pub(crate) spec: JobSpec,
+    /// With what.
+    pub(crate) input: JobInput,
+    /// For how long, unless that is renewed.
+    pub(crate) lease: Lease,
 }
 
 /// What Hello tells beside the identity.
@@ -97,11 +111,11 @@ impl Guest {
         Ok(skipped)
     }
 
-    /// The attempt `id`: the one it holds, or a new one that this call starts.
+    /// The attempt `id`: the one it holds, or a new one that this call starts. The host has its output up to `offset`.
     ///
     /// # Errors
     /// Why it is refused. A command that can't be started is no error here: it is an attempt that has ended.
-    pub(crate) fn run(&self, id: AttemptId, spec: &JobSpec, offset: u64) -> Result<Arc<Attempt>, Error> {
+    pub(crate) fn run(&self, id: AttemptId, work: &Work, offset: u64) -> Result<Arc<Attempt>, Error> {
         let mut state = self.lock();
         let vm_id = state.vm_id.ok_or_else(|| {
             Error::new(Reason::GuestRefused, "this guest has no identity yet: Configure must come before Run")
@@ -116,7 +130,7 @@ impl Guest {
             Decision::Start if offset > 0 => Err(DeniedReason::Unknown { wanted: id }.into()),
             Decision::Start => {
                 state.seen.insert(id);
-                let attempt = self.start(id, spec, vm_id);
+                let attempt = self.start(id, work, vm_id);
                 state.held = Some(attempt.clone());
                 Ok(attempt)
             }
@@ -136,11 +150,15 @@ impl Guest {
         }
     }
 
-    fn start(&self, id: AttemptId, spec: &JobSpec, vm_id: VmId) -> Arc<Attempt> {
-        let attempt = Arc::new(Attempt::new(id));
-        match command::spawn(spec, vm_id, id) {
-            Ok(running) => drop(self.tasks.spawn(attempt.clone().drive(running, self.processes.clone()))),
-            Err(why) => attempt.fail_to_start(why),
+    fn start(&self, id: AttemptId, work: &Work, vm_id: VmId) -> Arc<Attempt> {
+        let attempt = Arc::new(Attempt::new(id, work.lease, Secrets::of(&work.input.secrets)));
+        let started = input::write_files(&work.input.files);
+        match started.and_then(|()| command::spawn(&work.spec, &work.input, vm_id, id)) {
+            Ok(running) => {
+                let driving = attempt.clone().drive(running, work.input.stdin.clone(), self.processes.clone());
+                drop(self.tasks.spawn(driving));
+            }
+            Err(why) => attempt.fail_to_start(&why),
         }
         attempt
     }

@@ -43,6 +43,31 @@ fn kernel_boot_id() -> Option<String> {
     Some(text.trim().to_owned())
 }
 
+/// The guest's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// All of it, in KiB.
+    pub(crate) total_kib: u64,
+    /// What could be had without swapping, in KiB.
+    pub(crate) available_kib: u64,
+}
+
+impl Memory {
+    /// Asks the kernel; zeroes when it does not tell.
+    #[must_use]
+    pub(crate) fn read() -> Self {
+        Self::parse(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
+    }
+
+    fn parse(meminfo: &str) -> Self {
+        let field = |name: &str| {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim().strip_suffix("kB")?.trim().parse().ok()
+        };
+        Self { total_kib: field("MemTotal:").unwrap_or(0), available_kib: field("MemAvailable:").unwrap_or(0) }
+    }
+}
+
 /// A checked Configure request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Configuration {
@@ -142,6 +167,15 @@ mod tests {
         };
         change(&mut request);
         Configuration::parse(request)
+    }
+
+    #[test]
+    fn memory_is_what_the_kernel_says() {
+        let meminfo = "MemTotal:        8138672 kB\nMemFree:          202756 kB\nMemAvailable:    6117648 kB\n";
+        assert_eq!(Memory::parse(meminfo), Memory { total_kib: 8_138_672, available_kib: 6_117_648 });
+        assert_eq!(Memory::parse("nonsense"), Memory::default());
+        let here = Memory::read();
+        assert!(here.total_kib >= here.available_kib && here.available_kib > 0, "{here:?}");
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //!                 ┌ listener ┐   ┌ service ┐   ┌──── guest ────┐   ┌────── attempt ──────┐
 //!   host ─gRPC──► │ vsock or │──►│ parse,  │──►│ identity,     │──►│ command ─► process  │
 //!                 │ unix     │   │ encode  │   │ admission     │   │ pipes ─► output     │
-//!                 └──────────┘   └─────────┘   │ (one attempt) │   └─────────────────────┘
+//!                 └──────────┘   └─────────┘   │ (one attempt) │   │   (without secrets) │
+//!                                              │               │   └─────────────────────┘
 //!                                              └─ processes: reap, signal, end ─┘
 //! ```
 //! It is PID 1 of the default image (then it mounts, inserts modules and powers off, see `boot`) or, beside the process
@@ -17,11 +18,15 @@ mod admission;
 mod attempt;
 mod boot;
 mod command;
+mod file;
 mod guest;
 mod identity;
+mod input;
+mod lease;
 mod listener;
 mod output;
 mod processes;
+mod redact;
 mod service;
 
 use std::{ffi::OsString, io, process::ExitCode, sync::Arc, time::Duration};

@@ -133,6 +133,26 @@ impl OutputBuffer {
         Ok(length)
     }
 
+    /// Appends bytes that were read elsewhere, all of them: the caller has waited for [room](Self::room), and may exceed it by what
+    /// it has held back.
+    pub(crate) fn push(&mut self, stream: LogStream, now: Timestamp, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if stream != self.open_stream || self.spare() == 0 {
+                self.seal();
+            }
+            if self.spare() == 0 {
+                self.open.reserve(limits::MAX_LOG_CHUNK);
+            }
+            let (now_fitting, rest) = bytes.split_at(self.spare().min(bytes.len()));
+            if self.open.is_empty() {
+                (self.open_stream, self.open_time) = (stream, now);
+            }
+            self.open.extend_from_slice(now_fitting);
+            self.end += now_fitting.len() as u64;
+            bytes = rest;
+        }
+    }
+
     /// The chunk that holds `offset`, from there on; `None` when nothing after it has been read yet.
     ///
     /// # Errors

@@ -9,13 +9,17 @@ use blixard::{
     pb::guest::v1::{self as pb, guest_service_server::GuestService, run_request::Message},
 };
 use futures::Stream;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     admission::AttemptId,
     attempt::{Attempt, StreamNumber},
-    guest::Guest,
-    identity::Configuration,
+    file,
+    guest::{Guest, Work},
+    identity::{Configuration, Memory},
+    input,
+    lease::Lease,
 };
 
 /// The longest grace of a shutdown.
@@ -31,6 +35,7 @@ impl GuestService for Service {
 
     async fn hello(&self, _: Request<pb::HelloRequest>) -> Result<Response<pb::HelloResponse>, Status> {
         let status = self.0.status();
+        let memory = if self.0.identity.owns_guest { Memory::read() } else { Memory::default() };
         Ok(Response::new(pb::HelloResponse {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: self.0.identity.kernel_release.clone(),
@@ -39,8 +44,8 @@ impl GuestService for Service {
             vm_id: status.vm_id.map(|id| id.to_string()).unwrap_or_default(),
             job_id: status.owed.map(|id| id.job_id.to_string()).unwrap_or_default(),
             attempt: status.owed.map(|id| id.number).unwrap_or_default(),
-            memory_total_kib: 0,
-            memory_available_kib: 0,
+            memory_total_kib: memory.total_kib,
+            memory_available_kib: memory.available_kib,
         }))
     }
 
@@ -63,17 +68,24 @@ impl GuestService for Service {
         let attempt = if start.attach_only {
             self.0.find(id)?
         } else {
-            self.0.run(id, &JobSpec::parse_full("start.spec", start.spec)?, start.resume_offset)?
+            let spec = JobSpec::parse_full("start.spec", start.spec)?;
+            let lease = Lease::granted(Instant::now(), start.lease_ms);
+            let work = Work { spec, input: input::parse(start.input)?, lease };
+            self.0.run(id, &work, start.resume_offset)?
         };
+        if start.lease_ms > 0 {
+            attempt.renew(start.lease_ms);
+        }
         let stream = attempt.attach(start.resume_offset)?;
-        self.0.spawn(take_acknowledgements(attempt.clone(), stream, requests));
+        self.0.spawn(obey(attempt.clone(), stream, requests));
         Ok(Response::new(Box::pin(attempt.responses(stream, start.resume_offset))))
     }
 
     type GetFileStream = Pin<Box<dyn Stream<Item = Result<pb::GetFileResponse, Status>> + Send>>;
 
-    async fn get_file(&self, _: Request<pb::GetFileRequest>) -> Result<Response<Self::GetFileStream>, Status> {
-        Err(Status::unimplemented("get_file"))
+    async fn get_file(&self, request: Request<pb::GetFileRequest>) -> Result<Response<Self::GetFileStream>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(Box::pin(file::read(&request.path, request.offset)?)))
     }
 
     async fn signal(&self, request: Request<pb::SignalRequest>) -> Result<Response<pb::SignalResponse>, Status> {
@@ -104,13 +116,16 @@ fn attempt_id(prefix: &str, job_id: &str, number: u32) -> Result<AttemptId, Erro
 }
 
 /// Ends with the requests, or at the first one that can't be true: a host that has lost count must attach again.
-async fn take_acknowledgements(attempt: Arc<Attempt>, stream: StreamNumber, mut requests: Streaming<pb::RunRequest>) {
+async fn obey(attempt: Arc<Attempt>, stream: StreamNumber, mut requests: Streaming<pb::RunRequest>) {
     while let Ok(Some(request)) = requests.message().await {
         let result = match request.message {
             Some(Message::Ack(ack)) => attempt.acknowledge(ack.offset),
-            Some(Message::Renew(_)) => Ok(()),
+            Some(Message::Renew(renew)) => {
+                attempt.renew(renew.lease_ms);
+                Ok(())
+            }
             Some(Message::Start(_)) | None => {
-                Err(invalid("message", "", "an acknowledgement, after the first message"))
+                Err(invalid("message", "", "an acknowledgement or a renewal, after the first message"))
             }
         };
         if let Err(error) = result {

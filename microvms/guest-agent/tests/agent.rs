@@ -2,16 +2,23 @@
 
 mod harness;
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use blixard::{
     error::{Error, Reason},
     id::JobId,
-    pb::{common::v1::LogStream, guest::v1 as pb},
+    pb::{
+        common::v1::{InputFile, LogStream},
+        guest::v1 as pb,
+    },
 };
 use tonic::Status;
 
-use crate::harness::{Agent, Run, connect, processes_with, spec, start, wait_for};
+use crate::harness::{Agent, Log, Run, connect, processes_with, spec, start, wait_for};
 
 const MIB: usize = 1024 * 1024;
 
@@ -383,5 +390,178 @@ fn bad_arguments_are_refused_with_what_is_allowed() {
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(text.contains("--listen vsock:PORT | unix:PATH"), "{text}");
+    }
+}
+
+/// Runs a shell script with input.
+async fn with_input(agent: &Agent, input: pb::GuestInput, script: &str) -> Log {
+    let request = pb::RunStart { input: Some(input), ..start(JobId::random(), 1, &["sh", "-c", script]) };
+    Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await
+}
+
+#[tokio::test]
+async fn a_command_reads_its_input_to_the_end_byte_for_byte() {
+    let agent = Agent::configured().await;
+    let stdin: Vec<u8> = (0..300_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let input = pb::GuestInput { stdin: stdin.clone().into(), ..Default::default() };
+    let log = with_input(&agent, input, "cat").await;
+    assert!(log.stdout() == stdin, "{} bytes of {}", log.stdout().len(), stdin.len());
+    assert_eq!(log.exit().exit_code, Some(0));
+}
+
+#[tokio::test]
+async fn a_command_that_does_not_read_its_input_is_not_held_up() {
+    let agent = Agent::configured().await;
+    // More than any pipe holds.
+    let input = pb::GuestInput { stdin: vec![b'x'; 500_000].into(), ..Default::default() };
+    for script in ["echo done", "head -c 3", "exec <&-; echo done", "sleep 600 & echo done"] {
+        let log = with_input(&agent, input.clone(), script).await;
+        assert_eq!(log.exit().exit_code, Some(0), "{script}");
+        assert!([&b"done\n"[..], b"xxx"].contains(&log.stdout()), "{script}");
+    }
+}
+
+#[tokio::test]
+async fn files_are_there_before_the_command_starts_with_their_bytes_and_modes() {
+    let agent = Agent::configured().await;
+    let file =
+        |name: &str, content: &[u8], mode| InputFile { path: agent.path(name), content: content.to_vec().into(), mode };
+    fs::write(agent.path("old"), "a longer text than the new one").expect("written");
+    Command::new("chmod").args(["400", &agent.path("old")]).status().expect("chmod");
+    let files = vec![
+        file("new/dir/run.sh", b"#!/bin/sh\necho \"ran $1\"\n", 0o755),
+        file("bytes", b"\xff\0\n", 0),
+        file("old", b"new", 0o606),
+        file("empty", b"", 0o4700),
+    ];
+    let input = pb::GuestInput { files, ..Default::default() };
+    let dir = agent.path("");
+    let script = format!("cd {dir}; new/dir/run.sh it; cat bytes old; stat -c %a new/dir/run.sh bytes old empty");
+    let log = with_input(&agent, input, &script).await;
+    assert_eq!(log.stderr(), b"");
+    assert_eq!(log.stdout(), b"ran it\n\xff\0\nnew755\n644\n606\n4700\n");
+}
+
+#[tokio::test]
+async fn a_file_that_can_not_be_written_is_why_the_command_did_not_start() {
+    let agent = Agent::configured().await;
+    fs::write(agent.path("plain"), "").expect("written");
+    let path = agent.path("plain/below");
+    let files = vec![InputFile { path: path.clone(), content: "x".into(), mode: 0 }];
+    let log = with_input(&agent, pb::GuestInput { files, ..Default::default() }, "echo ran").await;
+    let error = log.spawn_error();
+    assert!(error.starts_with(&format!("cannot write {path}: ")), "{error}");
+    assert_eq!(log.bytes, b"");
+}
+
+#[tokio::test]
+async fn secrets_are_in_the_environment_and_not_in_the_output() {
+    let agent = Agent::configured().await;
+    let secrets = [("TOKEN", "hunter2"), ("LONG", "hunter2-and-more"), ("LINES", "first\nsecond")];
+    let secrets = secrets.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let input = pb::GuestInput { secrets, ..Default::default() };
+    // The parts of a secret are written one by one, and a part of one comes last.
+    let script = r#"
+        echo "a $TOKEN b $LONG c"; printf 'err %s' "$LINES" >&2
+        for part in hu nt er 2; do printf %s $part; sleep 0.02; done; echo
+        echo ${#TOKEN} ${#LONG}; printf hunter"#;
+    let log = with_input(&agent, input.clone(), script).await;
+    assert_eq!(String::from_utf8_lossy(log.stdout()), "a *** b *** c\n***\n7 16\nhunter");
+    assert_eq!(log.stderr(), b"err ***");
+
+    let loud = "yes hunter2 | head -c 8000000; printf hunter2";
+    let log = with_input(&agent, input.clone(), loud).await;
+    assert_eq!(log.stdout().len(), 4 * 1_000_000 + 3);
+    assert!(log.stdout().chunks_exact(4).all(|line| line == b"***\n"));
+
+    let mut request = pb::RunStart { input: Some(input), ..start(JobId::random(), 1, &["no-such-command"]) };
+    request.spec.as_mut().expect("a spec").env.insert("PATH".into(), "/hunter2/bin".into());
+    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await;
+    assert_eq!(log.spawn_error(), "command not found: no-such-command (PATH=/***/bin)");
+}
+
+#[tokio::test]
+async fn an_element_of_an_array_knows_its_place() {
+    let agent = Agent::configured().await;
+    for (index, expected) in [(0, "none\n"), (7, "7\n")] {
+        let mut request = start(JobId::random(), 1, &["sh", "-c", "echo ${BLIXARD_ARRAY_INDEX-none}"]);
+        request.spec.as_mut().expect("a spec").array_index = index;
+        let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await;
+        assert_eq!(log.stdout(), expected.as_bytes());
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_whose_lease_runs_out_is_killed_with_all_its_processes() {
+    let agent = Agent::configured().await;
+    let script = r#"trap "" TERM; (trap "" TERM; sleep 600) & echo up; while :; do sleep 0.1; done"#;
+    let request = pb::RunStart { lease_ms: 300, ..start(JobId::random(), 1, &["sh", "-c", script]) };
+    let begun = Instant::now();
+    let log = Run::open(&mut agent.client.clone(), request).await.expect("accepted").finish().await;
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    assert_eq!((log.stdout(), log.exit().signal), (&b"up\n"[..], Some(9)));
+    assert!(log.exited.as_ref().is_some_and(|exited| exited.lease_over));
+    assert_eq!(agent.processes(), [0; 0]);
+    assert!(!agent.shell("kill -9 $$").await.exited.is_some_and(|exited| exited.lease_over));
+}
+
+#[tokio::test]
+async fn a_lease_is_renewed_on_any_stream_of_the_attempt() {
+    let agent = Agent::configured().await;
+    let lease = Duration::from_millis(1500);
+    let lease_ms = 1500;
+    let request = pb::RunStart { lease_ms, ..start(JobId::random(), 1, &["sh", "-c", "sleep 4; echo survived"]) };
+    let mut client = agent.client.clone();
+    let first = Run::open(&mut client, request.clone()).await.expect("accepted");
+    // The newer stream reads; renewals on the older one count all the same.
+    let second =
+        Run::open(&mut client, pb::RunStart { attach_only: true, lease_ms: 0, ..request }).await.expect("attached");
+    let renewing = async {
+        let mut every = tokio::time::interval(lease / 5);
+        loop {
+            every.tick().await;
+            first.renew(lease_ms);
+        }
+    };
+    let log = tokio::select! {
+        log = second.finish() => log,
+        () = renewing => unreachable!("it renews for ever"),
+    };
+    assert_eq!((log.stdout(), log.exit().exit_code), (&b"survived\n"[..], Some(0)));
+    assert!(log.exited.is_some_and(|exited| !exited.lease_over));
+}
+
+#[tokio::test]
+async fn files_are_given_out_from_any_offset_and_only_files() {
+    let agent = Agent::configured().await;
+    let content: Vec<u8> = (0..200_001_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(agent.path("file"), &content).expect("written");
+    fs::write(agent.path("empty"), "").expect("written");
+    Command::new("mkfifo").arg(agent.path("pipe")).status().expect("mkfifo");
+    let get = async |path: String, offset| {
+        let mut parts = agent.client.clone().get_file(pb::GetFileRequest { path, offset }).await?.into_inner();
+        let first = parts.message().await?.expect("a first part");
+        let (size, mut bytes) = (first.size_bytes, first.data.to_vec());
+        while let Some(part) = parts.message().await? {
+            assert!((1..=65_536).contains(&part.data.len()) && part.size_bytes == 0);
+            bytes.extend_from_slice(&part.data);
+        }
+        Ok::<_, Status>((size, bytes))
+    };
+    for offset in [0, 1, 65_536, 200_000, 200_001] {
+        let (size, bytes) = get(agent.path("file"), offset).await.expect("read");
+        assert_eq!(size, 200_001);
+        assert!(bytes == content[usize::try_from(offset).expect("small")..], "from {offset}");
+    }
+    assert_eq!(get(agent.path("empty"), 0).await.expect("read"), (0, vec![]));
+    for (path, offset, expected) in [
+        (agent.path("file"), 200_002, Reason::OffsetBeyondEnd),
+        (agent.path("no-such-file"), 0, Reason::ArtifactNotFound),
+        (agent.path("file/below"), 0, Reason::ArtifactNotFound),
+        (agent.path(""), 0, Reason::GuestRefused),
+        (agent.path("pipe"), 0, Reason::GuestRefused),
+        ("relative".to_owned(), 0, Reason::InvalidField),
+    ] {
+        assert_eq!(reason(get(path.clone(), offset).await), expected, "{path}");
     }
 }

@@ -12,6 +12,7 @@ pub mod causes;
 pub mod client;
 pub mod metrics;
 pub mod replicated;
+pub mod secrets;
 pub mod server;
 pub mod settings;
 pub mod signals;
@@ -20,5 +21,6 @@ pub mod telemetry;
 
 pub use causes::with_causes;
 pub use replicated::ReplicatedChannel;
+pub use secrets::SecretKey;
 pub use server::Server;
 pub use tasks::Tasks;

@@ -16,10 +16,10 @@ use blixard::{
     error::{Error, Reason},
     pb::scheduler::v1::{GetStatsRequest, scheduler_service_client::SchedulerServiceClient},
 };
-use blixard_chassis::{Server, Tasks, client, metrics, server::BindError, with_causes};
+use blixard_chassis::{Server, Tasks, client, metrics, secrets::SecretKey, server::BindError, with_causes};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
-use blixard_vmhost::{VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, Pace, VmHost, VmHostConfig};
 use tokio::sync::watch;
 
 /// How long each part has to end. VMs outlive it, so there is little to wait for.
@@ -134,6 +134,9 @@ impl Parts {
     /// Starts the rest beside the registry; returns the VM driver's name.
     async fn start(&self, bound: Server, config: Config, agent_command: Vec<OsString>) -> Result<String, StartError> {
         let endpoint = bound.local_endpoint();
+        // The first start makes the key, so that secrets work without further ado; vmhost reads the same file.
+        let key_file = &config.storage.secret_key_file;
+        let secret_key = SecretKey::load_or_create(key_file).map_err(|error| StartError::new(&error))?;
         let vmhost = VmHostConfig {
             node_id: config.server.node_id.clone(),
             vm_state_dir: config.storage.vm_state_dir.clone(),
@@ -144,15 +147,13 @@ impl Parts {
             max_vms: config.firecracker.max_concurrent_vms,
             registry_endpoint: endpoint.clone(),
             advertise_endpoint: endpoint.clone(),
+            secret_key: Some(secret_key.clone()),
+            node_labels: config.server.node_labels.0.clone(),
+            health: HealthConfig::from(&config.vm_manager),
+            pace: Pace::default(),
         };
         let vmhost = VmHost::start(vmhost, &self.services).await.map_err(|error| StartError::new(&error))?;
-        let scheduler = SchedulerConfig {
-            registry_endpoint: endpoint.clone(),
-            max_vms: config.firecracker.max_concurrent_vms,
-            auto_scaling: config.vm_manager.auto_scaling,
-            pre_warm_count: config.vm_manager.pre_warm_count,
-            defaults: config.defaults(),
-        };
+        let scheduler = SchedulerConfig::new(&config, endpoint.clone(), Some(secret_key));
         let scheduler = Scheduler::start(scheduler, &self.services).await.map_err(|error| StartError::new(&error))?;
 
         let ready = watch::Sender::new(false);

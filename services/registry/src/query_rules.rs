@@ -15,7 +15,7 @@ use rusqlite::{
 };
 
 /// The tables of docs/SCHEMA.md, and SQLite's two for JSON.
-const TABLES: [&str; 6] = ["vms", "jobs", "nodes", "vm_events", "json_each", "json_tree"];
+const TABLES: [&str; 8] = ["vms", "jobs", "attempts", "late_reports", "nodes", "vm_events", "json_each", "json_tree"];
 /// The table below `vm_events`, read through that view only.
 const BEHIND_VM_EVENTS: &str = "events";
 

@@ -111,7 +111,7 @@ pub(crate) fn next_step(
             return Ok(Some(step));
         }
     }
-    if connection.prepare_cached(&format!("SELECT 1 {}", *EXPIRED_JOBS))?.exists([now.0])? {
+    if connection.prepare_cached(&format!("SELECT 1 {EXPIRED_JOBS}"))?.exists([now.0])? {
         return Ok(Some(Mutation::ForgetExpiredJobs { now, at_most: ROWS_AT_ONCE }));
     }
     let compacted = compacted_revision(connection)?;
@@ -206,7 +206,7 @@ mod tests {
     fn what_has_ended_is_found_without_reading_what_has_not() {
         let database = database();
         for (ended, index) in
-            [(&*ENDED_VMS, "vms_ended"), (&*ENDED_JOBS, "jobs_ended"), (&*EXPIRED_JOBS, "jobs_expiring")]
+            [(ENDED_VMS.as_str(), "vms_ended"), (ENDED_JOBS.as_str(), "jobs_ended"), (EXPIRED_JOBS, "jobs_expiring")]
         {
             let sql = format!("EXPLAIN QUERY PLAN SELECT 1 {ended}");
             let plan: String = database.query_row(&sql, [""], |row| row.get("detail")).unwrap();

@@ -25,7 +25,7 @@ pub(crate) const VM_COLUMNS: &str = "id, config, state, node_id, job_id, reason,
 /// The columns that [`JobRow::read`] expects.
 pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, assignment, cancel_requested, exit_code, \
      signal, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, generation, revision, created_at, assigned_at, \
-     started_at, finished_at, created_revision, attempt_end, queued_at, not_before, attempts_started";
+     started_at, finished_at, created_revision, attempt_end, queued_at, not_before_ms, attempts_started";
 /// The columns that [`node`] expects.
 pub(crate) const NODE_COLUMNS: &str = "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at, \
      labels, reason, updated_at, drain_deadline, wanted";
@@ -101,7 +101,7 @@ impl JobRow {
         let state = from_name(row, 2, JobState::from_name)?;
         let created_at = when(row, 17)?;
         // While it waits; the column keeps what it last was.
-        let not_before = if state == JobState::Queued { maybe_when(row, 24)? } else { None };
+        let not_before = row.get::<_, Option<i64>>(24)?.filter(|_| state == JobState::Queued);
         let job = pb::Job {
             id: row.get(0)?,
             spec: Some(pb::JobSpec::decode(spec.as_slice()).map_err(|error| damaged(1, error))?),
@@ -121,7 +121,7 @@ impl JobRow {
             started_at: maybe_when(row, 19)?,
             finished_at: maybe_when(row, 20)?,
             queued_at: maybe_when(row, 23)?.or(Some(created_at)),
-            not_before,
+            not_before: not_before.map(|ms| Timestamp(ms).into()),
             attempts_started: row.get::<_, Option<u32>>(25)?.unwrap_or(0),
         };
         let attempt_end = match row.get_ref(22)?.as_str_or_null()? {

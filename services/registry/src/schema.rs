@@ -12,7 +12,10 @@
 
 use hiqlite::{
     Client, Param,
-    rusqlite::{self, Connection},
+    rusqlite::{
+        self, Connection,
+        functions::{Context, FunctionFlags},
+    },
 };
 
 use crate::StartError;
@@ -218,7 +221,8 @@ const RETRIES: Migration = Migration {
         "ALTER TABLE vms ADD COLUMN jobs_assigned INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE vms ADD COLUMN stop_grace_ms INTEGER",
         "ALTER TABLE jobs ADD COLUMN queued_at TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE jobs ADD COLUMN not_before TEXT",
+        // Times that are computed in SQL are milliseconds since 1970: Hiqlite forbids SQLite's functions for times.
+        "ALTER TABLE jobs ADD COLUMN not_before_ms INTEGER",
         "ALTER TABLE jobs ADD COLUMN group_id TEXT",
         "ALTER TABLE jobs ADD COLUMN array_index INTEGER NOT NULL DEFAULT 0",
         // Bits; a job from before is retried when it is lost.
@@ -226,14 +230,13 @@ const RETRIES: Migration = Migration {
         "ALTER TABLE jobs ADD COLUMN backoff_ms INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN max_backoff_ms INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN result_ttl_ms INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN expires_ms INTEGER",
         "ALTER TABLE jobs ADD COLUMN decision BLOB",
         "CREATE INDEX jobs_of_groups ON jobs (group_id, created_revision) WHERE group_id IS NOT NULL",
-        // A job that says how long it is kept is in an index of its own, by the millisecond at which it goes.
+        // A job that says how long it is kept is in an index of its own.
         "DROP INDEX jobs_ended",
         "CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL AND result_ttl_ms = 0",
-        "CREATE INDEX jobs_expiring
-            ON jobs (unixepoch(finished_at) * 1000 + substr(finished_at, 21, 3) + result_ttl_ms)
-            WHERE finished_at IS NOT NULL AND result_ttl_ms > 0",
+        "CREATE INDEX jobs_expiring ON jobs (expires_ms) WHERE expires_ms IS NOT NULL",
         // Attempts after which the job went back to the queue; the latest one is in `jobs`.
         "CREATE TABLE attempts (
             job_id         TEXT NOT NULL,
@@ -344,8 +347,19 @@ pub(crate) async fn migrate(client: &Client) -> Result<(), StartError> {
 
 /// The schema in a plain SQLite file, for a registry without a log: see [`crate::simulation`].
 pub(crate) fn create(database: &Connection) -> rusqlite::Result<()> {
+    for name in FORBIDDEN {
+        let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_DETERMINISTIC;
+        let refuse = move |_: &Context<'_>| -> rusqlite::Result<i64> {
+            Err(rusqlite::Error::UserFunctionError(format!("{name} is forbidden: replicas would differ").into()))
+        };
+        database.create_scalar_function(name, -1, flags, refuse)?;
+    }
     migrate_plain(database, newest())
 }
+
+/// What Hiqlite makes panic on the connection that writes, lest replicas differ.
+const FORBIDDEN: [&str; 10] =
+    ["date", "time", "datetime", "julianday", "unixepoch", "strftime", "timediff", "random", "randomblob", "now"];
 
 /// The schema up to a version.
 fn migrate_plain(database: &Connection, version: i64) -> rusqlite::Result<()> {

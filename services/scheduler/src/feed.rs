@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use blixard::{id::JobId, job::Job};
+use blixard::{
+    id::JobId,
+    job::{Job, JobState},
+};
 use tokio::sync::watch;
 
 /// What has been seen of a job since somebody began to wait.
@@ -15,6 +18,8 @@ pub(crate) struct Seen {
     pub(crate) job: Option<Job>,
     /// The newest attempt that its vmhost has accepted: its log exists.
     pub(crate) accepted: u32,
+    /// What it waits for, and the revision of the copy of which that was said.
+    pub(crate) waits: Option<(u64, String)>,
 }
 
 /// See the module. Cheap to clone.
@@ -50,6 +55,29 @@ impl Feed {
                 newer
             });
         }
+    }
+
+    /// Passes on what a queued job waits for.
+    pub(crate) fn waits(&self, job_id: JobId, revision: u64, reason: &str) {
+        if let Some(sender) = self.entries().get(&job_id) {
+            sender.send_if_modified(|seen| {
+                let known = seen.waits.as_ref().is_some_and(|(of, known)| *of == revision && known == reason);
+                if !known {
+                    seen.waits = Some((revision, reason.to_owned()));
+                }
+                !known
+            });
+        }
+    }
+
+    /// The queued ones among the jobs that somebody waits for, with the revisions of their copies.
+    pub(crate) fn queued(&self) -> Vec<(JobId, u64)> {
+        let queued = |(job_id, sender): (&JobId, &watch::Sender<Seen>)| {
+            let seen = sender.borrow();
+            let job = seen.job.as_ref().filter(|job| job.state == JobState::Queued)?;
+            Some((*job_id, job.revision))
+        };
+        self.entries().iter().filter_map(queued).collect()
     }
 
     /// The jobs that somebody waits for.

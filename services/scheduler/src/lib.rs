@@ -8,22 +8,30 @@
 //!
 //! - [`engine`] decides. It is pure: inputs in, effects out, no clock, no IO.
 //! - `shell` is the loop around it: it watches the registry, feeds the engine, carries out its effects.
-//! - `service` answers the RPCs; `logs` follows a job's output from attempt to attempt.
+//! - `service` answers the RPCs: `submit` makes jobs of what is asked for (`sealing` their secrets), `follow` watches them, `logs`
+//!   follows their output from attempt to attempt (`hub` reads it once for all), `inspect` looks back, `nodes` keeps nodes.
 //!
 //! The scheduler keeps nothing on disk: what must survive is in the registry before it is acted on.
 
+pub mod control;
 pub mod engine;
 
 mod feed;
+mod follow;
+mod hub;
+mod inspect;
 mod logs;
+mod nodes;
 mod peers;
+mod sealing;
 mod service;
 mod shell;
+mod submit;
 
 use blixard::{
-    error::Error, limits, pb::scheduler::v1::scheduler_service_server::SchedulerServiceServer, vm::Defaults,
+    config::Config, error::Error, limits, pb::scheduler::v1::scheduler_service_server::SchedulerServiceServer,
 };
-use blixard_chassis::Tasks;
+use blixard_chassis::{Tasks, secrets::SecretKey};
 
 pub use service::SchedulerApi;
 
@@ -32,14 +40,25 @@ pub use service::SchedulerApi;
 pub struct SchedulerConfig {
     /// Where the registry answers, as `http://host:port`.
     pub registry_endpoint: String,
-    /// How many VMs may live at once, on all nodes together.
-    pub max_vms: u32,
-    /// Whether service VMs are started for jobs that need one, and idle ones ended when room is short.
-    pub auto_scaling: bool,
-    /// How many service VMs of the default image are kept warm.
-    pub pre_warm_count: u32,
-    /// What fills in what a request leaves out.
-    pub defaults: Defaults,
+    /// Its name among the schedulers: the same at each of its starts, and nobody else's.
+    pub name: String,
+    /// How the engine decides.
+    pub settings: engine::Settings,
+    /// What seals secrets; without it they are refused.
+    pub secret_key: Option<SecretKey>,
+}
+
+impl SchedulerConfig {
+    /// What the configuration says of a scheduler, for a registry that answers there.
+    #[must_use]
+    pub fn new(config: &Config, registry_endpoint: impl Into<String>, secret_key: Option<SecretKey>) -> Self {
+        Self {
+            registry_endpoint: registry_endpoint.into(),
+            name: config.server.node_id.to_string(),
+            settings: config.into(),
+            secret_key,
+        }
+    }
 }
 
 /// A running scheduler.

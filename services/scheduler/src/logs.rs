@@ -2,6 +2,7 @@
 //!
 //! The node that ran an attempt holds its log; this follows the job to that node and passes the records on. When the
 //! connection breaks it asks again from the last offset, so the caller's stream goes on without a byte lost or repeated.
+//! Those who follow the same attempt share one read of its log ([`crate::hub`]).
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use blixard::{
     pb::{
         common::v1::{LogEnd, LogHeartbeat},
         scheduler::v1::{StreamJobLogsResponse, stream_job_logs_response::Record},
-        vmhost::v1::{self as vmhost, stream_logs_response},
+        vmhost::v1 as vmhost,
     },
 };
 use tokio::sync::mpsc;
@@ -21,7 +22,8 @@ use tonic::Status;
 
 use crate::{
     feed::Subscription,
-    peers::{Peers, peer_error},
+    hub::{Hubs, Joined, Next, Seat, ended_early, record_of},
+    peers::{Peers, VmHostClient, peer_error},
 };
 
 /// Records between the vmhost's stream and the caller's: of at most 64 KiB each.
@@ -63,8 +65,8 @@ enum Pass {
 }
 
 /// Streams until the end; runs in a task of its own.
-pub(crate) async fn stream(peers: Peers, changes: Subscription, wanted: Wanted, sender: Sender) {
-    let mut follower = Follower { peers, changes, sender, offset: wanted.offset, wanted };
+pub(crate) async fn stream(peers: Peers, hubs: Hubs, changes: Subscription, wanted: Wanted, sender: Sender) {
+    let mut follower = Follower { peers, hubs, changes, sender, offset: wanted.offset, wanted };
     match follower.run().await {
         Ok(()) | Err(Stop::CallerGone) => {}
         Err(Stop::Error(error)) => {
@@ -75,6 +77,7 @@ pub(crate) async fn stream(peers: Peers, changes: Subscription, wanted: Wanted, 
 
 struct Follower {
     peers: Peers,
+    hubs: Hubs,
     changes: Subscription,
     sender: Sender,
     wanted: Wanted,
@@ -191,10 +194,51 @@ impl Follower {
     }
 
     async fn read_from(&mut self, node_id: &NodeId, attempt: u32) -> Result<Pass, Stop> {
-        let mut vmhost = match self.peers.vmhost(node_id) {
+        let vmhost = match self.peers.vmhost(node_id) {
             Ok(vmhost) => vmhost,
             Err(error) => return Ok(Pass::Broken(error)),
         };
+        if !self.wanted.follow {
+            let pass = self.read_alone(vmhost, attempt).await?;
+            return Ok(pass.unwrap_or(Pass::CaughtUp));
+        }
+        loop {
+            let pass = match self.hubs.join((self.wanted.job_id, attempt), self.offset, vmhost.clone()) {
+                Joined::Seat(seat) => self.read_shared(seat, attempt).await?,
+                Joined::Apart => self.read_alone(vmhost.clone(), attempt).await?,
+            };
+            if let Some(pass) = pass {
+                return Ok(pass);
+            }
+        }
+    }
+
+    /// Takes what the hub reads for everybody; `None` when it is too far ahead.
+    async fn read_shared(&mut self, mut seat: Seat, attempt: u32) -> Result<Option<Pass>, Stop> {
+        loop {
+            let next = tokio::select! {
+                next = seat.next() => next,
+                () = self.sender.closed() => return Err(Stop::CallerGone),
+            };
+            match next {
+                Next::Records(records) => {
+                    for record in records {
+                        if self.forward(attempt, record).await? {
+                            return Ok(Some(Pass::Ended));
+                        }
+                    }
+                }
+                Next::Heartbeat => {
+                    self.send(attempt, Record::Heartbeat(LogHeartbeat { next_offset: self.offset })).await?;
+                }
+                Next::Behind => return Ok(None),
+                Next::Failed(error) => return Ok(Some(Pass::Broken(error))),
+            }
+        }
+    }
+
+    /// Reads the log for this caller only; `None` when a hub has come by, or nothing more is wanted.
+    async fn read_alone(&mut self, mut vmhost: VmHostClient, attempt: u32) -> Result<Option<Pass>, Stop> {
         let message = vmhost::StreamLogsRequest {
             job_id: self.wanted.job_id.to_string(),
             attempt,
@@ -203,7 +247,7 @@ impl Follower {
         };
         let mut records = match vmhost.stream_logs(message).await {
             Ok(records) => records.into_inner(),
-            Err(status) => return Ok(Pass::Broken(peer_error("vmhost", &status))),
+            Err(status) => return Ok(Some(Pass::Broken(peer_error("vmhost", &status)))),
         };
         loop {
             let record = tokio::select! {
@@ -211,35 +255,47 @@ impl Follower {
                 () = self.sender.closed() => return Err(Stop::CallerGone),
             };
             match record {
-                Ok(Some(record)) => {
+                Ok(Some(response)) => {
+                    let Some(record) = record_of(response) else { continue };
                     if self.forward(attempt, record).await? {
-                        return Ok(Pass::Ended);
+                        return Ok(Some(Pass::Ended));
+                    }
+                    if self.wanted.follow && self.hubs.can_join((self.wanted.job_id, attempt), self.offset) {
+                        return Ok(None);
                     }
                 }
-                Ok(None) if self.wanted.follow => {
-                    return Ok(Pass::Broken(Error::new(Reason::PeerUnavailable, "the vmhost ended the stream early")));
-                }
-                Ok(None) => return Ok(Pass::CaughtUp),
-                Err(status) => return Ok(Pass::Broken(peer_error("vmhost", &status))),
+                Ok(None) if self.wanted.follow => return Ok(Some(Pass::Broken(ended_early()))),
+                Ok(None) => return Ok(Some(Pass::CaughtUp)),
+                Err(status) => return Ok(Some(Pass::Broken(peer_error("vmhost", &status)))),
             }
         }
     }
 
-    /// Passes a record on; true when it was the last.
-    async fn forward(&mut self, attempt: u32, record: vmhost::StreamLogsResponse) -> Result<bool, Stop> {
-        let (record, last) = match record.record {
-            None => return Ok(false),
-            Some(stream_logs_response::Record::Chunk(chunk)) => {
-                self.offset = chunk.offset + chunk.data.len() as u64;
-                (Record::Chunk(chunk), false)
+    /// Passes a record on, without what the caller has already; true when it was the last.
+    async fn forward(&mut self, attempt: u32, mut record: Record) -> Result<bool, Stop> {
+        let mut last = false;
+        match &mut record {
+            Record::Chunk(chunk) => {
+                let end = chunk.offset + chunk.data.len() as u64;
+                if end <= self.offset {
+                    return Ok(false);
+                }
+                if let Some(known) = self.offset.checked_sub(chunk.offset).filter(|&known| known > 0) {
+                    chunk.data = chunk.data.slice(usize::try_from(known).unwrap_or(usize::MAX)..);
+                    chunk.offset = self.offset;
+                }
+                self.offset = end;
             }
-            Some(stream_logs_response::Record::Gap(gap)) => {
+            Record::Gap(gap) => {
+                gap.from_offset = gap.from_offset.max(self.offset);
+                if gap.to_offset <= gap.from_offset {
+                    return Ok(false);
+                }
                 self.offset = gap.to_offset;
-                (Record::Gap(gap), false)
             }
-            Some(stream_logs_response::Record::End(end)) => (Record::End(end), true),
-            Some(stream_logs_response::Record::Heartbeat(beat)) => (Record::Heartbeat(beat), false),
-        };
+            Record::End(_) => last = true,
+            Record::Heartbeat(_) => {}
+        }
         self.send(attempt, record).await?;
         Ok(last)
     }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, pin::Pin, time::Duration};
 use blixard::{
     error::{Error, Reason, invalid},
     id::{JobId, VmId},
-    job::{Job, JobSpec, JobState},
+    job::{Job, JobSpec},
     limits,
     node::NodeState,
     pb::{
@@ -25,34 +25,63 @@ use crate::{
     SchedulerConfig,
     engine::{OWNER_LABEL, could_ever_fit},
     feed::{Feed, Subscription},
+    follow,
+    hub::Hubs,
     logs,
+    nodes::parse_deadline,
     peers::{Peers, missing, peer_error},
     shell::ShellHandle,
+    submit::Submission,
 };
-
-/// How often the reason why a queued job waits is looked at for those who watch it.
-const WAIT_REASON_EVERY: Duration = Duration::from_secs(1);
 
 /// Implements `SchedulerService`.
 #[derive(Clone)]
 pub struct SchedulerApi {
-    config: SchedulerConfig,
-    peers: Peers,
+    pub(crate) config: SchedulerConfig,
+    pub(crate) peers: Peers,
+    pub(crate) shell: ShellHandle,
     feed: Feed,
-    shell: ShellHandle,
+    hubs: Hubs,
     tasks: Tasks,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type Receiver<T> = mpsc::Receiver<Result<T, Status>>;
 
-fn refused(status: Status) -> Status {
+pub(crate) fn refused(status: Status) -> Status {
     peer_error("registry", &status).into()
 }
 
 impl SchedulerApi {
     pub(crate) fn new(config: SchedulerConfig, peers: Peers, feed: Feed, shell: ShellHandle, tasks: Tasks) -> Self {
-        Self { config, peers, feed, shell, tasks }
+        let hubs = Hubs::new(tasks.clone());
+        tasks.spawn("reasons for waiting", {
+            let (keep, token) = (follow::keep_reasons(shell.clone(), feed.clone()), tasks.token().clone());
+            async move {
+                tokio::select! {
+                    () = keep => {}
+                    () = token.cancelled() => {}
+                }
+            }
+        });
+        Self { config, peers, feed, shell, hubs, tasks }
+    }
+
+    /// Sends the changes of a job.
+    fn follow_changes(&self, job_id: JobId, subscription: Subscription) -> Receiver<pb::WatchJobResponse> {
+        let (sender, receiver) = mpsc::channel(follow::BUFFER);
+        let watch = follow::watch_job(self.shell.clone(), self.feed.clone(), job_id, subscription, sender);
+        self.tasks.spawn("watch job", watch);
+        receiver
+    }
+
+    /// Sends the output of a job.
+    fn follow_log(&self, wanted: logs::Wanted, subscription: Subscription) -> Receiver<pb::StreamJobLogsResponse> {
+        let (sender, receiver) = mpsc::channel(logs::BUFFER);
+        let stream = logs::stream(self.peers.clone(), self.hubs.clone(), subscription, wanted, sender);
+        self.tasks.spawn("stream job logs", stream);
+        receiver
     }
 
     /// Follows a job: the subscription comes before the read, so that nothing falls between them.
@@ -71,12 +100,12 @@ impl SchedulerApi {
         Vm::try_from(answer.into_inner().vm.ok_or_else(|| missing("vm"))?)
     }
 
-    /// Refuses what could never run, with the field that is why.
-    async fn check_fit(&self, spec: &JobSpec) -> Result<(), Error> {
+    /// Refuses what could never run, with the field below `field` that is why.
+    pub(crate) async fn check_fit(&self, field: &str, spec: &JobSpec) -> Result<(), Error> {
         if let Some(vm_id) = spec.target_vm_id {
             let vm = self.find_vm(vm_id).await?;
             if vm.state.is_terminal() || vm.state == VmState::Draining {
-                let message = format!("spec.target_vm_id: VM {vm_id} is {} and takes no more jobs", vm.state);
+                let message = format!("{field}.target_vm_id: VM {vm_id} is {} and takes no more jobs", vm.state);
                 return Err(Error::new(Reason::VmNotAccepting, message).with("vm_id", vm_id).with("state", vm.state));
             }
             return Ok(());
@@ -89,18 +118,18 @@ impl SchedulerApi {
             labels: BTreeMap::new(),
             node_id: spec.node_id.clone(),
         };
-        could_ever_fit(&self.peers.nodes(), "spec", &config)
+        could_ever_fit(&self.peers.nodes(), field, &config)
     }
 }
 
-fn request_id(value: &str) -> Result<uuid::Uuid, Error> {
+pub(crate) fn request_id(value: &str) -> Result<uuid::Uuid, Error> {
     if value.is_empty() {
         return Ok(uuid::Uuid::new_v4());
     }
     uuid::Uuid::parse_str(value).map_err(|_| invalid("request_id", value, "a UUID, or empty"))
 }
 
-fn check_reason(reason: &str) -> Result<(), Error> {
+pub(crate) fn check_reason(reason: &str) -> Result<(), Error> {
     if reason.len() > limits::MAX_REASON_BYTES {
         return Err(invalid("reason", reason, &format!("at most {} bytes", limits::MAX_REASON_BYTES)));
     }
@@ -119,21 +148,10 @@ fn parse_grace(grace_ms: Option<u64>) -> Result<Duration, Error> {
 #[tonic::async_trait]
 impl SchedulerService for SchedulerApi {
     async fn submit_job(&self, request: Request<pb::SubmitJobRequest>) -> Answer<pb::SubmitJobResponse> {
-        let message = request.get_ref().clone();
-        let job_id = JobId(request_id(&message.request_id)?);
-        let spec = message.spec.ok_or_else(|| invalid("spec", "", "required"))?;
-        let spec = JobSpec::parse("spec", spec, self.config.defaults)?;
-        if let Err(error) = self.check_fit(&spec).await {
-            // A repeated request is answered as the first one was, whatever has changed since.
-            let known = registry::GetJobRequest { job_id: job_id.to_string() };
-            if message.request_id.is_empty() || self.peers.registry().get_job(known).await.is_err() {
-                return Err(error.into());
-            }
-        }
-        let create =
-            registry::CreateJobRequest { job_id: job_id.to_string(), spec: Some(spec.into()), ..Default::default() };
-        let answer = self.peers.registry().create_job(forward(&request, create)).await.map_err(refused)?;
-        Ok(Response::new(pb::SubmitJobResponse { job: answer.into_inner().job }))
+        let submission = Submission::from(request.get_ref().clone());
+        let repeatable = !submission.request_id.is_empty();
+        let job = self.submit(&request, submission, repeatable).await?;
+        Ok(Response::new(pb::SubmitJobResponse { job: Some(job) }))
     }
 
     async fn get_job(&self, request: Request<pb::GetJobRequest>) -> Answer<pb::GetJobResponse> {
@@ -164,44 +182,66 @@ impl SchedulerService for SchedulerApi {
         Ok(Response::new(pb::CancelJobResponse { job: answer.into_inner().job }))
     }
 
-    async fn submit_job_group(&self, _: Request<pb::SubmitJobGroupRequest>) -> Answer<pb::SubmitJobGroupResponse> {
-        Err(Status::unimplemented("submit_job_group"))
+    async fn submit_job_group(
+        &self,
+        request: Request<pb::SubmitJobGroupRequest>,
+    ) -> Answer<pb::SubmitJobGroupResponse> {
+        Ok(Response::new(self.submit_group(&request).await?))
     }
 
     type RunJobStream = Streamed<pb::RunJobResponse>;
 
-    async fn run_job(&self, _: Request<pb::RunJobRequest>) -> Answer<Self::RunJobStream> {
-        Err(Status::unimplemented("run_job"))
+    async fn run_job(&self, request: Request<pb::RunJobRequest>) -> Answer<Self::RunJobStream> {
+        let mut submission = Submission::from(request.get_ref().clone());
+        let job_id = JobId(request_id(&submission.request_id)?);
+        let repeatable = !submission.request_id.is_empty();
+        submission.request_id = job_id.to_string();
+        // Before the job is on record, so that its first change is seen and it need not be read.
+        let subscriptions = (self.feed.subscribe(job_id), self.feed.subscribe(job_id));
+        let job = self.submit(&request, submission, repeatable).await?;
+        self.feed.publish(&Job::try_from(job)?);
+        let changes = self.follow_changes(job_id, subscriptions.0);
+        let wanted = logs::Wanted { job_id, attempt: None, offset: 0, follow: true };
+        let records = self.follow_log(wanted, subscriptions.1);
+        let (sender, receiver) = mpsc::channel(logs::BUFFER);
+        self.tasks.spawn("run job", follow::run_job(changes, records, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn explain_job(&self, request: Request<pb::ExplainJobRequest>) -> Answer<pb::ExplainJobResponse> {
+        Ok(Response::new(self.explain(&request).await?))
+    }
+
+    async fn list_artifacts(&self, request: Request<pb::ListArtifactsRequest>) -> Answer<pb::ListArtifactsResponse> {
+        Ok(Response::new(self.artifacts(&request).await?))
     }
 
     type GetArtifactStream = Streamed<pb::GetArtifactResponse>;
 
-    async fn get_artifact(&self, _: Request<pb::GetArtifactRequest>) -> Answer<Self::GetArtifactStream> {
-        Err(Status::unimplemented("get_artifact"))
+    async fn get_artifact(&self, request: Request<pb::GetArtifactRequest>) -> Answer<Self::GetArtifactStream> {
+        Ok(Response::new(Box::pin(self.artifact(&request).await?)))
     }
 
-    async fn explain_job(&self, _: Request<pb::ExplainJobRequest>) -> Answer<pb::ExplainJobResponse> {
-        Err(Status::unimplemented("explain_job"))
+    async fn list_nodes(&self, request: Request<pb::ListNodesRequest>) -> Answer<pb::ListNodesResponse> {
+        Ok(Response::new(self.nodes(&request).await?))
     }
 
-    async fn list_artifacts(&self, _: Request<pb::ListArtifactsRequest>) -> Answer<pb::ListArtifactsResponse> {
-        Err(Status::unimplemented("list_artifacts"))
+    async fn cordon_node(&self, request: Request<pb::CordonNodeRequest>) -> Answer<pb::CordonNodeResponse> {
+        let asked = request.get_ref();
+        let node = self.want(&request, &asked.node_id, NodeState::Cordoned, &asked.reason, None).await?;
+        Ok(Response::new(pb::CordonNodeResponse { node: Some(node) }))
     }
 
-    async fn list_nodes(&self, _: Request<pb::ListNodesRequest>) -> Answer<pb::ListNodesResponse> {
-        Err(Status::unimplemented("list_nodes"))
+    async fn uncordon_node(&self, request: Request<pb::UncordonNodeRequest>) -> Answer<pb::UncordonNodeResponse> {
+        let node = self.want(&request, &request.get_ref().node_id, NodeState::Ready, "", None).await?;
+        Ok(Response::new(pb::UncordonNodeResponse { node: Some(node) }))
     }
 
-    async fn cordon_node(&self, _: Request<pb::CordonNodeRequest>) -> Answer<pb::CordonNodeResponse> {
-        Err(Status::unimplemented("cordon_node"))
-    }
-
-    async fn uncordon_node(&self, _: Request<pb::UncordonNodeRequest>) -> Answer<pb::UncordonNodeResponse> {
-        Err(Status::unimplemented("uncordon_node"))
-    }
-
-    async fn drain_node(&self, _: Request<pb::DrainNodeRequest>) -> Answer<pb::DrainNodeResponse> {
-        Err(Status::unimplemented("drain_node"))
+    async fn drain_node(&self, request: Request<pb::DrainNodeRequest>) -> Answer<pb::DrainNodeResponse> {
+        let asked = request.get_ref();
+        let deadline = parse_deadline(asked.deadline_ms)?;
+        let node = self.want(&request, &asked.node_id, NodeState::Draining, &asked.reason, deadline).await?;
+        Ok(Response::new(pb::DrainNodeResponse { node: Some(node) }))
     }
 
     type WatchJobStream = Streamed<pb::WatchJobResponse>;
@@ -209,9 +249,8 @@ impl SchedulerService for SchedulerApi {
     async fn watch_job(&self, request: Request<pb::WatchJobRequest>) -> Answer<Self::WatchJobStream> {
         let job_id = JobId::parse("job_id", &request.get_ref().job_id)?;
         let subscription = self.watch(job_id).await?;
-        let (sender, receiver) = mpsc::channel(4);
-        self.tasks.spawn("watch job", watch_job(self.shell.clone(), job_id, subscription, sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let changes = self.follow_changes(job_id, subscription);
+        Ok(Response::new(Box::pin(ReceiverStream::new(changes))))
     }
 
     type StreamJobLogsStream = Streamed<pb::StreamJobLogsResponse>;
@@ -226,16 +265,14 @@ impl SchedulerService for SchedulerApi {
             offset: asked.offset,
             follow: asked.follow,
         };
-        let (sender, receiver) = mpsc::channel(logs::BUFFER);
-        self.tasks.spawn("stream job logs", logs::stream(self.peers.clone(), subscription, wanted, sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(self.follow_log(wanted, subscription)))))
     }
 
     async fn start_vm(&self, request: Request<pb::StartVmRequest>) -> Answer<pb::StartVmResponse> {
         let message = request.into_inner();
         let vm_id = VmId(request_id(&message.request_id)?);
         let config = message.config.ok_or_else(|| invalid("config", "", "required"))?;
-        let config = VmConfig::parse("config", config, self.config.defaults)?;
+        let config = VmConfig::parse("config", config, self.config.settings.defaults)?;
         if config.labels.contains_key(OWNER_LABEL) {
             return Err(invalid("config.labels", OWNER_LABEL, "any key but this one: it is the scheduler's").into());
         }
@@ -269,12 +306,12 @@ impl SchedulerService for SchedulerApi {
         if vm.state.is_terminal() {
             return Ok(Response::new(pb::StopVmResponse { vm: Some(vm.into()) }));
         }
-        self.shell.stop_requested(vm_id, grace).await?;
         let drain = registry::TransitionVmRequest {
             vm_id: vm_id.to_string(),
             to_state: VmState::Draining.to_pb().into(),
             expected_generation: 0,
             reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
+            grace_ms: Some(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
             ..Default::default()
         };
         let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {
@@ -336,6 +373,7 @@ impl SchedulerService for SchedulerApi {
     }
 
     async fn get_stats(&self, request: Request<pb::GetStatsRequest>) -> Answer<pb::GetStatsResponse> {
+        let (leader, leading) = self.shell.leader();
         let counts = registry::GetCountsRequest {};
         let counts = self.peers.registry().get_counts(forward(&request, counts)).await.map_err(refused)?.into_inner();
         let is_running = |state| VmState::from_pb("state", state).is_ok_and(VmState::is_running);
@@ -350,44 +388,10 @@ impl SchedulerService for SchedulerApi {
                 .map(|row| pb::JobStateCount { state: row.state, count: row.count })
                 .collect(),
             ready_nodes: u32::try_from(ready).unwrap_or(u32::MAX),
-            max_vms: self.config.max_vms,
+            max_vms: self.config.settings.max_vms,
             revision: counts.revision,
-            leader: String::new(),
-            leading: false,
+            leader,
+            leading,
         }))
-    }
-}
-
-/// Sends the job after each change, and when the reason for its waiting changes, until it has ended.
-async fn watch_job(
-    shell: ShellHandle,
-    job_id: JobId,
-    mut subscription: Subscription,
-    sender: mpsc::Sender<Result<pb::WatchJobResponse, Status>>,
-) {
-    let mut sent: Option<(u64, String)> = None;
-    loop {
-        let Some(job) = subscription.changes.borrow_and_update().job.clone() else { return };
-        let waiting_for = match job.state {
-            JobState::Queued => shell.explain(job_id).await.ok().flatten().unwrap_or_default(),
-            _ => String::new(),
-        };
-        let (ended, waits) = (job.state.is_terminal(), job.state == JobState::Queued);
-        let news = (job.revision, waiting_for.clone());
-        if sent.as_ref() != Some(&news) {
-            sent = Some(news);
-            let response = pb::WatchJobResponse { job: Some(job.into()), waiting_for };
-            if sender.send(Ok(response)).await.is_err() {
-                return;
-            }
-        }
-        if ended {
-            return;
-        }
-        tokio::select! {
-            changed = subscription.changes.changed() => if changed.is_err() { return },
-            () = sender.closed() => return,
-            () = tokio::time::sleep(WAIT_REASON_EVERY), if waits => {}
-        }
     }
 }

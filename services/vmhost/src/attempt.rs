@@ -6,7 +6,9 @@
 //! ```
 //! Bytes are acknowledged only after they were written, and after a break the guest is asked for what follows the log's last
 //! byte: nothing is lost and nothing comes twice. The agent starts an attempt at most once per boot however often it is asked,
-//! so asking again is safe as long as the same boot answers.
+//! so asking again is safe as long as the same boot answers. Every few seconds the guest is told how long it may go on.
+//!
+//! Before the guest is asked the first time, the attempt's input is fetched; when the command has ended, the files that it leaves.
 //!
 //! What an event means for the VM is the driver's to decide: at the end it says what the attempt came to, and that is
 //! written behind the output.
@@ -25,14 +27,17 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
 };
-use tokio_stream::wrappers::WatchStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::{
+    artifacts::ArtifactDir,
     driver::Event,
     guest::{Agent, AgentLink},
-    lifecycle::Input,
+    input::{InputSource, NoInput},
+    lifecycle::{Input, LEASE_OVER},
     logs::{EndRecord, LogWriter, Outcome},
+    node_lease::NodeLease,
 };
 
 /// Output that has arrived already is written in one go, up to so many bytes.
@@ -52,12 +57,29 @@ pub(crate) struct Assignment {
     pub(crate) spec: Option<common::JobSpec>,
     /// The boot of the guest that may run it.
     pub(crate) guest_boot: String,
+    /// Files that are kept when its command has ended.
+    pub(crate) artifacts: Vec<String>,
+    /// Where.
+    pub(crate) artifact_dir: Option<ArtifactDir>,
+}
+
+/// What an attempt's task needs of others.
+pub(crate) struct Lifelines {
+    /// The way to its guest.
+    pub(crate) link: Arc<AgentLink>,
+    /// Where its input comes from.
+    pub(crate) inputs: InputSource,
+    /// How long it may go on.
+    pub(crate) lease: Arc<NodeLease>,
+    /// Where its driver listens.
+    pub(crate) events: mpsc::Sender<Event>,
 }
 
 /// A running attempt's task, to its driver.
 pub(crate) struct AttemptHandle {
     close: oneshot::Sender<Outcome>,
     closed: oneshot::Receiver<Arc<EndRecord>>,
+    ending: CancellationToken,
 }
 
 impl AttemptHandle {
@@ -65,15 +87,22 @@ impl AttemptHandle {
     pub(crate) fn new(
         assignment: Assignment,
         log: LogWriter,
-        link: Arc<AgentLink>,
-        events: mpsc::Sender<Event>,
+        lifelines: Lifelines,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (close, close_receiver) = oneshot::channel();
         let (closed_sender, closed) = oneshot::channel();
         // An earlier vmhost has asked for what is only attached to.
         let asked = assignment.spec.is_none();
-        let pump = Pump { assignment, log, link, events, asked, heard: false };
-        (Self { close, closed }, pump.run(close_receiver, closed_sender))
+        let ending = CancellationToken::new();
+        let Lifelines { link, inputs, lease, events } = lifelines;
+        let own = ending.clone();
+        let pump = Pump { assignment, log, link, inputs, input: None, lease, events, ending: own, asked, heard: false };
+        (Self { close, closed, ending }, pump.run(close_receiver, closed_sender))
+    }
+
+    /// The attempt is being ended: one that the guest was not asked for is not begun any more, and nothing more is fetched.
+    pub(crate) fn is_ending(&self) {
+        self.ending.cancel();
     }
 
     /// Ends the attempt's log with what it came to; returns when that is on disk. `None` when its task is gone.
@@ -87,7 +116,12 @@ struct Pump {
     assignment: Assignment,
     log: LogWriter,
     link: Arc<AgentLink>,
+    inputs: InputSource,
+    /// What it is given besides its spec, until it has started.
+    input: Option<pb::GuestInput>,
+    lease: Arc<NodeLease>,
     events: mpsc::Sender<Event>,
+    ending: CancellationToken,
     /// Whether the guest may have been asked to start it.
     asked: bool,
     /// Whether the guest has answered on the latest connection.
@@ -125,11 +159,18 @@ impl Pump {
 
     /// Talks to the guest until there is nothing more to be had from it, then waits to be closed.
     async fn converse(&mut self) {
+        if self.prepare().await {
+            self.talk().await;
+        }
+        std::future::pending::<()>().await;
+    }
+
+    async fn talk(&mut self) {
         let mut outage = Outage::default();
         loop {
             self.heard = false;
             let error = match self.attach().await {
-                Broken::Final => break,
+                Broken::Final => return,
                 Broken::Connection(error) => error,
             };
             tracing::info!(job_id = %self.assignment.job, %error, offset = self.log.next_offset(),
@@ -138,12 +179,10 @@ impl Pump {
             let Some(pause) = outage.broke(self.heard, Instant::now()) else {
                 let reason =
                     format!("the guest agent could not be reached for {} s: {error}", AGENT_PATIENCE.as_secs());
-                self.tell(Input::Lost { started: true, usable: false, reason }).await;
-                break;
+                return self.tell(Input::Lost { started: true, usable: false, reason }).await;
             };
             tokio::time::sleep(pause).await;
         }
-        std::future::pending::<()>().await;
     }
 
     /// One connection: from attaching to its end.
@@ -152,6 +191,10 @@ impl Pump {
             Ok(agent) => agent,
             Err(error) => return Broken::Connection(error),
         };
+        if self.ending.is_cancelled() && !self.asked {
+            self.tell(not_begun("it was ended before it began")).await;
+            return Broken::Final;
+        }
         if agent.hello.boot_id != self.assignment.guest_boot {
             let reason = "the guest restarted under it".to_owned();
             return self.lost(false, reason).await;
@@ -165,6 +208,29 @@ impl Pump {
         }
     }
 
+    /// Fetches what the guest is to be given; false: there is nothing to ask it for, and the driver has been told.
+    async fn prepare(&mut self) -> bool {
+        let spec = self.assignment.spec.as_ref();
+        if spec.is_none_or(|spec| spec.input_digest.is_empty()) {
+            return true;
+        }
+        let fetched = tokio::select! {
+            fetched = self.inputs.fetch(self.assignment.job) => fetched,
+            () = self.ending.cancelled() => Err(NoInput::Gone),
+        };
+        let told = match fetched {
+            Ok(input) => {
+                self.input = Some(input);
+                return true;
+            }
+            Err(NoInput::Gone) if self.ending.is_cancelled() => not_begun("it was ended before it began"),
+            Err(NoInput::Gone) => not_begun("its input is gone: the job has ended"),
+            Err(NoInput::Unusable(spawn_error)) => Input::Exited { exit: None, spawn_error },
+        };
+        self.tell(told).await;
+        false
+    }
+
     fn requests(&self, stored: watch::Receiver<u64>) -> impl Stream<Item = pb::RunRequest> + Send + 'static {
         let start = pb::RunStart {
             job_id: self.assignment.job.to_string(),
@@ -172,14 +238,15 @@ impl Pump {
             spec: self.assignment.spec.clone(),
             resume_offset: self.log.next_offset(),
             attach_only: self.assignment.spec.is_none(),
-            input: None,
-            lease_ms: 0,
+            input: self.input.clone(),
+            // Without a lease, which is there soon or never again: what it began with goes on, and nothing new begins.
+            lease_ms: self.lease.for_guest_ms().unwrap_or(u64::from(self.assignment.spec.is_some())),
         };
-        let request = |message| pb::RunRequest { message: Some(message) };
-        // A watch keeps only the latest: acknowledgements never queue up.
-        let acks = WatchStream::from_changes(stored);
-        stream::once(std::future::ready(request(pb::run_request::Message::Start(start))))
-            .chain(acks.map(move |offset| request(pb::run_request::Message::Ack(pb::RunAck { offset }))))
+        let renewed = (start.lease_ms > 1).then(Instant::now);
+        let words = Words { stored, lease: Arc::clone(&self.lease), renewed };
+        stream::once(std::future::ready(pb::run_request::Message::Start(start)))
+            .chain(stream::unfold(words, |mut words| async move { Some((words.next().await?, words)) }))
+            .map(|message| pb::RunRequest { message: Some(message) })
     }
 
     async fn read(&mut self, mut responses: Streaming<pb::RunResponse>, acks: &watch::Sender<u64>) -> Broken {
@@ -197,6 +264,8 @@ impl Pump {
             };
             self.heard = true;
             if let Some(started) = batch.started {
+                // From now on it is attached to, never begun.
+                (self.assignment.spec, self.input) = (None, None);
                 let at = started.started_at.map_or_else(Timestamp::now, Timestamp::from);
                 self.tell(Input::Started { at }).await;
             }
@@ -226,6 +295,10 @@ impl Pump {
             Ok(exit) => exit,
             Err(error) => return self.lost(false, format!("the guest's answer makes no sense: {error}")).await,
         };
+        if exited.lease_over {
+            return self.lost(true, LEASE_OVER.to_owned()).await;
+        }
+        self.collect().await;
         let spawn_error = if exit.is_none() && exited.spawn_error.is_empty() {
             "it could not be started".to_owned()
         } else {
@@ -235,12 +308,28 @@ impl Pump {
         Broken::Final
     }
 
+    /// Fetches the files that the attempt leaves. Whoever ends it meanwhile does not want them.
+    async fn collect(&self) {
+        let Some(dir) = self.assignment.artifact_dir.as_ref().filter(|_| !self.assignment.artifacts.is_empty()) else {
+            return;
+        };
+        self.tell(Input::Collecting).await;
+        let fetching = dir.fetch(&self.link, &self.assignment.guest_boot, &self.assignment.artifacts);
+        let fetched = tokio::select! {
+            fetched = fetching => fetched,
+            () = self.ending.cancelled() => Ok(()),
+        };
+        if let Err(error) = fetched {
+            tracing::error!(job_id = %self.assignment.job, %error, "the files of an attempt could not be stored");
+        }
+    }
+
     /// The guest answered with an error.
     async fn refused(&mut self, agent: &Agent, error: Error) -> Broken {
         match error.reason {
             // It was never started in this boot of the guest.
             Reason::JobNotFound => {
-                self.tell(Input::Lost { started: false, usable: true, reason: error.message }).await;
+                self.tell(not_begun(&error.message)).await;
                 Broken::Final
             }
             // It was, and what was left of it is gone.
@@ -263,6 +352,36 @@ impl Pump {
         // The driver is gone only when vmhost is going.
         let _ = self.events.send(Event::Input(input)).await;
     }
+}
+
+/// What the guest is told after the first message: what has been stored, and that it may go on. Ends with the conversation.
+struct Words {
+    /// Only the latest is kept: acknowledgements never queue up.
+    stored: watch::Receiver<u64>,
+    lease: Arc<NodeLease>,
+    /// When the guest was told last that it may go on.
+    renewed: Option<Instant>,
+}
+
+impl Words {
+    async fn next(&mut self) -> Option<pb::run_request::Message> {
+        tokio::select! {
+            changed = self.stored.changed() => {
+                changed.ok()?;
+                let offset = *self.stored.borrow_and_update();
+                Some(pb::run_request::Message::Ack(pb::RunAck { offset }))
+            }
+            lease_ms = self.lease.renewal(self.renewed) => {
+                self.renewed = Some(Instant::now());
+                Some(pb::run_request::Message::Renew(pb::RunRenew { lease_ms }))
+            }
+        }
+    }
+}
+
+/// The guest has nothing of it, and is sound.
+fn not_begun(reason: &str) -> Input {
+    Input::Lost { started: false, usable: true, reason: reason.to_owned() }
 }
 
 /// Since when the agent has not answered, and how long to wait before the next try.

@@ -48,6 +48,18 @@ impl Consoles {
         files.iter().take(excess).try_for_each(|(_, path)| fs::remove_file(path))
     }
 
+    /// The VMs whose consoles are kept.
+    pub(crate) fn list(&self) -> Vec<VmId> {
+        let names = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.filter_map(|name| name.to_str()?.parse().ok()).collect()
+    }
+
+    /// Drops a console.
+    pub(crate) fn delete(&self, vm_id: VmId) {
+        // The next cleaning finds it again.
+        let _ = fs::remove_file(self.dir.join(vm_id.to_string()));
+    }
+
     /// A console that was kept.
     pub(crate) fn get(&self, vm_id: VmId) -> Option<Console> {
         let mut bytes = fs::read(self.dir.join(vm_id.to_string())).ok()?;
@@ -72,5 +84,8 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), KEPT);
         let last = ids[KEPT + 2];
         assert_eq!(consoles.get(last), Some(Console { tail: last.to_string().into_bytes(), skipped: 7 }));
+        assert!(consoles.list().len() == KEPT && consoles.list().contains(&last));
+        consoles.delete(last);
+        assert_eq!(consoles.get(last), None);
     }
 }

@@ -14,17 +14,19 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use blixard::{
     error::{Error, Reason},
     id::{JobId, VmId},
-    limits::MAX_REASON_BYTES,
+    limits::{DEFAULT_STOP_GRACE, MAX_REASON_BYTES},
     pb::common::v1::JobSpec,
     time::Timestamp,
-    vm::{VmConfig, VmState},
+    vm::{VmConfig, VmKind, VmState},
 };
 use blixard_chassis::Tasks;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    attempt::{Assignment, AttemptHandle},
+    attempt::{Assignment, AttemptHandle, Lifelines},
+    breaker::{Breaker, Verdict},
     guest::AgentLink,
+    health::{self, Health},
     host::Host,
     hypervisor::{Console, Launch, Machine, MachineExit},
     lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop, after},
@@ -36,26 +38,42 @@ use crate::{
 
 /// Commands that wait for a busy driver. The scheduler has at most a few under way for one VM.
 const COMMANDS_QUEUED: usize = 16;
-/// Events that wait for it: its own tasks send one at a time each, and there are five.
+/// Events that wait for it: its own tasks send one at a time each, and there are seven.
 const EVENTS_QUEUED: usize = 8;
 /// How much of its console the reason of a failed VM quotes.
 const QUOTED_CONSOLE_BYTES: usize = 600;
 
 /// What a handle asks of its driver.
 enum Command {
-    Accepted { reply: Reply },
-    Run { run: Run, spec: Box<JobSpec>, reply: Reply },
-    Cancel { job: JobId, attempt: u32, reply: Reply },
-    Stop { stop: Stop, reply: Reply },
+    Accepted {
+        reply: Reply,
+    },
+    Run {
+        run: Run,
+        spec: Box<JobSpec>,
+        reply: Reply,
+    },
+    Cancel {
+        job: JobId,
+        attempt: u32,
+        reply: Reply,
+    },
+    Stop {
+        stop: Stop,
+        reply: Reply,
+    },
+    /// Something happened; nobody waits.
+    Tell(Input),
 }
 
 impl Command {
-    fn into_reply(self) -> Reply {
+    fn into_reply(self) -> Option<Reply> {
         match self {
             Self::Accepted { reply }
             | Self::Run { reply, .. }
             | Self::Cancel { reply, .. }
-            | Self::Stop { reply, .. } => reply,
+            | Self::Stop { reply, .. } => Some(reply),
+            Self::Tell(_) => None,
         }
     }
 }
@@ -70,6 +88,10 @@ pub(crate) enum Event {
         boot_id: String,
     },
     MachineExited(MachineExit),
+    /// The agent was asked how it is: its answer, or what is wrong.
+    Checked(Result<Health, String>),
+    /// The registry has the VM Draining, for this reason: it takes no more attempts.
+    Retired(String),
     /// The registry knows everything.
     Reported,
 }
@@ -112,6 +134,11 @@ impl VmHandle {
     pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
         let stop = Stop { deadline: after(Timestamp::now(), grace), reason };
         self.ask(|reply| Command::Stop { stop, reply }).await
+    }
+
+    /// Tells it what happened, if it is still there.
+    pub(crate) async fn tell(&self, input: Input) {
+        let _ = self.commands.send(Command::Tell(input)).await;
     }
 
     async fn ask(&self, command: impl FnOnce(Reply) -> Command) -> Result<(), Error> {
@@ -166,6 +193,7 @@ struct Driver {
     events: mpsc::Receiver<Event>,
     event_sender: mpsc::Sender<Event>,
     view: watch::Sender<VmView>,
+    breaker: Breaker,
     tasks: Tasks,
 }
 
@@ -202,6 +230,7 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
         events,
         event_sender,
         view,
+        breaker: Breaker::default(),
         tasks,
     };
     driver.publish();
@@ -240,7 +269,9 @@ impl Driver {
         self.host.forget(self.id);
         let error = internal(self.id, "a VM could not be written down", error);
         while let Some(command) = self.commands.recv().await {
-            let _ = command.into_reply().send(Err(error.clone()));
+            if let Some(reply) = command.into_reply() {
+                let _ = reply.send(Err(error.clone()));
+            }
         }
     }
 
@@ -268,6 +299,7 @@ impl Driver {
         }
         if let Some((machine, _)) = self.machine.clone() {
             self.watch_machine(machine);
+            self.watch_health();
         }
         if self.machine.is_some()
             && let Some(Attempt::Open(log)) = self.attempt.take()
@@ -291,11 +323,18 @@ impl Driver {
                 // Before the registry is told: a VM whose record has no guest boot is one that was never Ready.
                 self.record.guest_boot = Some(boot_id);
                 self.note_vm();
+                self.watch_health();
                 self.step(Input::AgentUp).await;
             }
             Event::MachineExited(exit) => {
                 tracing::info!(vm_id = %self.id, %exit, "machine ended");
                 self.step(Input::MachineExited { how: exit.to_string() }).await;
+            }
+            Event::Checked(result) => self.checked(result).await,
+            Event::Retired(reason) => {
+                let stop = Stop { deadline: after(Timestamp::now(), DEFAULT_STOP_GRACE), reason };
+                self.intend_stop(&stop).await;
+                self.step(Input::Stop(stop)).await;
             }
             Event::Reported => {
                 if let Err(error) = self.dir.remove() {
@@ -313,7 +352,7 @@ impl Driver {
         match command {
             Command::Accepted { reply } => drop(reply.send(Ok(()))),
             Command::Run { run, spec, reply } => {
-                let answer = self.admit(&run).await;
+                let answer = self.admit(&run, &spec).await;
                 match answer {
                     Ok(Some(log)) => {
                         let _ = reply.send(Ok(()));
@@ -324,6 +363,7 @@ impl Driver {
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
+            Command::Tell(input) => self.step(input).await,
             Command::Cancel { job, attempt, reply } => {
                 self.step(Input::Cancel { job, attempt }).await;
                 let _ = reply.send(Ok(()));
@@ -337,8 +377,9 @@ impl Driver {
     }
 
     /// Lets an attempt begin: its log is open and it is on disk. `None`: it runs, or has ended, already.
-    async fn admit(&mut self, run: &Run) -> Result<Option<LogWriter>, Error> {
+    async fn admit(&mut self, run: &Run, spec: &JobSpec) -> Result<Option<LogWriter>, Error> {
         match self.life.admit(run.job, run.attempt) {
+            Admission::Accepted if !self.breaker.admits() => return Err(unhealthy(self.id, self.life.state())),
             Admission::Accepted => {}
             Admission::Ignored => return Ok(None),
             Admission::Denied(state) => return Err(not_accepting(self.id, state)),
@@ -352,8 +393,11 @@ impl Driver {
         let record = AttemptRecord {
             job: run.job,
             attempt: run.attempt,
-            timeout_ms: run.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            timeout_ms: spec.timeout_ms,
             cause: None,
+            arrived_at: run.arrived,
+            start_timeout_ms: spec.start_timeout_ms,
+            artifacts: spec.artifacts.clone(),
         };
         if let Err(error) = self.dir.intend_attempt(&record).await {
             self.host.logs.close(run.job, run.attempt);
@@ -440,6 +484,51 @@ impl Driver {
         });
     }
 
+    /// Has the agent asked how it is, now and then.
+    fn watch_health(&self) {
+        let (Some((_, link)), Some(every)) = (self.machine.clone(), self.host.health.check_every) else { return };
+        let guest_boot = self.record.guest_boot.clone().unwrap_or_default();
+        let watching =
+            health::watch(self.id, guest_boot, link, self.view.subscribe(), every, self.event_sender.clone());
+        let token = self.tasks.token().clone();
+        self.tasks.spawn("vm-health", async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = watching => {}
+            }
+        });
+    }
+
+    async fn checked(&mut self, result: Result<Health, String>) {
+        let verdict = self.breaker.checked(result.is_ok());
+        let vm_id = self.id;
+        match (verdict, result) {
+            (Verdict::GivenUp, Err(reason)) => self.step(Input::Unhealthy { reason }).await,
+            (Verdict::Opened, Err(reason)) => {
+                tracing::warn!(%vm_id, reason, "a VM fails its health checks and takes no jobs");
+            }
+            (Verdict::Closed, Ok(_)) => tracing::info!(%vm_id, "a VM is healthy again"),
+            (_, Ok(health)) => self.consider_recycling(health),
+            (_, Err(reason)) => tracing::debug!(%vm_id, reason, "a health check failed"),
+        }
+    }
+
+    /// Ends a service VM that is short of memory, once the registry gives it no more attempts.
+    fn consider_recycling(&self, health: Health) {
+        let Some(reason) = health.shortage(self.host.health.recycle_below_memory_percent) else { return };
+        if self.record.config.kind != VmKind::Service {
+            return;
+        }
+        let (vm_id, registry, events) = (self.id, self.host.registry.clone(), self.event_sender.clone());
+        self.tasks.spawn("vm-recycle", async move {
+            match registry.retire(vm_id, &reason).await {
+                Ok(true) => drop(events.send(Event::Retired(reason)).await),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%vm_id, %error, "a VM is short of memory and the registry can't be told"),
+            }
+        });
+    }
+
     fn start_attempt(&mut self, log: LogWriter, spec: Option<JobSpec>) {
         let (Some((_, link)), Some(record)) = (&self.machine, &self.attempt_record) else { return };
         let assignment = Assignment {
@@ -447,8 +536,16 @@ impl Driver {
             attempt: record.attempt,
             spec,
             guest_boot: self.record.guest_boot.clone().unwrap_or_default(),
+            artifacts: record.artifacts.clone(),
+            artifact_dir: self.host.logs.artifacts(record.job, record.attempt),
         };
-        let (handle, pump) = AttemptHandle::new(assignment, log, Arc::clone(link), self.event_sender.clone());
+        let lifelines = Lifelines {
+            link: Arc::clone(link),
+            inputs: self.host.inputs(),
+            lease: Arc::clone(&self.host.lease),
+            events: self.event_sender.clone(),
+        };
+        let (handle, pump) = AttemptHandle::new(assignment, log, lifelines);
         self.attempt = Some(Attempt::Running(handle));
         let token = self.tasks.token().clone();
         self.tasks.spawn("vm-attempt", async move {
@@ -465,6 +562,9 @@ impl Driver {
         else {
             return;
         };
+        if let Some(Attempt::Running(handle)) = &self.attempt {
+            handle.is_ending();
+        }
         self.tasks.spawn("vm-signal", async move {
             if let Err(error) = link.signal(job, attempt, signal).await {
                 tracing::warn!(job_id = %job, attempt, signal, %error, "a job could not be sent a signal");
@@ -587,6 +687,12 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
 pub(crate) fn stale(job: JobId, attempt: u32, current: u32) -> Error {
     let message = format!("attempt {attempt} of job {job} is over: this node has seen attempt {current}");
     Error::new(Reason::StaleAttempt, message).with("job_id", job).with("attempt", attempt).with("current", current)
+}
+
+fn unhealthy(vm_id: VmId, state: VmState) -> Error {
+    Error::new(Reason::VmNotAccepting, format!("VM {vm_id} fails its health checks and takes no job"))
+        .with("vm_id", vm_id)
+        .with("state", state)
 }
 
 fn not_accepting(vm_id: VmId, state: VmState) -> Error {

@@ -148,6 +148,15 @@ impl AgentLink {
         .await
     }
 
+    /// Asks it how it is.
+    pub(crate) async fn hello(&self) -> Result<pb::HelloResponse, Error> {
+        self.call(|mut client| {
+            let request = client::request(pb::HelloRequest {}, CALL_TIMEOUT);
+            async move { client.hello(request).await.map(tonic::Response::into_inner) }
+        })
+        .await
+    }
+
     /// Tells the guest to end.
     pub(crate) async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX).min(60_000);
@@ -159,11 +168,14 @@ impl AgentLink {
     }
 
     /// One call, once more on a fresh connection when the old one was broken.
-    async fn call<F>(&self, call: impl Fn(GuestServiceClient<Channel>) -> F) -> Result<(), Error>
+    async fn call<T, F>(&self, call: impl Fn(GuestServiceClient<Channel>) -> F) -> Result<T, Error>
     where
-        F: Future<Output = Result<(), tonic::Status>>,
+        F: Future<Output = Result<T, tonic::Status>>,
     {
-        let Err(status) = call(self.agent().await?.client).await else { return Ok(()) };
+        let status = match call(self.agent().await?.client).await {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
+        };
         tracing::debug!(vm_id = %self.vm_id, %status, "a call to the guest agent failed; trying on a new connection");
         self.forget();
         call(self.agent().await?.client).await.map_err(Error::from)

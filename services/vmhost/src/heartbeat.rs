@@ -5,11 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use blixard::error::Error;
 
-use crate::{
-    host::Host,
-    reconcile,
-    registry::{Registry, is_answer},
-};
+use crate::{host::Host, reconcile, registry::is_answer};
 
 /// Pause before a broken stream of heartbeats is begun again: some of these fit into the registry's grace.
 const RECONNECT_AFTER: Duration = Duration::from_millis(500);
@@ -19,17 +15,21 @@ const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Keeps the node registered; ends only when the registry refuses it.
 pub(crate) async fn keep_registered(host: &Arc<Host>) {
     while let Some(incarnation) = reconcile::register(host).await {
-        let over = beat(&host.registry, incarnation).await;
+        let over = beat(host, incarnation).await;
         tracing::warn!(incarnation, error = %over, "the registry has given this node up; it registers again");
         tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
     }
 }
 
 /// Says that the node lives; returns when the registry answers that this incarnation does not.
-async fn beat(registry: &Registry, incarnation: u64) -> Error {
+async fn beat(host: &Host, incarnation: u64) -> Error {
     let mut told = false;
     loop {
-        let error = registry.heartbeats(incarnation, || told = false).await;
+        let heard = |sent| {
+            told = false;
+            host.lease.answered(sent);
+        };
+        let error = host.registry.heartbeats(incarnation, heard).await;
         if is_answer(error.reason) {
             return error;
         }

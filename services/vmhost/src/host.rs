@@ -10,7 +10,7 @@ use std::{
 };
 
 use blixard::{
-    config::DriverChoice,
+    config::{DriverChoice, VmManagerConfig},
     error::{Error, Reason},
     id::{JobId, NodeId, VmId},
     job::JobSpec,
@@ -19,18 +19,22 @@ use blixard::{
     time::Timestamp,
     vm::{VmConfig, VmState},
 };
-use blixard_chassis::Tasks;
+use blixard_chassis::{SecretKey, Tasks};
 use futures::future::join_all;
 use pb::vm_host_service_server::VmHostServiceServer;
 
 use crate::{
     capacity::Capacity,
+    cleaning,
     consoles::Consoles,
     driver::{self, Beginning, VmHandle, stale, with_sources},
     heartbeat,
     hypervisor::{self, ChooseError, Hypervisor, HypervisorSettings, Launch},
-    lifecycle::Run,
+    input::InputSource,
+    lease::LEASE,
+    lifecycle::{Limits, Run},
     logs::{Fence, LogStore},
+    node_lease::{self, NodeLease},
     records::{self, StateDir, VmRecord},
     recovery,
     registry::Registry,
@@ -63,6 +67,50 @@ pub struct VmHostConfig {
     pub registry_endpoint: String,
     /// Where others reach this vmhost, as `http://host:port`.
     pub advertise_endpoint: String,
+    /// Opens the secrets of jobs; `None`: jobs that have some fail here.
+    pub secret_key: Option<SecretKey>,
+    /// Labels that jobs can ask for.
+    pub node_labels: BTreeMap<String, String>,
+    /// How VMs are watched.
+    pub health: HealthConfig,
+    /// Times that only tests change.
+    pub pace: Pace,
+}
+
+/// How VMs are watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HealthConfig {
+    /// How often the agent of each VM that runs nothing is asked whether it is well; `None`: never.
+    pub check_every: Option<Duration>,
+    /// A service VM that runs nothing and has less of its memory available than this is ended; 0: never.
+    pub recycle_below_memory_percent: u32,
+}
+
+impl From<&VmManagerConfig> for HealthConfig {
+    fn from(config: &VmManagerConfig) -> Self {
+        let seconds = u64::from(config.health_check_seconds);
+        Self {
+            check_every: (seconds > 0).then(|| Duration::from_secs(seconds)),
+            recycle_below_memory_percent: config.recycle_below_memory_percent,
+        }
+    }
+}
+
+/// Times that are part of the design, not of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// How long attempts go on without an answer of the registry.
+    pub lease: Duration,
+    /// When what the registry has forgotten is deleted for the first time.
+    pub first_cleaning_after: Duration,
+    /// And how often from then on.
+    pub clean_every: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { lease: LEASE, first_cleaning_after: cleaning::FIRST_AFTER, clean_every: cleaning::EVERY }
+    }
 }
 
 /// Why a vmhost can't start.
@@ -124,13 +172,12 @@ impl VmHost {
     ) -> Result<Self, StartError> {
         let host = Arc::new(Host::open(config, hypervisor, tasks.clone())?);
         recovery::recover(&host).await.map_err(StartError::Recovery)?;
-        let registering = Arc::clone(&host);
-        tasks.spawn("vmhost-register", async move {
-            tokio::select! {
-                () = registering.tasks.token().cancelled() => {}
-                () = heartbeat::keep_registered(&registering) => {}
-            }
-        });
+        let own = Arc::clone(&host);
+        spawn(tasks, "vmhost-register", async move { heartbeat::keep_registered(&own).await });
+        let own = Arc::clone(&host);
+        spawn(tasks, "vmhost-lease", async move { node_lease::keep(&own).await });
+        let own = Arc::clone(&host);
+        spawn(tasks, "vmhost-clean", async move { cleaning::keep_clean(&own).await });
         let leaving = Arc::clone(&host);
         tasks.spawn("vmhost-leave", async move {
             leaving.tasks.token().cancelled().await;
@@ -155,6 +202,17 @@ impl VmHost {
     }
 }
 
+/// Runs a task that ends with the others.
+fn spawn(tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    let token = tasks.token().clone();
+    tasks.spawn(name, async move {
+        tokio::select! {
+            () = token.cancelled() => {}
+            () = task => {}
+        }
+    });
+}
+
 /// What the drivers share.
 pub(crate) struct Host {
     pub(crate) state: StateDir,
@@ -162,12 +220,17 @@ pub(crate) struct Host {
     pub(crate) consoles: Consoles,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) registry: Registry,
+    pub(crate) lease: Arc<NodeLease>,
+    pub(crate) health: HealthConfig,
+    pub(crate) pace: Pace,
     pub(crate) tasks: Tasks,
     /// The host's boot.
     pub(crate) boot: String,
     capacity: Capacity,
     max_vms: u32,
     advertise_endpoint: String,
+    labels: BTreeMap<String, String>,
+    secret_key: Option<SecretKey>,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -180,11 +243,16 @@ impl Host {
             consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
             hypervisor,
             registry: Registry::new(&config.registry_endpoint, config.node_id).map_err(StartError::Registry)?,
+            lease: Arc::new(NodeLease::new(config.pace.lease)),
+            health: config.health,
+            pace: config.pace,
             tasks,
             boot: records::host_boot(),
             capacity: Capacity::of_this_machine().map_err(StartError::Capacity)?,
             max_vms: config.max_vms,
             advertise_endpoint: config.advertise_endpoint,
+            labels: config.node_labels,
+            secret_key: config.secret_key,
             vms: Mutex::default(),
         })
     }
@@ -199,8 +267,14 @@ impl Host {
             memory_mib: self.capacity.memory_mib,
             max_vms: self.max_vms,
             images: self.hypervisor.images(),
+            labels: self.labels.clone(),
             ..Default::default()
         }
+    }
+
+    /// Where the inputs of jobs come from.
+    pub(crate) fn inputs(&self) -> InputSource {
+        InputSource { registry: self.registry.clone(), key: self.secret_key.clone() }
     }
 
     /// What the hypervisor is to launch.
@@ -334,7 +408,12 @@ impl Host {
         let vm = self.vm(vm_id).ok_or_else(|| {
             Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)
         })?;
-        vm.run(Run::new(job, attempt, spec.timeout), spec.into()).await
+        if !self.lease.holds() {
+            let message = "the registry does not answer this node, so it begins nothing";
+            return Err(Error::new(Reason::PeerUnavailable, message).with("peer", "registry"));
+        }
+        let limits = Limits { run: spec.timeout, start: spec.start_timeout };
+        vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into()).await
     }
 
     /// Ends an attempt that some VM is just beginning, or has just ended: whichever it is meets this behind that.

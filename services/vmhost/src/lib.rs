@@ -7,22 +7,30 @@
 //!                  └── StreamLogs ◄── logs ◄┼───────────────────────────┘
 //!                                           └── reporter ──► registry
 //! ```
-//! What a VM holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
+//! `node_lease` ends what runs here when the registry is silent for too long, `health` what does not answer, `cleaning` deletes what
+//! the registry has forgotten. What a VM holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
 //! does not find (`recovery`). VMs outlive this process.
 //!
 //! This crate must not know how jobs are placed or queued: it is told, and it reports to the registry.
 
 pub mod hypervisor;
+pub mod lease;
+pub mod lifecycle;
 
+mod artifacts;
 mod attempt;
+mod breaker;
 mod capacity;
+mod cleaning;
 mod consoles;
 mod driver;
 mod guest;
+mod health;
 mod heartbeat;
 mod host;
-mod lifecycle;
+mod input;
 mod logs;
+mod node_lease;
 mod reconcile;
 mod records;
 mod recovery;
@@ -30,5 +38,5 @@ mod registry;
 mod reporter;
 mod service;
 
-pub use host::{StartError, VmHost, VmHostConfig};
+pub use host::{HealthConfig, Pace, StartError, VmHost, VmHostConfig};
 pub use service::Service;

@@ -8,7 +8,8 @@
 //!     └───────────────────► Gone                nothing of the machine is left
 //! ```
 //! [`Lifecycle::step`] takes an [`Input`] and the time and returns the [`Effect`]s for the driver to carry out, in order. Time
-//! passes by [`Input::Tick`], due at [`Lifecycle::deadline`]. No file, socket, clock or task is touched here.
+//! passes by [`Input::Tick`], due at [`Lifecycle::deadline`]. No file, socket, clock or task is touched here. Public, so that a
+//! simulation drives what a node really does.
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use blixard::{
     vm::{VmKind, VmState},
 };
 
-use crate::logs::Outcome;
+pub use crate::logs::Outcome;
 
 /// How long the guest of an ephemeral VM has to power off after its job.
 pub(crate) const POWER_OFF_GRACE: Duration = Duration::from_secs(10);
@@ -29,6 +30,9 @@ const KILL_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// So often; then the guest is taken for dead and the whole VM is killed.
 const KILLS_BEFORE_VM: u8 = 3;
 
+/// Why an attempt is lost that the node had no right to any more.
+pub const LEASE_OVER: &str = "the registry did not answer its node: another may run it";
+
 /// SIGTERM's number on Linux.
 pub(crate) const SIGTERM: i32 = 15;
 /// SIGKILL's number on Linux.
@@ -36,7 +40,7 @@ pub(crate) const SIGKILL: i32 = 9;
 
 /// Where a VM is in its life on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Phase {
+pub enum Phase {
     /// The hypervisor is starting it.
     Launching,
     /// It runs, and its agent has not answered yet.
@@ -53,69 +57,103 @@ pub(crate) enum Phase {
     Gone,
 }
 
+/// How long an attempt may take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// From the start of its command.
+    pub run: Option<Duration>,
+    /// From its arrival at the node to the start of its command.
+    pub start: Option<Duration>,
+}
+
 /// An attempt under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) job: JobId,
-    pub(crate) attempt: u32,
-    pub(crate) timeout: Option<Duration>,
+pub struct Run {
+    /// The job.
+    pub job: JobId,
+    /// Its attempt.
+    pub attempt: u32,
+    /// How long it may take.
+    pub limits: Limits,
+    /// When this node was given it.
+    pub arrived: Timestamp,
     /// When its command started.
-    pub(crate) started: Option<Timestamp>,
+    pub started: Option<Timestamp>,
+    /// Its command has ended, and what it left is being fetched: that is not its time any more.
+    pub collecting: bool,
     /// Why it is being ended.
-    pub(crate) cause: Option<Cause>,
+    pub cause: Option<Cause>,
     /// When it is sent SIGKILL.
-    pub(crate) kill_at: Option<Timestamp>,
+    pub kill_at: Option<Timestamp>,
     /// How often it was.
-    pub(crate) kills: u8,
+    pub kills: u8,
 }
 
 impl Run {
     /// An attempt that begins.
-    pub(crate) fn new(job: JobId, attempt: u32, timeout: Option<Duration>) -> Self {
-        Self { job, attempt, timeout, started: None, cause: None, kill_at: None, kills: 0 }
+    #[must_use]
+    pub fn new(job: JobId, attempt: u32, limits: Limits, arrived: Timestamp) -> Self {
+        Self { job, attempt, limits, arrived, started: None, collecting: false, cause: None, kill_at: None, kills: 0 }
     }
 
+    /// When its time is up.
     fn timeout_at(&self) -> Option<Timestamp> {
-        if self.cause.is_some() { None } else { Some(after(self.started?, self.timeout?)) }
+        match self.started {
+            _ if self.cause.is_some() || self.collecting => None,
+            Some(started) => Some(after(started, self.limits.run?)),
+            None => Some(after(self.arrived, self.limits.start?)),
+        }
     }
+
+    /// What an attempt that was ended for this cause came to. `unseen`: why its end was not seen.
+    fn ended(&self, cause: Cause, exit: Option<ExitStatus>, unseen: Option<&str>) -> Outcome {
+        let words = match cause {
+            Cause::Cancelled => "it was cancelled".to_owned(),
+            Cause::TimedOut => format!("it ran longer than {} ms", milliseconds(self.limits.run)),
+            Cause::NotStarted => format!("it did not start within {} ms", milliseconds(self.limits.start)),
+            Cause::Superseded => "the registry has moved on to another attempt".to_owned(),
+        };
+        let reason = match unseen {
+            Some(why) if self.started.is_some() => format!("{words}; its end was not seen: {why}"),
+            Some(_) | None => words,
+        };
+        match cause {
+            Cause::Cancelled => Outcome::Result { state: JobState::Cancelled, exit, reason },
+            Cause::TimedOut | Cause::NotStarted => Outcome::Result { state: JobState::TimedOut, exit, reason },
+            Cause::Superseded => Outcome::Lost { started: true, reason },
+        }
+    }
+}
+
+fn milliseconds(limit: Option<Duration>) -> u128 {
+    limit.unwrap_or_default().as_millis()
 }
 
 /// Why an attempt is ended before its command ends by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) enum Cause {
+pub enum Cause {
+    /// Somebody wanted it.
     Cancelled,
+    /// It ran too long.
     TimedOut,
-}
-
-impl Cause {
-    fn state(self) -> JobState {
-        match self {
-            Self::Cancelled => JobState::Cancelled,
-            Self::TimedOut => JobState::TimedOut,
-        }
-    }
-
-    fn words(self, timeout: Option<Duration>) -> String {
-        match (self, timeout) {
-            (Self::TimedOut, Some(timeout)) => format!("it ran longer than {} ms", timeout.as_millis()),
-            (Self::TimedOut, None) => "it ran too long".to_owned(),
-            (Self::Cancelled, _) => "it was cancelled".to_owned(),
-        }
-    }
+    /// It took too long to start.
+    NotStarted,
+    /// The job has moved on to another attempt.
+    Superseded,
 }
 
 /// Somebody wants the VM to end.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Stop {
+pub struct Stop {
     /// When patience ends.
-    pub(crate) deadline: Timestamp,
+    pub deadline: Timestamp,
     /// Why, in words.
-    pub(crate) reason: String,
+    pub reason: String,
 }
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Input {
+pub enum Input {
     /// The machine runs.
     Launched { boot_deadline: Timestamp },
     /// It could not be started; nothing of it is left.
@@ -128,6 +166,8 @@ pub(crate) enum Input {
     Run(Run),
     /// Its command has started.
     Started { at: Timestamp },
+    /// Its command has ended, and what it left is being fetched; [`Input::Exited`] follows.
+    Collecting,
     /// Its command has ended (or could not be started: `spawn_error`), and its output is complete.
     Exited { exit: Option<ExitStatus>, spawn_error: String },
     /// The guest does not have it (any more). `usable`: the guest is sound and takes other jobs.
@@ -140,6 +180,12 @@ pub(crate) enum Input {
     Unstorable { reason: String },
     /// Somebody wants this attempt to end.
     Cancel { job: JobId, attempt: u32 },
+    /// The registry takes this attempt for over: nobody waits for it, and somebody else may run the job.
+    Superseded { job: JobId, attempt: u32 },
+    /// The registry has not answered this node for so long that somebody else may run what runs here.
+    LeaseOver,
+    /// The guest agent fails its health checks.
+    Unhealthy { reason: String },
     /// Somebody wants the VM to end; that is on disk already.
     Stop(Stop),
     /// The machine ended.
@@ -150,7 +196,7 @@ pub(crate) enum Input {
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Effect {
+pub enum Effect {
     /// Wait for the agent and give it its identity.
     AwaitAgent,
     /// Tell the registry: Ready.
@@ -173,7 +219,7 @@ pub(crate) enum Effect {
 
 /// What becomes of an attempt that the scheduler sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Admission {
+pub enum Admission {
     /// It may begin.
     Accepted,
     /// It is the one that runs.
@@ -184,7 +230,7 @@ pub(crate) enum Admission {
 
 /// One VM's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Lifecycle {
+pub struct Lifecycle {
     kind: VmKind,
     phase: Phase,
     stop: Option<Stop>,
@@ -196,12 +242,14 @@ pub(crate) struct Lifecycle {
 
 impl Lifecycle {
     /// A VM that is being started.
-    pub(crate) fn launching(kind: VmKind) -> Self {
+    #[must_use]
+    pub fn launching(kind: VmKind) -> Self {
         Self { kind, phase: Phase::Launching, stop: None, ending: None, used: false }
     }
 
     /// A VM that lived when vmhost came back: with the attempt it runs, if any.
-    pub(crate) fn adopted(kind: VmKind, run: Option<Run>, used: bool) -> Self {
+    #[must_use]
+    pub fn adopted(kind: VmKind, run: Option<Run>, used: bool) -> Self {
         let phase = run.map_or(Phase::Free, Phase::Running);
         Self { kind, used: used || matches!(phase, Phase::Running(_)), phase, stop: None, ending: None }
     }
@@ -215,7 +263,8 @@ impl Lifecycle {
     }
 
     /// The state as the registry's words have it.
-    pub(crate) fn state(&self) -> VmState {
+    #[must_use]
+    pub fn state(&self) -> VmState {
         match &self.phase {
             Phase::Launching | Phase::Booting { .. } => VmState::Starting,
             Phase::Free if self.used => VmState::Idle,
@@ -228,7 +277,8 @@ impl Lifecycle {
     }
 
     /// The attempt it runs.
-    pub(crate) fn run(&self) -> Option<&Run> {
+    #[must_use]
+    pub fn run(&self) -> Option<&Run> {
         match &self.phase {
             Phase::Running(run) | Phase::Dying(Some(run)) => Some(run),
             Phase::Launching
@@ -241,7 +291,8 @@ impl Lifecycle {
     }
 
     /// When the next [`Input::Tick`] is due.
-    pub(crate) fn deadline(&self) -> Option<Timestamp> {
+    #[must_use]
+    pub fn deadline(&self) -> Option<Timestamp> {
         match &self.phase {
             Phase::Booting { deadline } | Phase::ShuttingDown { deadline } => Some(*deadline),
             Phase::Running(run) => {
@@ -253,7 +304,8 @@ impl Lifecycle {
     }
 
     /// Whether an attempt may begin here.
-    pub(crate) fn admit(&self, job: JobId, attempt: u32) -> Admission {
+    #[must_use]
+    pub fn admit(&self, job: JobId, attempt: u32) -> Admission {
         match &self.phase {
             Phase::Free => Admission::Accepted,
             Phase::Running(run) if (run.job, run.attempt) == (job, attempt) => Admission::Ignored,
@@ -267,7 +319,7 @@ impl Lifecycle {
     }
 
     /// Takes an input; what does not fit the phase is ignored.
-    pub(crate) fn step(&mut self, now: Timestamp, input: Input) -> Vec<Effect> {
+    pub fn step(&mut self, now: Timestamp, input: Input) -> Vec<Effect> {
         match input {
             Input::Launched { boot_deadline } => self.launched(boot_deadline),
             Input::LaunchFailed { reason } => match self.phase {
@@ -290,6 +342,12 @@ impl Lifecycle {
                 _ => vec![],
             },
             Input::Started { at } => self.started(at.min(now)),
+            Input::Collecting => {
+                if let Phase::Running(run) = &mut self.phase {
+                    run.collecting = true;
+                }
+                vec![]
+            }
             Input::Exited { exit, spawn_error } => self.exited(now, exit, spawn_error),
             Input::Lost { started, usable, reason } => self.lost(now, started, usable, reason),
             Input::Resumed => match &mut self.phase {
@@ -311,6 +369,21 @@ impl Lifecycle {
                 Phase::Running(run) if (run.job, run.attempt) == (job, attempt) && run.cause.is_none() => {
                     end_run(run, now, Cause::Cancelled)
                 }
+                _ => vec![],
+            },
+            Input::Superseded { job, attempt } => match &mut self.phase {
+                Phase::Running(run) if (run.job, run.attempt) == (job, attempt) && run.cause.is_none() => {
+                    run.cause = Some(Cause::Superseded);
+                    kill_run(run, now, vec![Effect::SaveCause(Cause::Superseded)])
+                }
+                _ => vec![],
+            },
+            Input::LeaseOver => match &self.phase {
+                Phase::Running(run) => self.kill(Some(run.clone()), VmState::Failed, LEASE_OVER.to_owned()),
+                _ => vec![],
+            },
+            Input::Unhealthy { reason } => match self.phase {
+                Phase::Free => self.kill(None, VmState::Failed, format!("unhealthy: {reason}")),
                 _ => vec![],
             },
             Input::Stop(stop) => self.stop(now, stop),
@@ -362,7 +435,7 @@ impl Lifecycle {
 
     fn outcome_of_exit(&self, run: &Run, exit: Option<ExitStatus>, spawn_error: String) -> Outcome {
         if let Some(cause) = run.cause {
-            return Outcome::Result { state: cause.state(), exit, reason: cause.words(run.timeout) };
+            return run.ended(cause, exit, None);
         }
         if let Some(stop) = &self.stop {
             return Outcome::Lost { started: true, reason: stopped(stop) };
@@ -415,10 +488,7 @@ impl Lifecycle {
     /// A job that was being ended has ended, even when nobody saw it.
     fn outcome_of_loss(&self, run: &Run, started: bool, reason: &str) -> Outcome {
         match (run.cause, &self.stop) {
-            (Some(cause), _) => {
-                let reason = format!("{}; its end was not seen: {reason}", cause.words(run.timeout));
-                Outcome::Result { state: cause.state(), exit: None, reason }
-            }
+            (Some(cause), _) => run.ended(cause, None, Some(reason)),
             (None, Some(stop)) => Outcome::Lost { started, reason: stopped(stop) },
             (None, None) => Outcome::Lost { started, reason: reason.to_owned() },
         }
@@ -468,7 +538,9 @@ impl Lifecycle {
         }
         let mut effects = Vec::new();
         if let Some(run) = self.run() {
-            effects.push(Effect::Finish(self.outcome_of_loss(run, true, &format!("its VM ended: {how}"))));
+            // Why it was ended says more than how.
+            let why = self.ending.as_ref().map_or(&how, |(_, reason)| reason);
+            effects.push(Effect::Finish(self.outcome_of_loss(run, true, &format!("its VM ended: {why}"))));
         }
         effects.extend(self.gone(how));
         effects
@@ -488,12 +560,11 @@ impl Lifecycle {
                     let (run, reason) = (run.clone(), stop.reason.clone());
                     self.kill(Some(run), VmState::Terminated, reason)
                 }
-                Some(_) | None if run.kill_at.is_none() => end_run(run, now, Cause::TimedOut),
-                Some(_) | None if run.kills < KILLS_BEFORE_VM => {
-                    run.kills += 1;
-                    run.kill_at = Some(after(now, KILL_AGAIN_AFTER));
-                    vec![Effect::Signal(SIGKILL)]
+                Some(_) | None if run.kill_at.is_none() => {
+                    let cause = if run.started.is_some() { Cause::TimedOut } else { Cause::NotStarted };
+                    end_run(run, now, cause)
                 }
+                Some(_) | None if run.kills < KILLS_BEFORE_VM => kill_run(run, now, vec![]),
                 Some(_) | None => {
                     let run = run.clone();
                     self.kill(Some(run), VmState::Failed, "the guest does not end a job that was killed".to_owned())
@@ -508,6 +579,14 @@ fn end_run(run: &mut Run, now: Timestamp, cause: Cause) -> Vec<Effect> {
     run.cause = Some(cause);
     run.kill_at = Some(after(now, KILL_GRACE));
     vec![Effect::SaveCause(cause), Effect::Signal(SIGTERM)]
+}
+
+/// Sends it SIGKILL, for the first time or again, after what else is to be done.
+fn kill_run(run: &mut Run, now: Timestamp, mut effects: Vec<Effect>) -> Vec<Effect> {
+    run.kills += 1;
+    run.kill_at = Some(after(now, KILL_AGAIN_AFTER));
+    effects.push(Effect::Signal(SIGKILL));
+    effects
 }
 
 fn failed(exit: Option<ExitStatus>, reason: String) -> Outcome {

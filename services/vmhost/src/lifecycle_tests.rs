@@ -13,7 +13,7 @@ fn job() -> JobId {
 }
 
 fn run() -> Run {
-    Run::new(job(), 1, None)
+    Run::new(job(), 1, Limits::default(), EARLIER)
 }
 
 fn life(kind: VmKind, phase: Phase) -> Lifecycle {
@@ -30,13 +30,17 @@ fn stop(deadline: Timestamp) -> Stop {
 
 fn phases() -> Vec<(&'static str, Phase)> {
     let ending = Run { cause: Some(Cause::Cancelled), kill_at: Some(EARLIER), ..run() };
-    let overdue = Run { started: Some(EARLIER), timeout: Some(Duration::from_millis(1000)), ..run() };
+    let second = Some(Duration::from_millis(1000));
+    let overdue = Run { started: Some(EARLIER), limits: Limits { run: second, start: None }, ..run() };
+    let late = Run { limits: Limits { run: None, start: second }, ..run() };
     vec![
         ("Launching", Phase::Launching),
         ("Booting", Phase::Booting { deadline: EARLIER }),
         ("Free", Phase::Free),
         ("Running", Phase::Running(run())),
-        ("Running, out of time", Phase::Running(overdue)),
+        ("Running, out of time", Phase::Running(overdue.clone())),
+        ("Running, ended out of time", Phase::Running(Run { collecting: true, ..overdue.clone() })),
+        ("Running, late to start", Phase::Running(late)),
         ("Running, cancelled", Phase::Running(ending.clone())),
         ("Running, killed 3 times", Phase::Running(Run { kills: KILLS_BEFORE_VM, ..ending })),
         ("ShuttingDown", Phase::ShuttingDown { deadline: EARLIER }),
@@ -57,6 +61,7 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("BootFailed", Input::BootFailed { reason: "refused".to_owned() }),
         ("Run", Input::Run(run())),
         ("Started", Input::Started { at: LATER }),
+        ("Collecting", Input::Collecting),
         ("Exited 0", exited(ExitKind::Code(0))),
         ("Exited 7", exited(ExitKind::Code(7))),
         ("Exited, signal", exited(ExitKind::Signal(9))),
@@ -68,6 +73,10 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("Unstorable", Input::Unstorable { reason: "disk full".to_owned() }),
         ("Cancel", Input::Cancel { job: job(), attempt: 1 }),
         ("Cancel another", Input::Cancel { job: job(), attempt: 2 }),
+        ("Superseded", Input::Superseded { job: job(), attempt: 1 }),
+        ("Superseded another", Input::Superseded { job: job(), attempt: 2 }),
+        ("LeaseOver", Input::LeaseOver),
+        ("Unhealthy", Input::Unhealthy { reason: "it is silent".to_owned() }),
         ("Stop", Input::Stop(stop(LATER))),
         ("Stop at once", Input::Stop(stop(NOW))),
         ("MachineExited", Input::MachineExited { how: "it crashed".to_owned() }),
@@ -99,7 +108,7 @@ fn every_phase_meets_every_input_as_in_the_table() {
                 if effects.is_empty() && after == before {
                     continue;
                 }
-                writeln!(table, "    {input_name:17} -> {:10} {}", after.state().as_str(), effects.join("; ")).unwrap();
+                writeln!(table, "    {input_name:18} -> {:10} {}", after.state().as_str(), effects.join("; ")).unwrap();
             }
         }
     }
@@ -124,7 +133,11 @@ fn a_stop_that_meets_a_running_job_ends_the_job_then_the_guest_then_kills() {
 #[test]
 fn a_job_that_outlives_its_timeout_is_terminated_then_killed_and_its_state_says_so() {
     let timeout = Duration::from_secs(2);
-    let mut vm = Lifecycle::adopted(VmKind::Ephemeral, Some(Run::new(job(), 1, Some(timeout))), false);
+    let mut vm = Lifecycle::adopted(
+        VmKind::Ephemeral,
+        Some(Run { limits: Limits { run: Some(timeout), start: None }, ..run() }),
+        false,
+    );
     assert_eq!(vm.deadline(), None, "the clock starts with the command");
     vm.step(NOW, Input::Started { at: NOW });
     assert_eq!(vm.deadline(), Some(after(NOW, timeout)));
@@ -140,13 +153,41 @@ fn a_job_that_outlives_its_timeout_is_terminated_then_killed_and_its_state_says_
     assert_eq!(effects, [Effect::Finish(result), Effect::ShutDownGuest { grace: Duration::ZERO }]);
 }
 
+#[test]
+fn an_attempt_that_does_not_start_in_time_is_ended_and_its_state_says_so() {
+    let limits = Limits { run: Some(Duration::from_secs(60)), start: Some(Duration::from_millis(1500)) };
+    let mut vm = Lifecycle::adopted(VmKind::Service, Some(Run::new(job(), 1, limits, NOW)), false);
+    let late = after(NOW, Duration::from_millis(1500));
+    assert_eq!(vm.deadline(), Some(late));
+    let mut started = vm.clone();
+    started.step(NOW, Input::Started { at: NOW });
+    assert_eq!(started.deadline(), Some(after(NOW, Duration::from_secs(60))), "the other clock runs from here");
+    assert_eq!(vm.step(late, Input::Tick), [Effect::SaveCause(Cause::NotStarted), Effect::Signal(SIGTERM)]);
+    let effects = vm.step(late, Input::Lost { started: false, usable: true, reason: "it was not asked".to_owned() });
+    let reason = "it did not start within 1500 ms".to_owned();
+    assert_eq!(effects, [Effect::Finish(Outcome::Result { state: JobState::TimedOut, exit: None, reason })]);
+    assert_eq!(vm.state(), VmState::Idle);
+}
+
+#[test]
+fn at_the_end_of_the_lease_the_vm_is_killed_and_its_attempt_is_lost() {
+    let mut vm = Lifecycle::adopted(VmKind::Service, Some(run()), false);
+    assert_eq!(vm.step(NOW, Input::LeaseOver), [Effect::Kill]);
+    assert_eq!(vm.step(NOW, Input::LeaseOver), [], "once is enough");
+    let lost = Outcome::Lost { started: true, reason: format!("its VM ended: {LEASE_OVER}") };
+    let end = Effect::End { state: VmState::Failed, reason: LEASE_OVER.to_owned() };
+    assert_eq!(vm.step(NOW, Input::MachineExited { how: "killed".to_owned() }), [Effect::Finish(lost), end]);
+    let mut idle = Lifecycle::adopted(VmKind::Service, None, true);
+    assert_eq!(idle.step(NOW, Input::LeaseOver), [], "a VM without an attempt is nobody else's");
+}
+
 proptest! {
     /// Whatever happens in whatever order: a VM that is gone stays gone and ended once; each attempt that began is
     /// finished exactly once, and before the VM's end; the state only moves along the table of VM states.
     #[test]
     fn any_sequence_of_inputs_keeps_the_invariants(
         service in any::<bool>(),
-        sequence in proptest::collection::vec((0..21usize, 0..20_000i64), 0..60),
+        sequence in proptest::collection::vec((0..inputs().len(), 0..20_000i64), 0..60),
     ) {
         let kind = if service { VmKind::Service } else { VmKind::Ephemeral };
         let mut vm = Lifecycle::launching(kind);

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use blixard::config::Config;
-use blixard_chassis::{Server, Tasks, metrics, settings, telemetry};
-use blixard_vmhost::{VmHost, VmHostConfig};
+use blixard_chassis::{SecretKey, Server, Tasks, metrics, settings, telemetry};
+use blixard_vmhost::{HealthConfig, Pace, VmHost, VmHostConfig};
 use clap::{Arg, ArgMatches, Command};
 
 #[tokio::main]
@@ -20,7 +20,9 @@ async fn main() -> anyhow::Result<()> {
 
     let tasks = Tasks::new();
     metrics::serve(config.server.metrics_listen, &tasks).await?;
-    let vmhost = VmHost::start(host_config(config, text("registry"), advertise, &agent), &tasks).await?;
+    let secret_key = SecretKey::load(&config.storage.secret_key_file)?;
+    let host = host_config(config, text("registry"), advertise, &agent, secret_key);
+    let vmhost = VmHost::start(host, &tasks).await?;
     tracing::info!(address = %server.local_addr(), "vmhost serves");
     server.add_service(vmhost.service()).run(&tasks).await.context("serving")
 }
@@ -58,7 +60,13 @@ fn agent(arguments: &ArgMatches) -> anyhow::Result<PathBuf> {
     }
 }
 
-fn host_config(config: Config, registry: Option<String>, advertise: String, agent: &Path) -> VmHostConfig {
+fn host_config(
+    config: Config,
+    registry: Option<String>,
+    advertise: String,
+    agent: &Path,
+    secret_key: Option<SecretKey>,
+) -> VmHostConfig {
     VmHostConfig {
         node_id: config.server.node_id,
         vm_state_dir: config.storage.vm_state_dir,
@@ -69,5 +77,9 @@ fn host_config(config: Config, registry: Option<String>, advertise: String, agen
         max_vms: config.firecracker.max_concurrent_vms,
         registry_endpoint: registry.unwrap_or_default(),
         advertise_endpoint: advertise,
+        secret_key,
+        health: HealthConfig::from(&config.vm_manager),
+        node_labels: config.server.node_labels.0,
+        pace: Pace::default(),
     }
 }

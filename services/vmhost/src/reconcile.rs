@@ -2,7 +2,10 @@
 //!
 //! It comes before the registration, because that makes the scheduler send again what it wants of this node.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use blixard::{
     error::Error,
@@ -13,7 +16,7 @@ use blixard::{
 use futures::{StreamExt, stream};
 use uuid::Uuid;
 
-use crate::{driver::VmHandle, host::Host, registry::until_answered};
+use crate::{driver::VmHandle, host::Host, lifecycle::Input, node_lease, registry::until_answered};
 
 /// VMs that are looked at together: enough to use a group commit, few enough to be no burden.
 const AT_ONCE: usize = 16;
@@ -22,12 +25,16 @@ const AT_ONCE: usize = 16;
 pub(crate) async fn register(host: &Arc<Host>) -> Option<u64> {
     // The same request each time: however often it has to be repeated, it is one incarnation.
     let request = RegisterNodeRequest { node: Some(host.node()), request_id: Uuid::new_v4().to_string() };
+    // The first one counts for the lease: what a later one is answered may be the answer to that.
+    let first_sent = OnceLock::new();
     let registered = until_answered("registering the node", || async {
         reconcile(host).await?;
+        first_sent.get_or_init(node_lease::now);
         host.registry.register(request.clone()).await
     });
     match registered.await {
         Ok(node) => {
+            host.lease.answered(*first_sent.get_or_init(node_lease::now));
             tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered");
             Some(node.incarnation)
         }
@@ -41,10 +48,25 @@ pub(crate) async fn register(host: &Arc<Host>) -> Option<u64> {
 async fn reconcile(host: &Arc<Host>) -> Result<(), Error> {
     let recorded = host.registry.vms_of_this_node().await?;
     let here: Vec<(VmId, VmHandle)> = host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
+    let known = here.iter().cloned();
+    stream::iter(known).for_each_concurrent(AT_ONCE, |(id, vm)| end_superseded(host, id, vm)).await;
     let missing = here.into_iter().filter(|(id, _)| !recorded.iter().any(|vm| vm.id == id.to_string()));
     stream::iter(missing).for_each_concurrent(AT_ONCE, |(id, vm)| end_unwanted(host, id, vm)).await;
     stream::iter(recorded).for_each_concurrent(AT_ONCE, |vm| bury_missing(host, vm)).await;
     Ok(())
+}
+
+/// An attempt that runs here and that the registry takes for over: somebody else may run its job.
+async fn end_superseded(host: &Host, id: VmId, vm: VmHandle) {
+    let Some((job, attempt)) = vm.view.borrow().run else { return };
+    match host.registry.is_current(id, job, attempt).await {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!(vm_id = %id, job_id = %job, attempt, "the registry has moved on from an attempt that runs here; it is ended");
+            vm.tell(Input::Superseded { job, attempt }).await;
+        }
+        Err(error) => tracing::warn!(job_id = %job, %error, "a job could not be looked up in the registry"),
+    }
 }
 
 /// A VM that is here and that the registry takes for ended, or never heard of.

@@ -54,6 +54,15 @@ pub(crate) struct AttemptRecord {
     pub(crate) timeout_ms: u64,
     /// Why it is being ended.
     pub(crate) cause: Option<Cause>,
+    /// When this node was given it.
+    #[serde(default)]
+    pub(crate) arrived_at: Timestamp,
+    /// How long it may take from then to its start; 0: no limit.
+    #[serde(default)]
+    pub(crate) start_timeout_ms: u64,
+    /// Files that are kept when its command has ended.
+    #[serde(default)]
+    pub(crate) artifacts: Vec<String>,
 }
 
 /// Every VM's directory. Holds the lock.

@@ -10,12 +10,13 @@
 //! | the agent answered | `guest_boot` | adopts; reports Ready (again) |
 //! | Ready reported | `guest_boot` | the same; the report changes nothing |
 //! | RunJob arrived | perhaps an empty log directory | nothing: the job is still Assigned and RunJob comes again; the fence lets an attempt pass whose log was never begun |
-//! | `attempt.json` written | the attempt, unknown to the guest | attaches; the guest never heard of it: reports it lost, never started, and the scheduler queues it again for free |
+//! | `attempt.json` written, its input being fetched | the attempt, unknown to the guest | attaches; the guest never heard of it: reports it lost, never started, and the scheduler queues it again for free |
 //! | the guest was asked | the attempt in the guest | attaches at the end of its log; reports Running (again) |
 //! | output written, not acknowledged | a longer log than the guest knows | attaches at the log's end: nothing twice |
 //! | half a record written | a torn record | cuts it off; the guest still has those bytes: nothing lost |
 //! | the job was sent SIGTERM | `cause` in `attempt.json` | sends SIGTERM again and SIGKILL after the grace |
 //! | the command exited | the attempt in the guest, ended | attaches; gets the end again |
+//! | half of its artifacts fetched | `artifacts.new` | fetches them all again |
 //! | the log's end record written | a log with its end | reports it (again); an ephemeral VM is shut down |
 //! | the end reported | the same | the same; the report changes nothing |
 //! | StopVm accepted | `stop` in `vm.json` | goes on stopping, with what is left of the grace |
@@ -41,7 +42,7 @@ use crate::{
     guest::AgentLink,
     host::Host,
     hypervisor::Machine,
-    lifecycle::{Input, Lifecycle, Run},
+    lifecycle::{Input, Lifecycle, Limits, Run},
     logs::{LogWriter, Outcome},
     records::{AttemptRecord, VmDir, VmRecord},
     reporter::Report,
@@ -195,6 +196,7 @@ fn beginning(
 }
 
 fn run_of(attempt: &AttemptRecord) -> Run {
-    let timeout = (attempt.timeout_ms > 0).then(|| Duration::from_millis(attempt.timeout_ms));
-    Run { cause: attempt.cause, ..Run::new(attempt.job, attempt.attempt, timeout) }
+    let limit = |ms| (ms > 0).then(|| Duration::from_millis(ms));
+    let limits = Limits { run: limit(attempt.timeout_ms), start: limit(attempt.start_timeout_ms) };
+    Run { cause: attempt.cause, ..Run::new(attempt.job, attempt.attempt, limits, attempt.arrived_at) }
 }

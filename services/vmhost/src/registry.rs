@@ -17,7 +17,10 @@ use futures::stream;
 use pb::registry_service_client::RegistryServiceClient;
 use tokio::sync::mpsc;
 
-use crate::logs::{EndRecord, Outcome};
+use crate::{
+    logs::{EndRecord, Outcome},
+    node_lease,
+};
 
 /// How long the registry has to answer; a leader election takes a few seconds.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,27 +101,29 @@ impl Registry {
         Ok(self.client.clone().register_node(request).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// Says that this node lives, as often as the registry wants to hear it, and tells of each time it was heard; returns
-    /// why that ended.
-    pub(crate) async fn heartbeats(&self, incarnation: u64, heard: impl FnMut()) -> Error {
+    /// Says that this node lives, as often as the registry wants to hear it, and tells of each time it was heard when it had said
+    /// so; returns why that ended.
+    pub(crate) async fn heartbeats(&self, incarnation: u64, heard: impl FnMut(Duration)) -> Error {
         match self.beat(incarnation, heard).await {
             Err(error) => error,
         }
     }
 
-    async fn beat(&self, incarnation: u64, mut heard: impl FnMut()) -> Result<Infallible, Error> {
+    async fn beat(&self, incarnation: u64, mut heard: impl FnMut(Duration)) -> Result<Infallible, Error> {
         let beat = pb::HeartbeatRequest { node_id: self.node_id.to_string(), incarnation };
         let (beats, outbound) = mpsc::channel(1);
         let outbound = stream::unfold(outbound, |mut outbound| async { Some((outbound.recv().await?, outbound)) });
         let mut client = self.client.clone();
         let mut answers = in_time(client.heartbeat(outbound)).await?.into_inner();
         loop {
+            let sent = node_lease::now();
             // When the stream is over this fails, and the next answer tells why.
             let _ = beats.send(beat.clone()).await;
             let Some(answer) = in_time(answers.message()).await? else {
                 return Err(Error::new(Reason::PeerUnavailable, "the registry ended the heartbeats"));
             };
-            heard();
+            // One at a time: the answer belongs to the heartbeat before it.
+            heard(sent);
             tokio::time::sleep(Duration::from_millis(answer.interval_ms.into())).await;
         }
     }
@@ -206,6 +211,45 @@ impl Registry {
         let request = pb::FinishAttemptRequest { job_id, attempt, outcome: Some(outcome), ..Default::default() };
         self.client.clone().finish_attempt(client::request(request, CALL_TIMEOUT)).await?;
         Ok(())
+    }
+
+    /// Moves a VM that has no attempt to Draining; false when it has one now, or is on its way out already.
+    pub(crate) async fn retire(&self, vm_id: VmId, reason: &str) -> Result<bool, Error> {
+        let Some(vm) = self.vm(vm_id).await? else { return Ok(false) };
+        if !VmState::from_pb("vm.state", vm.state)?.takes_jobs() {
+            return Ok(false);
+        }
+        match self.transition(vm_id, VmState::Draining, vm.generation, reason).await {
+            Err(error) if error.reason == Reason::StaleGeneration => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
+    /// What a job is given besides its spec; empty when it has ended.
+    pub(crate) async fn job_input(&self, job: JobId) -> Result<common::JobInput, Error> {
+        let request = client::request(pb::GetJobInputRequest { job_id: job.to_string() }, CALL_TIMEOUT);
+        Ok(self.client.clone().get_job_input(request).await?.into_inner().input.unwrap_or_default())
+    }
+
+    /// Whether the registry has this attempt of a job under way on this VM.
+    pub(crate) async fn is_current(&self, vm_id: VmId, job: JobId, attempt: u32) -> Result<bool, Error> {
+        let request = client::request(pb::GetJobRequest { job_id: job.to_string() }, CALL_TIMEOUT);
+        let job = match self.client.clone().get_job(request).await.map_err(Error::from) {
+            Ok(answer) => answer.into_inner().job.unwrap_or_default(),
+            Err(error) if error.reason == Reason::JobNotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let state = JobState::from_pb("job.state", job.state)?;
+        let under_way = matches!(state, JobState::Assigned | JobState::Running);
+        Ok(under_way && job.attempt == attempt && job.vm_id == vm_id.to_string())
+    }
+
+    /// Which of these jobs are not on record any more.
+    pub(crate) async fn forgotten_jobs(&self, jobs: &[JobId]) -> Result<Vec<JobId>, Error> {
+        let job_ids = jobs.iter().map(JobId::to_string).collect();
+        let request = client::request(pb::FindForgottenJobsRequest { job_ids }, CALL_TIMEOUT);
+        let answer = self.client.clone().find_forgotten_jobs(request).await?.into_inner();
+        answer.job_ids.iter().map(|id| JobId::parse("job_ids", id)).collect()
     }
 
     /// Records the end of a VM of this node. An attempt that the registry gave it and that nobody reported is lost first;

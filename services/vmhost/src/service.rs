@@ -1,5 +1,6 @@
 //! The gRPC service: parse, one call, encode.
 
+mod artifacts;
 mod stream_logs;
 
 use std::{sync::Arc, time::Duration};
@@ -102,21 +103,26 @@ impl pb::vm_host_service_server::VmHostService for Service {
         Ok(Response::new(stream))
     }
 
-    type GetArtifactStream =
-        std::pin::Pin<Box<dyn futures::Stream<Item = Result<pb::GetArtifactResponse, Status>> + Send>>;
+    type GetArtifactStream = BoxStream<'static, Result<pb::GetArtifactResponse, Status>>;
 
     async fn get_artifact(
         &self,
-        _: Request<pb::GetArtifactRequest>,
+        request: Request<pb::GetArtifactRequest>,
     ) -> Result<Response<Self::GetArtifactStream>, Status> {
-        Err(Status::unimplemented("get_artifact"))
+        let request = request.into_inner();
+        let job = JobId::parse("job_id", &request.job_id)?;
+        let attempt = parse_attempt(request.attempt)?;
+        Ok(Response::new(artifacts::open(&self.host, job, attempt, request.path, request.offset).await?))
     }
 
     async fn list_artifacts(
         &self,
-        _: Request<pb::ListArtifactsRequest>,
+        request: Request<pb::ListArtifactsRequest>,
     ) -> Result<Response<pb::ListArtifactsResponse>, Status> {
-        Err(Status::unimplemented("list_artifacts"))
+        let request = request.into_inner();
+        let job = JobId::parse("job_id", &request.job_id)?;
+        let artifacts = artifacts::list(&self.host, job, parse_attempt(request.attempt)?).await?;
+        Ok(Response::new(pb::ListArtifactsResponse { artifacts }))
     }
 
     async fn get_console(

@@ -141,6 +141,7 @@ pub(crate) fn start(job_id: JobId, attempt: u32, command: &[&str]) -> pb::RunSta
         spec: Some(spec(command)),
         resume_offset: 0,
         attach_only: false,
+        ..Default::default()
     }
 }
 
@@ -198,6 +199,11 @@ impl Run {
     pub(crate) async fn next(&mut self) -> Result<Option<Message>, Status> {
         let message = tokio::time::timeout(DEADLINE, self.responses.message()).await.expect("a message in time")?;
         Ok(message.and_then(|response| response.message))
+    }
+
+    pub(crate) fn renew(&self, lease_ms: u64) {
+        let message = run_request::Message::Renew(pb::RunRenew { lease_ms });
+        self.requests.send(pb::RunRequest { message: Some(message) }).expect("open");
     }
 
     pub(crate) fn acknowledge(&self, offset: u64) {

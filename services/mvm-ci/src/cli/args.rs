@@ -2,10 +2,11 @@
 //!
 //! The flags of the control plane are the chassis's, which every binary has.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use blixard::{
-    job::JobState,
+    job::{JobState, RetryOn},
+    limits,
     vm::{VmKind, VmState},
 };
 use blixard_chassis::settings::{Flags, add_flags};
@@ -58,9 +59,11 @@ struct Cli {
 pub(crate) enum Command {
     /// Run a command in a VM and follow its output; the exit code is the command's.
     #[command(after_help = RUN_HELP)]
-    Run(RunArgs),
-    /// Jobs: list, look at, read the output of, cancel.
+    Run(Box<RunArgs>),
+    /// Jobs: list, look at, explain, read the output of, fetch the files of, cancel, submit as a group.
     Job(JobArgs),
+    /// Nodes: list, look at, take out of service, empty, put back.
+    Node(NodeArgs),
     /// VMs: create, list, look at, stop, purge.
     Vm(VmArgs),
     /// Ask the registry in SQL: one read-only statement on the tables of docs/SCHEMA.md.
@@ -77,7 +80,8 @@ pub(crate) enum Command {
 
 const RUN_HELP: &str = "\
 Exit code: the command's own; 128 + N when signal N ended it; 124 when it ran out of time; 130 when it was cancelled;
-125 when it could not be run or was lost. Ctrl-C cancels the job; a second Ctrl-C leaves without waiting for its end.";
+125 when it could not be run or was lost. With --array: 0 when every job succeeded, else 1.
+Ctrl-C cancels the job; a second Ctrl-C leaves without waiting for its end.";
 
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
@@ -104,15 +108,64 @@ pub(crate) struct RunArgs {
     /// Higher runs first, -1000 to 1000.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     pub(crate) priority: i32,
-    /// How many attempts may start when VMs are lost under it.
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub(crate) max_attempts: u32,
+    /// How many attempts may start, as --retry-on says: one more than --retries.
+    #[arg(long, value_name = "N", conflicts_with = "retries")]
+    pub(crate) max_attempts: Option<u32>,
+    /// How many attempts may follow the first one.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
+    /// What an attempt may come to for another one to follow, of lost, failed and timed-out; lost when left out.
+    #[arg(long, value_parser = retry_on, value_delimiter = ',', value_name = "LIST")]
+    pub(crate) retry_on: Vec<RetryOn>,
+    /// Pause before the second attempt, doubled for each later one.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub(crate) backoff: Option<Duration>,
+    /// End it when it has waited this long for a VM.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub(crate) queue_timeout: Option<Duration>,
+    /// End an attempt whose command has not started this long after it came to its node.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub(crate) start_timeout: Option<Duration>,
     /// Label; may be repeated.
     #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<(String, String)>,
+    /// Whose it is, where shares and limits are concerned: the label "tenant".
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tenant: Option<String>,
     /// Node that must run it.
     #[arg(long, default_value = "", hide_default_value = true, value_name = "NODE")]
     pub(crate) node: String,
+    /// Label that its node must have; may be repeated.
+    #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
+    pub(crate) node_label: Vec<(String, String)>,
+    /// Label that its node should have; may be repeated.
+    #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
+    pub(crate) prefer_node_label: Vec<(String, String)>,
+    /// Job that must have succeeded before; may be repeated.
+    #[arg(long, value_name = "ID", conflicts_with = "array")]
+    pub(crate) after: Vec<String>,
+    /// Give it our standard input, at most 512 KiB.
+    #[arg(long)]
+    pub(crate) stdin: bool,
+    /// Put a file into the guest; may be repeated.
+    #[arg(long, value_parser = local_and_guest, value_name = "LOCAL:GUEST")]
+    pub(crate) file: Vec<(PathBuf, String)>,
+    /// Environment variable that is not to be seen, from our environment or from a file (without the newline at its end); may be
+    /// repeated.
+    #[arg(long, value_parser = secret, value_name = "NAME[=@FILE]")]
+    pub(crate) secret: Vec<(String, Option<PathBuf>)>,
+    /// File in the guest that is kept when the command has ended; may be repeated.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) artifact: Vec<String>,
+    /// Fetch these files when the job has ended, into this directory.
+    #[arg(long, value_name = "DIR", requires = "artifact", conflicts_with = "detach")]
+    pub(crate) artifacts_dir: Option<PathBuf>,
+    /// Keep it, its output and its files this long after its end.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub(crate) ttl: Option<Duration>,
+    /// Run it once for each number, which is in BLIXARD_ARRAY_INDEX; each line of output begins with its number.
+    #[arg(long, value_parser = array, value_name = "FIRST-LAST")]
+    pub(crate) array: Option<RangeInclusive<u32>>,
     /// Print the job's id and leave once it is queued.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -152,6 +205,9 @@ pub(crate) enum JobCommand {
         /// Only jobs with this label; may be repeated.
         #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
         label: Vec<(String, String)>,
+        /// Only jobs of this group.
+        #[arg(long, value_name = "ID")]
+        group: Option<String>,
         /// How many at most.
         #[arg(long, default_value_t = 100, value_name = "N")]
         limit: usize,
@@ -160,6 +216,19 @@ pub(crate) enum JobCommand {
     Get {
         /// The job.
         id: String,
+    },
+    /// Say why a job waits, or was given its VM: as it was decided at the time.
+    Explain {
+        /// The job.
+        id: String,
+    },
+    /// List the files that a job left, or print one of them.
+    Artifacts(ArtifactArgs),
+    /// Submit the jobs of a TOML file (docs/USAGE.md), which may depend on each other: all or none.
+    Group {
+        /// The file.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
     },
     /// Print a job's output: its stdout to stdout, its stderr to stderr, byte for byte.
     Logs {
@@ -178,10 +247,74 @@ pub(crate) enum JobCommand {
     /// Ask for a job's end: SIGTERM, and SIGKILL ten seconds later.
     Cancel {
         /// The job.
-        id: String,
+        #[arg(required_unless_present = "group", conflicts_with = "group")]
+        id: Option<String>,
+        /// Every job of this group that has not ended.
+        #[arg(long, value_name = "ID")]
+        group: Option<String>,
         /// Why; recorded with the job.
         #[arg(long, default_value = "cancelled by mvm-ci job cancel", value_name = "TEXT")]
         reason: String,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ArtifactArgs {
+    /// The job.
+    pub(crate) id: String,
+    /// The file to print, as it is listed.
+    #[arg(value_name = "PATH", conflicts_with = "dir")]
+    pub(crate) path: Option<String>,
+    /// This attempt instead of the latest.
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
+    pub(crate) attempt: u32,
+    /// Fetch all of them into this directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct NodeArgs {
+    #[command(subcommand)]
+    pub(crate) command: NodeCommand,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum NodeCommand {
+    /// List nodes and what of them is taken.
+    List,
+    /// Show a node.
+    Get {
+        /// The node.
+        id: String,
+    },
+    /// Take a node out of service: what runs there goes on, nothing new comes.
+    Cordon {
+        /// The node.
+        id: String,
+        /// Why; recorded with the node.
+        #[arg(long, default_value = "", hide_default_value = true, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Put a node back into service.
+    #[command(alias = "undrain")]
+    Uncordon {
+        /// The node.
+        id: String,
+    },
+    /// Empty a node: nothing new comes, jobs finish, VMs end.
+    Drain {
+        /// The node.
+        id: String,
+        /// Stop what is left then.
+        #[arg(long, value_parser = duration, value_name = "DURATION")]
+        deadline: Option<Duration>,
+        /// Why; recorded with the node.
+        #[arg(long, default_value = "", hide_default_value = true, value_name = "TEXT")]
+        reason: String,
+        /// Wait until it is empty.
+        #[arg(long)]
+        wait: bool,
     },
 }
 
@@ -380,6 +513,44 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
+pub(crate) fn retry_on(text: &str) -> Result<RetryOn, String> {
+    match text {
+        "lost" => Ok(RetryOn::Lost),
+        "failed" => Ok(RetryOn::Failed),
+        "timed-out" => Ok(RetryOn::TimedOut),
+        _ => Err("expected lost, failed or timed-out".to_owned()),
+    }
+}
+
+/// The guest's path has no colon; ours may have.
+fn local_and_guest(text: &str) -> Result<(PathBuf, String), String> {
+    match text.rsplit_once(':') {
+        Some((local, guest)) if !local.is_empty() && guest.starts_with('/') => Ok((local.into(), guest.to_owned())),
+        _ => Err("expected LOCAL:GUEST, the latter an absolute path".to_owned()),
+    }
+}
+
+fn secret(text: &str) -> Result<(String, Option<PathBuf>), String> {
+    match text.split_once('=') {
+        None if !text.is_empty() => Ok((text.to_owned(), None)),
+        Some((name, file)) if !name.is_empty() && file.len() > 1 && file.starts_with('@') => {
+            Ok((name.to_owned(), Some(file[1..].into())))
+        }
+        // A value here would be seen in the list of processes.
+        _ => Err("expected NAME, the name of a variable of our environment, or NAME=@FILE".to_owned()),
+    }
+}
+
+pub(crate) fn array(text: &str) -> Result<RangeInclusive<u32>, String> {
+    let parsed = text.split_once('-').and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+    match parsed {
+        Some((first, last)) if (1..=last).contains(&first) && ((last - first) as usize) < limits::MAX_GROUP_JOBS => {
+            Ok(first..=last)
+        }
+        _ => Err(format!("expected FIRST-LAST such as 1-100: from 1 on, at most {} of them", limits::MAX_GROUP_JOBS)),
+    }
+}
+
 fn job_state(text: &str) -> Result<JobState, String> {
     JobState::from_name(text).ok_or_else(|| one_of(&JobState::ALL))
 }
@@ -398,7 +569,7 @@ fn one_of(names: &[impl ToString]) -> String {
 }
 
 /// Parses `2s`, `500ms`, `1h30m`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     parse_duration(text).ok_or_else(|| "expected a duration such as 500ms, 2s, 5m or 1h30m".to_owned())
 }
 
@@ -485,6 +656,17 @@ mod tests {
             ("mvm-ci vm list --kind big", "expected one of ephemeral, service"),
             ("mvm-ci vm stop", "ID"),
             ("mvm-ci vm stop --all 1", "cannot be used with"),
+            ("mvm-ci run --retries 2 --retry-on crashed -- true", "expected lost, failed or timed-out"),
+            ("mvm-ci run --retries 2 --max-attempts 3 -- true", "cannot be used with"),
+            ("mvm-ci run --file here -- true", "expected LOCAL:GUEST"),
+            ("mvm-ci run --file a:b -- true", "the latter an absolute path"),
+            ("mvm-ci run --secret TOKEN=abc -- true", "NAME=@FILE"),
+            ("mvm-ci run --artifacts-dir d -- true", "--artifact"),
+            ("mvm-ci run --array 0-3 -- true", "such as 1-100"),
+            ("mvm-ci run --array 1-1001 -- true", "at most 1000"),
+            ("mvm-ci run --array 1-2 --after 7 -- true", "cannot be used with"),
+            ("mvm-ci job cancel", "ID"),
+            ("mvm-ci node drain", "<ID>"),
             ("mvm-ci registry backup", "<DIR>"),
             ("mvm-ci registry backup b --data-dir d", "unexpected argument '--data-dir'"),
         ] {

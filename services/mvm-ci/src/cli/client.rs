@@ -78,6 +78,32 @@ impl Client {
         Ok(self.stub.clone().watch_job(request).await?.into_inner())
     }
 
+    /// Submits a job and opens the stream of what becomes of it: once it is recorded. The id is the caller's, so this may be
+    /// repeated until then.
+    pub(crate) async fn run_job(
+        &self,
+        message: pb::RunJobRequest,
+    ) -> Result<tonic::Streaming<pb::RunJobResponse>, Error> {
+        let attempt = || {
+            let (mut stub, message) = (self.stub.clone(), message.clone());
+            // A stream has no deadline; its answer does.
+            async move {
+                let answer = tokio::time::timeout(CALL_TIMEOUT, stub.run_job(message)).await;
+                answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("the control plane did not answer")))
+            }
+        };
+        let answer = attempt.retry(backoff().with_max_times(RETRIES)).when(is_transient).await;
+        answer.map(Response::into_inner).map_err(|status| Error::from_status(&status))
+    }
+
+    /// Opens an artifact; not repeated here.
+    pub(crate) async fn get_artifact(
+        &self,
+        request: pb::GetArtifactRequest,
+    ) -> Result<tonic::Streaming<pb::GetArtifactResponse>, Status> {
+        Ok(self.stub.clone().get_artifact(request).await?.into_inner())
+    }
+
     /// Starts a query; not repeated here.
     pub(crate) async fn query(
         &self,

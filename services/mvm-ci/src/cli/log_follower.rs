@@ -8,7 +8,7 @@ use std::time::Duration;
 use backon::BackoffBuilder as _;
 use blixard::{
     error::{Error, Reason},
-    job::{ExitStatus, JobState},
+    job::{ExitStatus, Job, JobState},
     limits,
     pb::{
         common::v1::{LogChunk, LogEnd, LogStream},
@@ -20,7 +20,10 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
-use super::client::{Client, backoff, is_transient};
+use super::{
+    client::{Client, backoff, is_transient, parse_job},
+    progress::Progress,
+};
 
 /// A stream that has been silent this long is dead: three heartbeats are missing.
 const SILENCE: Duration = Duration::from_secs(3 * limits::HEARTBEAT_EVERY.as_secs());
@@ -51,14 +54,23 @@ pub(crate) struct Position {
     pub(crate) follow: bool,
 }
 
+/// Where records come from.
+enum Source {
+    Log(Box<Streaming<pb::StreamJobLogsResponse>>),
+    /// The stream that submitted the job: it tells the job's changes, too.
+    Run(Box<Streaming<pb::RunJobResponse>>, Progress),
+}
+
 /// See the module.
 pub(crate) struct LogFollower {
     client: Client,
     job_id: String,
+    /// The job as it was last told of.
+    job: Option<Job>,
     /// The attempt that was asked for; 0 follows from one to the next.
     asked: u32,
     at: Position,
-    stream: Option<Streaming<pb::StreamJobLogsResponse>>,
+    stream: Option<Source>,
     outage: Outage,
     /// The end of attempt `at.attempt` was seen.
     ended: bool,
@@ -71,6 +83,7 @@ impl LogFollower {
         Self {
             client,
             job_id,
+            job: None,
             asked: at.attempt,
             at,
             stream: None,
@@ -78,6 +91,24 @@ impl LogFollower {
             ended: false,
             empty_streams: 0,
         }
+    }
+
+    /// From the first byte of a job that is being submitted; what becomes of it is shown until there is output.
+    pub(crate) fn of_run(
+        client: Client,
+        job_id: String,
+        events: Streaming<pb::RunJobResponse>,
+        progress: Progress,
+    ) -> Self {
+        let start = Position { attempt: 0, offset: 0, follow: true };
+        let mut this = Self::new(client, job_id, start);
+        this.stream = Some(Source::Run(Box::new(events), progress));
+        this
+    }
+
+    /// The job, once it is known to have ended.
+    pub(crate) fn ended_job(&mut self) -> Option<Job> {
+        self.job.take_if(|job| job.state.is_terminal())
     }
 
     /// Where the next byte will be.
@@ -136,18 +167,46 @@ impl LogFollower {
                 offset: self.at.offset,
                 follow: self.at.follow,
             };
-            self.stream = Some(self.client.stream_job_logs(request).await?);
+            self.stream = Some(Source::Log(Box::new(self.client.stream_job_logs(request).await?)));
         }
-        let Some(stream) = &mut self.stream else { return Ok(None) };
-        match tokio::time::timeout(SILENCE, stream.message()).await {
+        match tokio::time::timeout(SILENCE, self.message()).await {
             Ok(message) => message,
             Err(_) => Err(Status::unavailable("the log stream fell silent")),
+        }
+    }
+
+    /// The stream's next message about the log.
+    async fn message(&mut self) -> Result<Option<pb::StreamJobLogsResponse>, Status> {
+        use pb::run_job_response::Event;
+        loop {
+            let event = match &mut self.stream {
+                None => return Ok(None),
+                Some(Source::Log(records)) => return records.message().await,
+                Some(Source::Run(events, progress)) => match events.message().await? {
+                    None => return Ok(None),
+                    Some(event) => {
+                        if let Some(Event::Job(change)) = &event.event {
+                            progress.show(change);
+                        }
+                        event.event
+                    }
+                },
+            };
+            match event {
+                Some(Event::Log(record)) => return Ok(Some(record)),
+                Some(Event::Job(change)) => self.job = Some(parse_job(change.job)?),
+                None => {}
+            }
         }
     }
 
     /// The server closed the stream without an error. Whether that was all.
     async fn closed(&mut self) -> Result<bool, Error> {
         if !self.at.follow {
+            return Ok(true);
+        }
+        if self.ended && self.job.as_ref().is_some_and(|job| job.state.is_terminal() && job.attempt <= self.at.attempt)
+        {
             return Ok(true);
         }
         let job = self.client.get_job(&self.job_id).await?;
@@ -233,11 +292,6 @@ impl LogFollower {
 pub(crate) struct Outage(Option<(Instant, backon::ExponentialBackoff)>);
 
 impl Outage {
-    /// Waits like [`Outage::wait`]; false when it is time to give up.
-    pub(crate) async fn wait_quietly(&mut self) -> bool {
-        self.wait(&Status::unavailable("")).await.is_ok()
-    }
-
     /// Waits a little longer each time.
     ///
     /// # Errors

@@ -50,6 +50,14 @@ impl LogSink {
         }
     }
 
+    /// Writes bytes of one stream. May block as [`LogSink::write`] does.
+    pub(crate) fn bytes(&mut self, stream: LogStream, bytes: &[u8]) -> io::Result<()> {
+        tokio::task::block_in_place(|| match stream {
+            LogStream::Stderr => self.stderr.write_all(bytes),
+            LogStream::Stdout | LogStream::Unspecified => self.stdout.write_all(bytes),
+        })
+    }
+
     fn raw(&mut self, record: &LogRecord) -> io::Result<()> {
         match record {
             LogRecord::Chunk { stream: LogStream::Stderr, data, .. } => self.stderr.write_all(data),
@@ -63,7 +71,7 @@ impl LogSink {
 }
 
 /// A record as a line of JSON.
-fn record_json(record: &LogRecord) -> serde_json::Value {
+pub(crate) fn record_json(record: &LogRecord) -> serde_json::Value {
     match record {
         LogRecord::Chunk { attempt, stream, offset, time, data } => {
             let stream = if *stream == LogStream::Stderr { "stderr" } else { "stdout" };

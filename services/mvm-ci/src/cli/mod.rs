@@ -3,13 +3,18 @@
 //! Exit codes: `run` has the job's own (see [`run`]); else 0, 1 for a failure, 2 for arguments and configuration.
 
 mod args;
+mod array;
+mod artifacts;
 mod client;
 mod config;
 mod doctor;
+mod explain;
 mod failure;
+mod group;
 mod job;
 mod log_follower;
 mod log_sink;
+mod node;
 mod output;
 mod progress;
 mod registry;
@@ -18,6 +23,7 @@ mod run;
 mod serve;
 mod sql;
 mod stats;
+mod submission;
 mod vm;
 
 use std::{ffi::OsString, future::Future, io::Write as _, process::ExitCode};
@@ -68,9 +74,12 @@ fn dispatch(arguments: Arguments, printer: &Printer) -> Result<ExitCode, Failure
         Some(Command::Config) => config::print(&settings, printer),
         None => serve::serve(config::load(&settings)?),
         Some(Command::Doctor) => doctor::doctor(&config::load(&settings)?, printer),
-        Some(Command::Run(args)) => block_on(run::run(&endpoint, args, printer)),
+        Some(Command::Run(args)) => block_on(run::run(&endpoint, *args, printer)),
         Some(Command::Job(args)) => {
             block_on(async { job::job(Client::connect(&endpoint).await?, args, printer).await })
+        }
+        Some(Command::Node(args)) => {
+            block_on(async { node::node(Client::connect(&endpoint).await?, args, printer).await })
         }
         Some(Command::Vm(args)) => block_on(async { vm::vm(Client::connect(&endpoint).await?, args, printer).await }),
         Some(Command::Sql(args)) => {

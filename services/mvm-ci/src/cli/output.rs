@@ -7,7 +7,7 @@ use std::{io::Write as _, time::Duration};
 
 use blixard::{
     error::Error,
-    job::{ExitKind, ExitStatus, Isolation, Job, JobState},
+    job::{Dependency, DependencyCondition, ExitKind, ExitStatus, Isolation, Job, JobSpec, JobState, RetryOn},
     pb::common::v1 as pb,
     time::Timestamp,
     vm::{Vm, VmKind, VmState},
@@ -54,7 +54,7 @@ pub(crate) fn rfc3339(time: Timestamp) -> String {
     format!("{time:.3}")
 }
 
-fn maybe_time(time: Option<Timestamp>) -> Value {
+pub(crate) fn maybe_time(time: Option<Timestamp>) -> Value {
     time.map_or(Value::Null, |time| rfc3339(time).into())
 }
 
@@ -74,7 +74,7 @@ pub(crate) fn age(duration: Duration) -> String {
 }
 
 /// How long something took, to the millisecond when it was short.
-fn took(duration: Duration) -> String {
+pub(crate) fn took(duration: Duration) -> String {
     if duration < Duration::from_secs(60) { format!("{:.3}s", duration.as_secs_f64()) } else { age(duration) }
 }
 
@@ -102,11 +102,11 @@ pub(crate) fn fields(rows: &[(&str, String)]) -> String {
 }
 
 /// What others wrote must not steer the terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-fn dash(text: String) -> String {
+pub(crate) fn dash(text: String) -> String {
     if text.is_empty() { "-".to_owned() } else { text }
 }
 
@@ -131,7 +131,7 @@ fn shorten(text: String, width: usize) -> String {
     if text.chars().count() <= width { text } else { text.chars().take(width - 1).chain(['…']).collect() }
 }
 
-fn exit_text(exit: Option<&ExitStatus>) -> String {
+pub(crate) fn exit_text(exit: Option<&ExitStatus>) -> String {
     match exit.map(|exit| exit.kind) {
         Some(ExitKind::Code(code)) => code.to_string(),
         Some(ExitKind::Signal(signal)) => format!("signal {signal}"),
@@ -159,9 +159,31 @@ fn isolation_name(isolation: Isolation) -> &'static str {
     }
 }
 
+fn retry_name(on: RetryOn) -> &'static str {
+    match on {
+        RetryOn::Lost => "lost",
+        RetryOn::Failed => "failed",
+        RetryOn::TimedOut => "timed-out",
+    }
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn dependency_json(dependency: &Dependency) -> Value {
+    json!({ "job_id": dependency.job_id.to_string(), "condition": condition_name(dependency.condition) })
+}
+
+fn condition_name(condition: DependencyCondition) -> &'static str {
+    match condition {
+        DependencyCondition::Succeeded => "succeeded",
+        DependencyCondition::Ended => "ended",
+    }
+}
+
 /// A job.
 pub(crate) fn job_json(job: &Job) -> Value {
-    let spec = &job.spec;
     json!({
         "id": job.id.to_string(),
         "state": job.state.as_str(),
@@ -173,27 +195,48 @@ pub(crate) fn job_json(job: &Job) -> Value {
         "cancel_requested": job.cancel_requested,
         "exit": exit_json(job.exit.as_ref()),
         "log_bytes": job.log_bytes,
+        "attempts_started": job.attempts_started,
         "created_at": rfc3339(job.created_at),
+        "queued_at": rfc3339(job.queued_at),
+        "not_before": maybe_time(job.not_before),
         "assigned_at": maybe_time(job.assigned_at),
         "started_at": maybe_time(job.started_at),
         "finished_at": maybe_time(job.finished_at),
         "generation": job.generation,
         "revision": job.revision,
-        "spec": {
-            "command": spec.command,
-            "env": spec.env,
-            "working_dir": spec.working_dir,
-            "image": spec.image,
-            "vcpus": spec.vcpus,
-            "memory_mib": spec.memory_mib,
-            "isolation": isolation_name(spec.isolation),
-            "priority": spec.priority,
-            "timeout_ms": spec.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-            "max_attempts": spec.max_attempts,
-            "labels": spec.labels,
-            "node_id": maybe(spec.node_id.as_ref()),
-            "target_vm_id": maybe(spec.target_vm_id),
-        },
+        "spec": spec_json(&job.spec),
+    })
+}
+
+/// What it is to run.
+fn spec_json(spec: &JobSpec) -> Value {
+    json!({
+        "command": spec.command,
+        "env": spec.env,
+        "working_dir": spec.working_dir,
+        "image": spec.image,
+        "vcpus": spec.vcpus,
+        "memory_mib": spec.memory_mib,
+        "isolation": isolation_name(spec.isolation),
+        "priority": spec.priority,
+        "timeout_ms": spec.timeout.map(ms),
+        "queue_timeout_ms": spec.queue_timeout.map(ms),
+        "start_timeout_ms": spec.start_timeout.map(ms),
+        "result_ttl_ms": spec.result_ttl.map(ms),
+        "max_attempts": spec.max_attempts,
+        "retry_on": spec.retry.on.iter().map(|on| retry_name(*on)).collect::<Vec<_>>(),
+        "backoff_ms": ms(spec.retry.backoff),
+        "max_backoff_ms": ms(spec.retry.max_backoff),
+        "labels": spec.labels,
+        "node_id": maybe(spec.node_id.as_ref()),
+        "target_vm_id": maybe(spec.target_vm_id),
+        "node_labels": spec.node_labels,
+        "preferred_node_labels": spec.preferred_node_labels,
+        "group_id": maybe(spec.group_id),
+        "array_index": spec.array_index,
+        "depends_on": spec.depends_on.iter().map(dependency_json).collect::<Vec<_>>(),
+        "artifacts": spec.artifacts,
+        "has_input": !spec.input_digest.is_empty(),
     })
 }
 
@@ -216,6 +259,20 @@ pub(crate) fn job_table(jobs: &[Job], now: Timestamp) -> String {
 fn run_time(job: &Job, now: Timestamp) -> String {
     let Some(started) = job.started_at else { return String::new() };
     took(job.finished_at.unwrap_or(now).since(started))
+}
+
+/// `2 (1 of 3 started; again when lost, failed)`: the attempts that never started do not count.
+fn attempts_text(job: &Job) -> String {
+    let (started, most) = (job.attempts_started, job.spec.max_attempts);
+    if most <= 1 {
+        return job.attempt.to_string();
+    }
+    let on: Vec<_> = job.spec.retry.on.iter().map(|on| retry_name(*on)).collect();
+    format!("{} ({started} of {most} started; again when {})", job.attempt, on.join(", "))
+}
+
+fn dependency_text(dependency: &Dependency) -> String {
+    format!("{} ({})", dependency.job_id, condition_name(dependency.condition))
 }
 
 /// One job in full.
@@ -241,7 +298,17 @@ pub(crate) fn job_text(job: &Job, now: Timestamp) -> String {
         ("priority", if spec.priority == 0 { String::new() } else { spec.priority.to_string() }),
         ("timeout", spec.timeout.map(took).unwrap_or_default()),
         ("labels", pairs(&spec.labels)),
-        ("attempt", format!("{} of {}", job.attempt, spec.max_attempts)),
+        ("queue timeout", spec.queue_timeout.map(took).unwrap_or_default()),
+        ("start timeout", spec.start_timeout.map(took).unwrap_or_default()),
+        ("kept for", spec.result_ttl.map(age).unwrap_or_default()),
+        ("node labels", pairs(&spec.node_labels)),
+        ("better on", pairs(&spec.preferred_node_labels)),
+        ("group", optional(spec.group_id)),
+        ("array index", optional(spec.array_index)),
+        ("after", spec.depends_on.iter().map(dependency_text).collect::<Vec<_>>().join(" ")),
+        ("artifacts", spec.artifacts.join(" ")),
+        ("attempt", attempts_text(job)),
+        ("not before", if job.state == JobState::Queued { at(job.not_before) } else { String::new() }),
         ("assignment", job.assignment.map(|kind| kind.as_str().to_owned()).unwrap_or_default()),
         ("vm", optional(job.vm_id)),
         ("node", optional(job.node_id.as_ref())),
@@ -272,6 +339,7 @@ pub(crate) fn vm_json(vm: &Vm) -> Value {
         "updated_at": rfc3339(vm.updated_at),
         "generation": vm.generation,
         "revision": vm.revision,
+        "jobs_assigned": vm.jobs_assigned,
     })
 }
 
@@ -304,6 +372,7 @@ pub(crate) fn vm_text(vm: &Vm) -> String {
         ("reason", vm.reason.clone()),
         ("node", vm.node_id.to_string()),
         ("job", optional(vm.job_id)),
+        ("jobs so far", vm.jobs_assigned.to_string()),
         ("image", vm.config.image.clone()),
         ("vcpus", vm.config.vcpus.to_string()),
         ("memory", format!("{} MiB", vm.config.memory_mib)),
@@ -380,26 +449,26 @@ pub(crate) fn vm_state_name(state: i32) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
+pub(crate) mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
 
     use blixard::{
         id::{JobId, NodeId, VmId},
-        job::JobSpec,
+        job::Retry,
         vm::VmConfig,
     };
     use uuid::Uuid;
 
     use super::*;
 
-    const CREATED: Timestamp = Timestamp(1_769_860_000_250);
+    pub(crate) const CREATED: Timestamp = Timestamp(1_769_860_000_250);
     const NOW: Timestamp = Timestamp(CREATED.0 + 200_000);
 
     fn node() -> NodeId {
         NodeId::parse("node_id", "node-1").expect("a name")
     }
 
-    fn queued() -> Job {
+    pub(crate) fn queued() -> Job {
         let spec = JobSpec {
             command: ["sh", "-c", "echo it's\u{1b}[31m; exit 7"].map(Into::into).to_vec(),
             env: BTreeMap::from([("A".into(), "1".into())]),
@@ -410,10 +479,28 @@ mod tests {
             isolation: Isolation::Standard,
             priority: 0,
             timeout: Some(Duration::from_secs(2)),
-            max_attempts: 1,
+            max_attempts: 3,
             labels: BTreeMap::from([("team".into(), "ci".into())]),
             node_id: None,
             target_vm_id: None,
+            retry: Retry {
+                on: BTreeSet::from([RetryOn::Lost, RetryOn::Failed]),
+                backoff: Duration::from_secs(1),
+                max_backoff: Duration::from_secs(300),
+            },
+            queue_timeout: Some(Duration::from_secs(30)),
+            start_timeout: None,
+            node_labels: BTreeMap::from([("disk".into(), "ssd".into())]),
+            preferred_node_labels: BTreeMap::new(),
+            group_id: Some(Uuid::from_u128(0x99)),
+            array_index: Some(3),
+            depends_on: vec![Dependency {
+                job_id: JobId(Uuid::from_u128(0x16)),
+                condition: DependencyCondition::Succeeded,
+            }],
+            artifacts: vec!["/out/report.html".into()],
+            result_ttl: Some(Duration::from_secs(86_400)),
+            input_digest: Default::default(),
         };
         Job {
             id: JobId(Uuid::from_u128(0x17)),
@@ -433,14 +520,18 @@ mod tests {
             assigned_at: None,
             started_at: None,
             finished_at: None,
+            queued_at: CREATED,
+            not_before: None,
+            attempts_started: 0,
         }
     }
 
-    fn failed() -> Job {
+    pub(crate) fn failed() -> Job {
         Job {
             id: JobId(Uuid::from_u128(0x18)),
             state: JobState::Failed,
             attempt: 1,
+            attempts_started: 1,
             vm_id: Some(VmId(Uuid::from_u128(0xa))),
             node_id: Some(node()),
             assignment: Some(VmKind::Ephemeral),
@@ -474,6 +565,7 @@ mod tests {
             revision: 8,
             created_at: CREATED,
             updated_at: NOW,
+            jobs_assigned: 4,
         }
     }
 

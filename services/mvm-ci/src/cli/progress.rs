@@ -8,10 +8,7 @@ use blixard::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{
-    client::{Client, parse_job},
-    log_follower::Outage,
-};
+use super::client::parse_job;
 
 /// A spinner on stderr; nothing at all when stderr is no terminal.
 #[derive(Clone)]
@@ -31,11 +28,6 @@ impl Progress {
         Self { bar }
     }
 
-    /// Whether anybody sees it.
-    pub(crate) fn is_visible(&self) -> bool {
-        self.bar.as_ref().is_some_and(|bar| !bar.is_finished())
-    }
-
     /// Takes the line away for good; before the first output.
     pub(crate) fn clear(&self) {
         if let Some(bar) = &self.bar
@@ -45,22 +37,13 @@ impl Progress {
         }
     }
 
-    /// Shows what becomes of a job until the line is cleared or the job has ended.
-    pub(crate) async fn follow(self, client: Client, job_id: String) {
-        let mut outage = Outage::default();
-        while self.is_visible() {
-            let Ok(mut watch) = client.watch_job(&job_id).await else {
-                if outage.wait_quietly().await { continue } else { return }
-            };
-            while let Ok(Some(change)) = watch.message().await {
-                outage = Outage::default();
-                if let (Some(text), Some(bar)) = (describe(change), &self.bar) {
-                    bar.set_message(text);
-                }
-            }
-            if !outage.wait_quietly().await {
-                return;
-            }
+    /// Shows what becomes of a job.
+    pub(crate) fn show(&self, change: &WatchJobResponse) {
+        if let Some(bar) = &self.bar
+            && !bar.is_finished()
+            && let Ok(job) = parse_job(change.job.clone())
+        {
+            bar.set_message(status_line(&job, &change.waiting_for));
         }
     }
 }
@@ -103,11 +86,6 @@ impl Drop for Gauge {
             bar.finish_and_clear();
         }
     }
-}
-
-fn describe(change: WatchJobResponse) -> Option<String> {
-    let job = parse_job(change.job).ok()?;
-    Some(status_line(&job, &change.waiting_for))
 }
 
 /// What a job is doing, in a line.

@@ -1,114 +1,98 @@
-//! `mvm-ci run`: submits a job, passes its output on as it comes, ends as the job ended.
+//! `mvm-ci run`: submits a job, passes its output on as it comes, ends as the job ended: all in one call.
 //!
 //! Exit code: the job's; 128 + n when signal n ended it; 124 when it ran out of time (as `timeout` has it); 130 when it was
 //! cancelled; 125 when it could not be run or was lost (as `docker run` has it); 141 when the reader of its output left,
-//! which cancels the job just as SIGPIPE ends a local one.
+//! which cancels the job just as SIGPIPE ends a local one. Arrays are [`super::array`]'s.
 
 use std::process::ExitCode;
 
 use blixard::{
     error::{Error, Reason},
-    id::{JobId, VmId},
+    id::JobId,
     job::{ExitKind, Job, JobState},
-    pb::{common::v1 as common, scheduler::v1 as pb},
+    pb::scheduler::v1 as pb,
 };
 use blixard_chassis::Tasks;
+use futures::StreamExt as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    args::{Format, Place, RunArgs},
+    args::{Format, RunArgs},
+    array, artifacts,
     client::{Client, is_transient, parse_job},
     failure::{Failure, NOT_RUN},
-    log_follower::{LogFollower, LogRecord, Outage, Position},
+    log_follower::{LogFollower, LogRecord, Outage},
     log_sink::LogSink,
     output::{self, Printer},
     progress::Progress,
+    submission,
 };
 
 /// What `timeout(1)` exits with.
 const TIMED_OUT: u8 = 124;
 /// As if SIGINT had ended it.
 const CANCELLED: u8 = 130;
+/// Jobs of an array that are cancelled at once.
+const CANCELS_AT_ONCE: usize = 16;
 
 /// See the module.
 pub(crate) async fn run(endpoint: &str, args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    let spec = submission::spec(&args).map_err(Failure::NotRun)?;
+    let input = submission::input(&args)?;
     let client = Client::connect(endpoint).await.map_err(not_run)?;
+    if let Some(indexes) = &args.array {
+        return array::run(client, indexes.clone(), spec, input, &args, printer).await;
+    }
     // The id is ours, so that a submission whose answer is lost can be repeated.
     let job_id = JobId::random().to_string();
-    let detach = args.detach;
-    let request = pb::SubmitJobRequest {
-        request_id: job_id.clone(),
-        spec: Some(spec(args).map_err(Failure::NotRun)?),
-        input: None,
-    };
-    let progress = Progress::new();
-    let submitted = CancellationToken::new();
-    let tasks = Tasks::new();
-    if !detach {
-        let interrupts = Interrupts::listen()?;
-        let cancel =
-            cancel_on_interrupt(interrupts, client.clone(), job_id.clone(), submitted.clone(), progress.clone());
-        tasks.spawn("interrupts", cancel);
-    }
-    let answer = client.call(request, async |mut stub, request| stub.submit_job(request).await).await;
-    let job = answer.and_then(|answer| parse_job(answer.job)).inspect_err(|_| progress.clear());
-    let job = job.map_err(Failure::NotRun)?;
-    submitted.cancel();
-    if detach {
-        progress.clear();
+    if args.detach {
+        let request = pb::SubmitJobRequest { request_id: job_id.clone(), spec: Some(spec), input };
+        let answer = client.call(request, async |mut stub, request| stub.submit_job(request).await).await;
+        let job = answer.and_then(|answer| parse_job(answer.job)).map_err(Failure::NotRun)?;
         printer.print(|| output::job_json(&job), || job_id)?;
         return Ok(ExitCode::SUCCESS);
     }
-    if progress.is_visible() {
-        tasks.spawn("progress", progress.clone().follow(client.clone(), job_id.clone()));
-    }
+    let progress = Progress::new();
+    let submitted = CancellationToken::new();
+    let tasks = Tasks::new();
+    let cancel = cancel_on_interrupt(
+        Interrupts::listen()?,
+        client.clone(),
+        vec![job_id.clone()],
+        submitted.clone(),
+        progress.clone(),
+    );
+    tasks.spawn("interrupts", cancel);
+    let request = pb::RunJobRequest { request_id: job_id.clone(), spec: Some(spec), input };
+    let events = client.run_job(request).await.inspect_err(|_| progress.clear()).map_err(Failure::NotRun)?;
+    submitted.cancel();
+    let mut follower = LogFollower::of_run(client.clone(), job_id.clone(), events, progress.clone());
     let mut sink = LogSink::new(printer.format())?;
-    let outcome = attend(&client, &job_id, &progress, &mut sink).await;
+    let outcome = attend(&client, &job_id, &mut follower, &progress, &mut sink).await;
     progress.clear();
+    if let (Ok(_), Some(dir)) = (&outcome, &args.artifacts_dir) {
+        artifacts::fetch_all(&client, &job_id, 0, dir, &mut |text| sink.note(text)).await?;
+    }
     finish(&client, &job_id, outcome, &mut sink, printer.format()).await
 }
 
 /// What keeps a job from being run has an exit code of its own.
-fn not_run(failure: Failure) -> Failure {
+pub(crate) fn not_run(failure: Failure) -> Failure {
     match failure {
         Failure::Rpc(error) => Failure::NotRun(error),
         other => other,
     }
 }
 
-fn spec(args: RunArgs) -> Result<common::JobSpec, Error> {
-    let Place { ephemeral, service, vm } = args.place;
-    let isolation = match (ephemeral, service) {
-        (true, _) => common::Isolation::Maximum,
-        (false, true) => common::Isolation::Minimal,
-        (false, false) => common::Isolation::Standard,
-    };
-    if let Some(vm) = &vm {
-        VmId::parse("--vm", vm)?;
-    }
-    Ok(common::JobSpec {
-        command: args.command,
-        env: args.env.into_iter().collect(),
-        working_dir: args.workdir,
-        image: args.image,
-        vcpus: args.vcpus,
-        memory_mib: args.memory,
-        isolation: isolation.into(),
-        priority: args.priority,
-        timeout_ms: args.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-        max_attempts: args.max_attempts,
-        labels: args.label.into_iter().collect(),
-        node_id: args.node,
-        target_vm_id: vm.unwrap_or_default(),
-        ..Default::default()
-    })
-}
-
 /// Passes the output on until the job has ended.
-async fn attend(client: &Client, job_id: &str, progress: &Progress, sink: &mut LogSink) -> Result<Job, Failure> {
-    let start = Position { attempt: 0, offset: 0, follow: true };
-    let mut follower = LogFollower::new(client.clone(), job_id.to_owned(), start);
+async fn attend(
+    client: &Client,
+    job_id: &str,
+    follower: &mut LogFollower,
+    progress: &Progress,
+    sink: &mut LogSink,
+) -> Result<Job, Failure> {
     loop {
         match follower.next().await {
             Ok(Some(record)) => {
@@ -117,7 +101,7 @@ async fn attend(client: &Client, job_id: &str, progress: &Progress, sink: &mut L
                 if let LogRecord::End { attempt, state, reason, .. } = record
                     && !state.is_terminal()
                 {
-                    sink.note(&format!("attempt {attempt} was lost: {reason}"))?;
+                    sink.note(&again(attempt, state, &reason))?;
                 }
             }
             Ok(None) => break,
@@ -136,11 +120,23 @@ async fn attend(client: &Client, job_id: &str, progress: &Progress, sink: &mut L
             }
         }
     }
-    wait_for_end(client, job_id).await.map_err(Failure::NotRun)
+    match follower.ended_job() {
+        Some(job) => Ok(job),
+        None => wait_for_end(client, job_id).await.map_err(Failure::NotRun),
+    }
+}
+
+/// Says that another attempt follows this one.
+pub(crate) fn again(attempt: u32, state: JobState, reason: &str) -> String {
+    match (state, reason) {
+        (JobState::Queued, reason) => format!("attempt {attempt} was lost: {reason}"),
+        (state, "") => format!("attempt {attempt} is {state}; another one follows"),
+        (state, reason) => format!("attempt {attempt} is {state}: {reason}; another one follows"),
+    }
 }
 
 /// The job once it has ended: the registry's record, not the log, says how.
-async fn wait_for_end(client: &Client, job_id: &str) -> Result<Job, Error> {
+pub(crate) async fn wait_for_end(client: &Client, job_id: &str) -> Result<Job, Error> {
     let mut outage = Outage::default();
     loop {
         let status = match client.watch_job(job_id).await {
@@ -196,7 +192,7 @@ async fn finish(
 }
 
 /// What to exit with, and what to say when the code alone does not.
-fn exit_code(job: &Job) -> (u8, Option<String>) {
+pub(crate) fn exit_code(job: &Job) -> (u8, Option<String>) {
     let because = if job.reason.is_empty() { String::new() } else { format!(": {}", job.reason) };
     let say = |what: String| Some(format!("job {} {what}{because}", job.id));
     match (job.state, job.exit.map(|exit| exit.kind)) {
@@ -213,13 +209,13 @@ fn exit_code(job: &Job) -> (u8, Option<String>) {
 }
 
 /// Ctrl-C and SIGTERM.
-struct Interrupts {
+pub(crate) struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Interrupts {
-    fn listen() -> std::io::Result<Self> {
+    pub(crate) fn listen() -> std::io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
 
@@ -231,22 +227,31 @@ impl Interrupts {
     }
 }
 
-/// The first interrupt cancels the job, whose output goes on to its end; the second leaves.
-async fn cancel_on_interrupt(
+/// The first interrupt cancels the jobs, whose output goes on to their end; the second leaves.
+pub(crate) async fn cancel_on_interrupt(
     mut interrupts: Interrupts,
     client: Client,
-    job_id: String,
+    job_ids: Vec<String>,
     submitted: CancellationToken,
     progress: Progress,
 ) {
     interrupts.next().await;
     progress.clear();
-    note(&format!("cancelling job {job_id}; once more leaves without waiting for its end"));
+    match &job_ids[..] {
+        [job_id] => note(&format!("cancelling job {job_id}; once more leaves without waiting for its end")),
+        _ => note(&format!("cancelling {} jobs; once more leaves without waiting for their end", job_ids.len())),
+    }
+    let cancel_one = |job_id: String| {
+        let client = &client;
+        async move {
+            if let Err(error) = client.cancel_job(&job_id, "interrupted at the terminal").await {
+                note(&format!("job {job_id} could not be cancelled: {error}"));
+            }
+        }
+    };
     let cancel = async {
         submitted.cancelled().await;
-        if let Err(error) = client.cancel_job(&job_id, "interrupted at the terminal").await {
-            note(&format!("job {job_id} could not be cancelled: {error}"));
-        }
+        futures::stream::iter(job_ids).for_each_concurrent(CANCELS_AT_ONCE, cancel_one).await;
     };
     tokio::select! {
         () = async { cancel.await; std::future::pending().await } => {}

@@ -39,6 +39,8 @@ fn stats_json(stats: &pb::GetStatsResponse) -> Value {
         "vm_states": object(vm_states(stats)),
         "job_states": object(job_states(stats)),
         "revision": stats.revision,
+        "leader": (!stats.leader.is_empty()).then_some(&stats.leader),
+        "leading": stats.leading,
     })
 }
 
@@ -52,7 +54,17 @@ fn stats_text(stats: &pb::GetStatsResponse) -> String {
         ("jobs", list(job_states(stats))),
         ("ready nodes", stats.ready_nodes.to_string()),
         ("revision", stats.revision.to_string()),
+        ("leader", leader(stats)),
     ])
+}
+
+/// The scheduler that leads, and whether it is the one that answered.
+fn leader(stats: &pb::GetStatsResponse) -> String {
+    match (stats.leader.as_str(), stats.leading) {
+        ("", _) => "none is known".to_owned(),
+        (leader, true) => format!("{leader}, which answered"),
+        (leader, false) => format!("{leader}; a follower answered"),
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +86,8 @@ mod tests {
             ready_nodes: 1,
             max_vms: 10,
             revision: 77,
+            leader: "node-1".into(),
+            leading: true,
         };
         insta::assert_snapshot!(format!("{}\n{:#}", stats_text(&stats), stats_json(&stats)));
     }

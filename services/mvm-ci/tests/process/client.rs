@@ -8,7 +8,10 @@ use std::{
 use blixard::{
     error::Reason,
     job::JobState,
-    pb::common::v1::LogStream::{Stderr, Stdout},
+    pb::common::v1::{
+        self as common,
+        LogStream::{Stderr, Stdout},
+    },
 };
 use rustix::process::Signal;
 
@@ -107,6 +110,64 @@ fn a_submission_whose_answer_is_lost_is_repeated_under_the_same_id() {
     let submitted = &fake.state().submitted;
     assert_eq!(submitted.len(), 3);
     assert!(submitted.iter().all(|request| *request == submitted[0] && !request.request_id.is_empty()));
+}
+
+#[test]
+fn an_array_is_followed_line_by_line_and_succeeds_when_all_of_it_does() {
+    let log = |text: &'static [u8]| {
+        let (head, tail) = text.split_at(3);
+        Script::Close(vec![
+            chunk(1, Stdout, 0, head),
+            chunk(1, Stdout, 3, tail),
+            end(1, text.len() as u64, JobState::Succeeded, ""),
+        ])
+    };
+    let scripts = || [log(b"one\ntwo\n"), log(b"no end")];
+    let fake = Fake::start(scripts(), ended(JobState::Succeeded, exited(0), ""));
+    let result = output(run(&fake, &["--array", "4-5", "--", "true"]));
+    let stderr = text(&result.stderr);
+    assert_eq!((code(result.status), stderr.as_str()), (0, "mvm-ci: 2 of 2 jobs succeeded\n"));
+    let mut lines: Vec<_> = text(&result.stdout).lines().map(|line| line[4..].to_owned()).collect();
+    lines.sort();
+    assert_eq!(lines, ["no end", "one", "two"], "{}", text(&result.stdout));
+    assert!(text(&result.stdout).lines().all(|line| line.starts_with("[4] ") || line.starts_with("[5] ")));
+
+    let fake = Fake::start(scripts(), ended(JobState::Failed, exited(7), ""));
+    let result = output(run(&fake, &["--array", "4-5", "--", "true"]));
+    let stderr = text(&result.stderr);
+    assert_eq!(code(result.status), 1);
+    assert!(stderr.contains("[5] job") && stderr.contains("exited with 7"), "{stderr}");
+    assert!(stderr.ends_with("mvm-ci: 0 of 2 jobs succeeded\n"), "{stderr}");
+}
+
+#[test]
+fn the_files_of_a_job_are_fetched_whole_whatever_breaks() {
+    let kept = noise(200_000);
+    let sha256 = ring::digest::digest(&ring::digest::SHA256, &kept).as_ref().to_vec().into();
+    let good = common::Artifact { path: "/out/a.bin".into(), size_bytes: 200_000, sha256, problem: String::new() };
+    let lost = common::Artifact { path: "/out/b".into(), problem: "it is not there".into(), ..Default::default() };
+    let dir = tempfile::tempdir().expect("a directory");
+    let into = dir.path().join("fetched");
+    let into = into.to_str().expect("text");
+    let start = |good: common::Artifact| {
+        let script = Script::Close(vec![end(1, 0, JobState::Succeeded, "")]);
+        let fake = Fake::start([script], ended(JobState::Succeeded, exited(0), ""));
+        fake.state().breaks = true;
+        fake.state().artifacts = vec![(good, kept.clone()), (lost.clone(), Vec::new())];
+        fake
+    };
+    let wanted = ["--artifact", "/out/a.bin", "--artifact", "/out/b", "--artifacts-dir", into, "--", "true"];
+    let result = output(run(&start(good.clone()), &wanted));
+    assert_eq!(code(result.status), 0, "{}", text(&result.stderr));
+    assert_eq!(text(&result.stderr), "mvm-ci: /out/b was not kept: it is not there\n");
+    assert!(std::fs::read(dir.path().join("fetched/out/a.bin")).expect("a file") == kept, "byte for byte");
+
+    let damaged = common::Artifact { sha256: vec![0; 32].into(), path: "/out/c.bin".into(), ..good };
+    let result = output(run(&start(damaged), &wanted));
+    assert!(text(&result.stderr).contains("arrived damaged"), "{}", text(&result.stderr));
+    assert_eq!(code(result.status), 1);
+    let names: Vec<_> = std::fs::read_dir(dir.path().join("fetched/out")).expect("a directory").collect();
+    assert_eq!(names.len(), 1, "nothing is left of the damaged one: {names:?}");
 }
 
 #[test]

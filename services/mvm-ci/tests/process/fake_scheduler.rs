@@ -45,6 +45,9 @@ pub(crate) struct State {
     pub(crate) submitted: Vec<SubmitJobRequest>,
     pub(crate) streamed: Vec<StreamJobLogsRequest>,
     pub(crate) cancelled: bool,
+    /// The files that the job left; streams of their bytes break after each message when `breaks` is set.
+    pub(crate) artifacts: Vec<(common::Artifact, Vec<u8>)>,
+    pub(crate) breaks: bool,
 }
 
 /// A running fake.
@@ -120,6 +123,49 @@ impl Service {
         spec.memory_mib.get_or_insert(128);
         Ok(common::Job { id: submitted.request_id.clone(), spec: Some(spec), ..state.result.clone() })
     }
+
+    /// Notes a submission; an error when its answer is to be lost.
+    fn submit(&self, request: SubmitJobRequest) -> Result<common::Job, Status> {
+        let lose = {
+            let mut state = self.state.lock().expect("state");
+            state.submitted.push(request);
+            let lose = state.lost_submissions > 0;
+            state.lost_submissions = state.lost_submissions.saturating_sub(1);
+            lose
+        };
+        if lose { Err(Status::unavailable("the answer was lost")) } else { self.job() }
+    }
+
+    /// Plays the next script; `None`: there is none.
+    fn play(&self, request: StreamJobLogsRequest) -> Option<Streamed<StreamJobLogsResponse>> {
+        let script = {
+            let mut state = self.state.lock().expect("state");
+            state.streamed.push(request);
+            state.scripts.pop_front()
+        };
+        let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let send = |records: Vec<StreamJobLogsResponse>| {
+            for record in records {
+                let _ = sender.send(Ok(record));
+            }
+        };
+        match script? {
+            Script::Close(records) => send(records),
+            Script::Fail(records, reason) => {
+                send(records);
+                let _ = sender.send(Err(Error::new(reason, "as the script says").into()));
+            }
+            Script::Hang(records) => {
+                send(records);
+                let mut cancelled = self.cancelled.subscribe();
+                self.tasks.spawn("hang", async move {
+                    let _ = cancelled.wait_for(|cancelled| *cancelled).await;
+                    let _ = sender.send(Ok(end(1, 0, JobState::Cancelled, "")));
+                });
+            }
+        }
+        Some(UnboundedReceiverStream::new(receiver).boxed())
+    }
 }
 
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -132,19 +178,91 @@ fn unimplemented<T>() -> Result<Response<T>, Status> {
 impl SchedulerService for Service {
     type WatchJobStream = Streamed<WatchJobResponse>;
     type StreamJobLogsStream = Streamed<StreamJobLogsResponse>;
+    type RunJobStream = Streamed<RunJobResponse>;
+    type GetArtifactStream = Streamed<GetArtifactResponse>;
 
     async fn submit_job(&self, request: Request<SubmitJobRequest>) -> Result<Response<SubmitJobResponse>, Status> {
-        let lose = {
-            let mut state = self.state.lock().expect("state");
-            state.submitted.push(request.into_inner());
-            let lose = state.lost_submissions > 0;
-            state.lost_submissions = state.lost_submissions.saturating_sub(1);
-            lose
+        Ok(Response::new(SubmitJobResponse { job: Some(self.submit(request.into_inner())?) }))
+    }
+
+    /// The job as it will have ended, its output as a stream of logs would bring it, and its end where the script has one.
+    async fn run_job(&self, request: Request<RunJobRequest>) -> Result<Response<Self::RunJobStream>, Status> {
+        let RunJobRequest { request_id, spec, input } = request.into_inner();
+        let job = self.submit(SubmitJobRequest { request_id: request_id.clone(), spec, input })?;
+        let change = |job| {
+            let change = WatchJobResponse { job: Some(job), ..Default::default() };
+            Ok(RunJobResponse { event: Some(run_job_response::Event::Job(change)) })
         };
-        if lose {
-            return Err(Status::unavailable("the answer was lost"));
+        let queued = common::Job { state: JobState::Queued.to_pb().into(), attempt: 0, exit: None, ..job.clone() };
+        let logs = StreamJobLogsRequest { job_id: request_id, attempt: 0, offset: 0, follow: true };
+        let records = self.play(logs).unwrap_or_else(|| futures::stream::empty().boxed());
+        let logs = records.flat_map(move |record| {
+            let last = matches!(&record, Ok(StreamJobLogsResponse { record: Some(stream_job_logs_response::Record::End(end)), .. })
+                if JobState::from_pb("state", end.state).is_ok_and(JobState::is_terminal));
+            let ended = last.then(|| change(job.clone()));
+            let record = record.map(|log| RunJobResponse { event: Some(run_job_response::Event::Log(log)) });
+            futures::stream::iter(std::iter::once(record).chain(ended))
+        });
+        Ok(Response::new(futures::stream::iter([change(queued)]).chain(logs).boxed()))
+    }
+
+    async fn submit_job_group(
+        &self,
+        request: Request<SubmitJobGroupRequest>,
+    ) -> Result<Response<SubmitJobGroupResponse>, Status> {
+        let SubmitJobGroupRequest { request_id, jobs } = request.into_inner();
+        let mut answer = SubmitJobGroupResponse { group_id: request_id, jobs: Vec::new() };
+        for job in jobs {
+            for index in job.array_first..=job.array_last {
+                let request_id = uuid::Uuid::from_u128(index.into()).to_string();
+                let request = SubmitJobRequest { request_id: request_id.clone(), spec: job.spec.clone(), input: None };
+                answer.jobs.push(common::Job { id: request_id, ..self.submit(request)? });
+            }
         }
-        Ok(Response::new(SubmitJobResponse { job: Some(self.job()?) }))
+        Ok(Response::new(answer))
+    }
+
+    async fn list_artifacts(
+        &self,
+        _: Request<ListArtifactsRequest>,
+    ) -> Result<Response<ListArtifactsResponse>, Status> {
+        let artifacts =
+            self.state.lock().expect("state").artifacts.iter().map(|(artifact, _)| artifact.clone()).collect();
+        Ok(Response::new(ListArtifactsResponse { artifacts, attempt: 1 }))
+    }
+
+    async fn get_artifact(
+        &self,
+        request: Request<GetArtifactRequest>,
+    ) -> Result<Response<Self::GetArtifactStream>, Status> {
+        let (state, asked) = (self.state.lock().expect("state"), request.into_inner());
+        let found = state.artifacts.iter().find(|(artifact, _)| artifact.path == asked.path);
+        let (_, bytes) = found.ok_or_else(|| Status::from(Error::new(Reason::ArtifactNotFound, "no such file")))?;
+        let left = &bytes[usize::try_from(asked.offset).expect("an offset")..];
+        let parts =
+            left.chunks(65_536).map(|part| Ok(GetArtifactResponse { artifact: None, data: part.to_vec().into() }));
+        let mut parts: Vec<_> = parts.collect();
+        if state.breaks && parts.len() > 1 {
+            parts.truncate(1);
+            parts.push(Err(Error::new(Reason::PeerUnavailable, "the node is away").into()));
+        }
+        Ok(Response::new(futures::stream::iter(parts).boxed()))
+    }
+
+    async fn explain_job(&self, _: Request<ExplainJobRequest>) -> Result<Response<ExplainJobResponse>, Status> {
+        unimplemented()
+    }
+    async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Result<Response<ListNodesResponse>, Status> {
+        unimplemented()
+    }
+    async fn cordon_node(&self, _: Request<CordonNodeRequest>) -> Result<Response<CordonNodeResponse>, Status> {
+        unimplemented()
+    }
+    async fn uncordon_node(&self, _: Request<UncordonNodeRequest>) -> Result<Response<UncordonNodeResponse>, Status> {
+        unimplemented()
+    }
+    async fn drain_node(&self, _: Request<DrainNodeRequest>) -> Result<Response<DrainNodeResponse>, Status> {
+        unimplemented()
     }
 
     async fn get_job(&self, _: Request<GetJobRequest>) -> Result<Response<GetJobResponse>, Status> {
@@ -166,34 +284,10 @@ impl SchedulerService for Service {
         &self,
         request: Request<StreamJobLogsRequest>,
     ) -> Result<Response<Self::StreamJobLogsStream>, Status> {
-        let script = {
-            let mut state = self.state.lock().expect("state");
-            state.streamed.push(request.into_inner());
-            state.scripts.pop_front()
-        };
-        let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
-        let send = |records: Vec<StreamJobLogsResponse>| {
-            for record in records {
-                let _ = sender.send(Ok(record));
-            }
-        };
-        match script {
-            None => return Err(Error::new(Reason::LogNotFound, "the script is at its end").into()),
-            Some(Script::Close(records)) => send(records),
-            Some(Script::Fail(records, reason)) => {
-                send(records);
-                let _ = sender.send(Err(Error::new(reason, "as the script says").into()));
-            }
-            Some(Script::Hang(records)) => {
-                send(records);
-                let mut cancelled = self.cancelled.subscribe();
-                self.tasks.spawn("hang", async move {
-                    let _ = cancelled.wait_for(|cancelled| *cancelled).await;
-                    let _ = sender.send(Ok(end(1, 0, JobState::Cancelled, "")));
-                });
-            }
-        }
-        Ok(Response::new(UnboundedReceiverStream::new(receiver).boxed()))
+        let records = self.play(request.into_inner());
+        let records =
+            records.ok_or_else(|| Status::from(Error::new(Reason::LogNotFound, "the script is at its end")))?;
+        Ok(Response::new(records))
     }
 
     async fn list_jobs(&self, _: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {

@@ -68,8 +68,11 @@ async fn a_request_id_means_one_job_and_a_huge_message_is_refused_with_its_limit
     let plane = Plane::start();
     let mut client = SchedulerServiceClient::connect(plane.endpoint.clone()).await.expect("connect");
     let spec = |argument: &str| common::JobSpec { command: vec!["echo".into(), argument.into()], ..Default::default() };
-    let request =
-        |spec| pb::SubmitJobRequest { request_id: JobId(uuid::Uuid::from_u128(7)).to_string(), spec: Some(spec) };
+    let request = |spec| pb::SubmitJobRequest {
+        request_id: JobId(uuid::Uuid::from_u128(7)).to_string(),
+        spec: Some(spec),
+        input: None,
+    };
     let first = client.submit_job(request(spec("a"))).await.expect("accepted").into_inner().job.expect("a job");
     let again = client.submit_job(request(spec("a"))).await.expect("repeated").into_inner().job.expect("a job");
     assert_eq!(first.id, again.id);
@@ -77,7 +80,8 @@ async fn a_request_id_means_one_job_and_a_huge_message_is_refused_with_its_limit
     assert_eq!(Error::from_status(&other).reason, Reason::RequestIdReused);
     assert_eq!(other.code(), tonic::Code::InvalidArgument);
 
-    let huge = pb::SubmitJobRequest { request_id: String::new(), spec: Some(spec(&"x".repeat(100_000_000))) };
+    let huge =
+        pb::SubmitJobRequest { request_id: String::new(), spec: Some(spec(&"x".repeat(100_000_000))), input: None };
     let refused = client.submit_job(huge).await.expect_err("100 MB");
     let allowed = "message: \"100000016\" is not allowed: at most 4194304 bytes";
     assert_eq!((refused.code(), refused.message()), (tonic::Code::InvalidArgument, allowed));

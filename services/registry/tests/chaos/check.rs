@@ -23,6 +23,10 @@ pub(crate) enum Violation {
     Unasked { object: Object },
     /// The registrations of a node do not add up.
     Registrations { object: Object, registrations: String, found: u64 },
+    /// Two were told that they have the lease in one epoch.
+    Lease { epoch: u64, holders: [String; 2] },
+    /// Somebody was told that it has the lease, and nothing is recorded of it.
+    LeaseLost { epoch: u64, recorded: u64 },
     /// A step was refused that nothing stood against.
     Refused(String),
     /// An answer was older than it had to be.
@@ -72,6 +76,7 @@ pub(crate) fn check(history: &History, replicas: &[Holdings]) -> Vec<Violation> 
     for (object, node) in &history.nodes {
         registrations(object, node, first.rows.get(object), &mut found);
     }
+    leases(&history.leases, first.epoch, &mut found);
     let touched = |object: &Object| history.objects.contains_key(object) || history.nodes.contains_key(object);
     found.extend(
         events.keys().filter(|object| !touched(object)).map(|&object| Violation::Unasked { object: object.clone() }),
@@ -149,6 +154,20 @@ fn registrations(object: &Object, node: &Registrations, row: Option<&Row>, found
     }
 }
 
+/// Each epoch of the lease had one holder, and is recorded.
+fn leases(told: &[(u64, String)], recorded: u64, found: &mut Vec<Violation>) {
+    let mut holders: BTreeMap<u64, &str> = BTreeMap::new();
+    for (epoch, holder) in told {
+        let first = holders.entry(*epoch).or_insert(holder);
+        if *first != holder {
+            found.push(Violation::Lease { epoch: *epoch, holders: [(*first).to_owned(), holder.clone()] });
+        }
+    }
+    if let Some((&epoch, _)) = holders.last_key_value().filter(|(epoch, _)| **epoch > recorded) {
+        found.push(Violation::LeaseLost { epoch, recorded });
+    }
+}
+
 /// A watcher was sent every event once, in its order, and was never told that more was sent than was.
 fn watcher(watched: &Watched, events: &[Event]) -> Option<Violation> {
     let differs =
@@ -207,6 +226,7 @@ mod tests {
             tables: [("vms".to_owned(), vec!["a Ready".to_owned()])].into(),
             events: vec![event("Starting", 1), event("Ready", 2)],
             rows: [(vm.clone(), row("Ready", 2))].into(),
+            epoch: 0,
         };
         (history, vec![holdings.clone(), holdings])
     }
@@ -392,5 +412,19 @@ mod tests {
         let (history, mut replicas) = world();
         replicas[1].tables.insert("jobs".into(), vec!["j".into()]);
         assert!(matches!(check(&history, &replicas)[..], [Violation::Replicas { here: None, .. }]));
+    }
+
+    #[test]
+    fn an_epoch_of_a_lease_has_one_holder_and_is_recorded() {
+        let told = |told: &[(u64, &str)], recorded| {
+            let (mut history, mut replicas) = world();
+            history.leases = told.iter().map(|&(epoch, holder)| (epoch, holder.to_owned())).collect();
+            replicas.iter_mut().for_each(|replica| replica.epoch = recorded);
+            check(&history, &replicas)
+        };
+        assert_eq!(told(&[(1, "a"), (2, "b"), (1, "a")], 2), []);
+        let holders = ["a".to_owned(), "b".to_owned()];
+        assert_eq!(told(&[(1, "a"), (1, "b")], 1), [Violation::Lease { epoch: 1, holders }]);
+        assert_eq!(told(&[(3, "a")], 2), [Violation::LeaseLost { epoch: 3, recorded: 2 }]);
     }
 }

@@ -21,7 +21,8 @@ pub(crate) fn read(database: &Path) -> Result<Holdings> {
     }
     let schema = format!("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE {SHARED} ORDER BY type, name");
     tables.insert("sqlite_master".into(), rows(&all, &schema)?);
-    Ok(Holdings { tables, events: events(&all)?, rows: objects(&all)? })
+    let epoch: i64 = all.query_row("SELECT coalesce(max(epoch), 0) FROM leases", [], |row| row.get(0))?;
+    Ok(Holdings { tables, events: events(&all)?, rows: objects(&all)?, epoch: epoch.try_into().unwrap() })
 }
 
 fn rows(connection: &Connection, sql: &str) -> Result<Vec<String>> {

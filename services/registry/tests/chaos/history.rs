@@ -126,6 +126,8 @@ pub(crate) struct History {
     pub(crate) objects: BTreeMap<Object, Vec<Step>>,
     pub(crate) pairs: Vec<Pair>,
     pub(crate) nodes: BTreeMap<Object, Registrations>,
+    /// Who was told that it has the lease, and in which epoch.
+    pub(crate) leases: Vec<(u64, String)>,
     /// Refusals though nobody else touches the object.
     pub(crate) refusals: Vec<String>,
     pub(crate) reads: Vec<Read>,
@@ -140,6 +142,7 @@ impl History {
         self.objects.append(&mut other.objects);
         self.pairs.append(&mut other.pairs);
         self.nodes.append(&mut other.nodes);
+        self.leases.append(&mut other.leases);
         self.refusals.append(&mut other.refusals);
         self.reads.append(&mut other.reads);
         self.acknowledgements.append(&mut other.acknowledgements);
@@ -164,4 +167,6 @@ pub(crate) struct Holdings {
     pub(crate) tables: BTreeMap<String, Vec<String>>,
     pub(crate) events: Vec<Event>,
     pub(crate) rows: BTreeMap<Object, Row>,
+    /// Of the lease that callers ask for.
+    pub(crate) epoch: u64,
 }

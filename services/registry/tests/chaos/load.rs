@@ -70,6 +70,7 @@ impl Run {
 }
 
 /// A change to ask for.
+#[expect(clippy::large_enum_variant, reason = "one for each caller")]
 enum Change {
     CreateVm(wire::CreateVmRequest),
     Transition(wire::TransitionVmRequest),
@@ -160,13 +161,14 @@ pub(crate) struct Caller {
     rng: Rng,
     run: Arc<Run>,
     node_id: String,
+    instance: String,
     history: History,
 }
 
 impl Caller {
-    pub(crate) fn new(number: u64, channel: ReplicatedChannel, rng: Rng, run: Arc<Run>) -> Self {
-        let node_id = format!("chaos-{number}");
-        Self { client: RegistryServiceClient::new(channel), rng, run, node_id, history: History::default() }
+    pub(crate) fn new(number: u64, channel: ReplicatedChannel, mut rng: Rng, run: Arc<Run>) -> Self {
+        let (node_id, instance) = (format!("chaos-{number}"), rng.uuid());
+        Self { client: RegistryServiceClient::new(channel), rng, run, node_id, instance, history: History::default() }
     }
 
     /// Leads one VM after the other through its life until the run is over.
@@ -174,6 +176,9 @@ impl Caller {
         while !self.run.is_over() {
             if self.rng.percent(10) {
                 self.register_node().await;
+            }
+            if self.rng.percent(50) {
+                self.ask_for_the_lease().await;
             }
             // `None`: the life of this VM ends in the dark.
             let _ = self.lead_vm().await;
@@ -192,6 +197,7 @@ impl Caller {
             config: Some(config),
             node_id: self.node_id.clone(),
             request_id: self.request_id(),
+            ..Default::default()
         };
         self.step(&Change::CreateVm(create), &[&vm]).await?;
         self.transition(&mut vm, VmState::Ready).await?;
@@ -219,7 +225,12 @@ impl Caller {
         let id = self.rng.uuid();
         let mut job = Known { object: Object::job(&id), row: Row::default() };
         job.becomes(JobState::Queued);
-        let create = wire::CreateJobRequest { job_id: id, spec: Some(spec()), request_id: self.request_id() };
+        let create = wire::CreateJobRequest {
+            job_id: id,
+            spec: Some(spec()),
+            request_id: self.request_id(),
+            ..Default::default()
+        };
         self.step(&Change::CreateJob(create), &[&job]).await?;
         if self.rng.percent(10) {
             job.becomes(JobState::Cancelled);
@@ -233,6 +244,7 @@ impl Caller {
                 job_id: job.id(),
                 reason: "no node".into(),
                 request_id: self.request_id(),
+                ..Default::default()
             };
             return self.step(&Change::FailQueued(fail), &[&job]).await;
         }
@@ -280,6 +292,7 @@ impl Caller {
             expected_generation: vm.row.generation,
             reason: String::new(),
             request_id: self.request_id(),
+            ..Default::default()
         };
         self.step(&Change::Transition(request), &[vm.becomes(to)]).await
     }
@@ -291,6 +304,7 @@ impl Caller {
             vm_id: vm.id(),
             attempt: job.row.attempt,
             request_id: self.request_id(),
+            ..Default::default()
         };
         self.step(&Change::Assign(request), &[job.becomes(JobState::Assigned), vm.becomes(VmState::Busy)]).await
     }
@@ -309,6 +323,7 @@ impl Caller {
             attempt: job.row.attempt,
             outcome: Some(report),
             request_id: self.request_id(),
+            ..Default::default()
         };
         self.step(&Change::Finish(request), &[job.becomes(to), vm.becomes(free)]).await
     }
@@ -391,6 +406,26 @@ impl Caller {
         match answer {
             Some(shown) => registrations.acknowledged.extend(shown.map(|shown| shown.row.generation)),
             None => registrations.unknown += 1,
+        }
+    }
+
+    /// There is one lease, and every caller wants it now and then. What becomes of a wish without an answer does not matter:
+    /// whoever is told that it has the lease is the only one in that epoch.
+    async fn ask_for_the_lease(&mut self) {
+        let request = wire::AcquireLeaseRequest {
+            name: "scheduler".into(),
+            holder: self.node_id.clone(),
+            instance: self.instance.clone(),
+            ttl_ms: 1000,
+            release: self.rng.percent(20),
+        };
+        let deadline = Duration::from_millis(self.rng.within(DEADLINE_MS));
+        let answer = self.client.acquire_lease(client::request(request, deadline));
+        if let Ok(Ok(answer)) = tokio::time::timeout(deadline, answer).await {
+            let wire::AcquireLeaseResponse { held, epoch, holder } = answer.into_inner();
+            if held {
+                self.history.leases.push((epoch, holder));
+            }
         }
     }
 

@@ -1,9 +1,11 @@
 //! The registry through its contract, over real sockets and a real Hiqlite node.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod attempts;
 mod backups;
 mod commits;
 mod kit;
+mod leases;
 mod lists;
 mod metrics;
 mod nodes;

@@ -12,7 +12,7 @@ use hiqlite::rusqlite::Connection;
 use tokio::sync::mpsc;
 use tonic::Streaming;
 
-use crate::kit::{Client, Kit};
+use crate::kit::{Client, Kit, refusal};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Long enough for a vmhost on a busy machine, short enough to be outlasted.
@@ -149,5 +149,33 @@ async fn heartbeats_of_nobody_are_told_so_and_leave_no_trace() {
         assert_eq!(beats.beat().await, answer, "{node} {incarnation}");
     }
     assert_eq!(kit.client.get_counts(wire::GetCountsRequest {}).await.unwrap().into_inner().revision, revision);
+    kit.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_what_is_wanted_of_it_and_a_lost_one_comes_back_as_that() {
+    let mut kit = Kit::hearing_nodes(TIMING).await;
+    register(&mut kit, "n").await;
+    let update = |wanted: pb::NodeState, reason: &str| wire::UpdateNodeRequest {
+        node_id: "n".into(),
+        wanted: wanted.into(),
+        reason: reason.into(),
+        ..Default::default()
+    };
+    let cordon = update(pb::NodeState::Cordoned, "new disks");
+    let cordoned = kit.client.update_node(cordon.clone()).await.unwrap().into_inner().node.unwrap();
+    assert_eq!((cordoned.state(), cordoned.reason.as_str()), (pb::NodeState::Cordoned, "new disks"));
+    // What is wanted already is no change.
+    let again = kit.client.update_node(cordon).await.unwrap().into_inner().node.unwrap();
+    assert_eq!(again.revision, cordoned.revision);
+    until_lost(&mut kit, "n").await;
+    let draining = kit.client.update_node(update(pb::NodeState::Draining, "no disks")).await.unwrap();
+    let draining = draining.into_inner().node.unwrap();
+    assert_eq!((draining.state(), draining.wanted()), (pb::NodeState::Lost, pb::NodeState::Draining));
+    let back = register(&mut kit, "n").await;
+    assert_eq!((back.state(), back.incarnation, back.reason.as_str()), (pb::NodeState::Draining, 2, "no disks"));
+    let nobody = wire::UpdateNodeRequest { node_id: "m".into(), ..update(pb::NodeState::Ready, "") };
+    assert_eq!(refusal(kit.client.update_node(nobody).await), "NODE_NOT_FOUND");
+    assert_eq!(refusal(kit.client.update_node(update(pb::NodeState::Lost, "")).await), "INVALID_FIELD");
     kit.stop().await;
 }

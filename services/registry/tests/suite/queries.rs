@@ -131,6 +131,10 @@ async fn whatever_is_no_query_is_refused_with_its_reason() {
         "SELECT 1; DROP TABLE vms",
         &many,
         "SELECT * FROM events",
+        "SELECT * FROM job_inputs",
+        "SELECT count(*) FROM jobs JOIN job_inputs ON job_id = id",
+        "SELECT * FROM leases",
+        "SELECT * FROM requests",
         "SELECT * FROM sqlite_schema",
         "SELECT * FROM sqlite_sequence",
     ] {

@@ -16,6 +16,7 @@ macro_rules! calls {
         /// A call of any mutation.
         #[derive(Clone)]
         #[expect(clippy::enum_variant_names, reason = "the contract's names")]
+        #[expect(clippy::large_enum_variant, reason = "a few dozen of them")]
         enum Call {
             $($request(wire::$request),)*
         }
@@ -64,6 +65,7 @@ calls! {
     cancel_job: CancelJobRequest,
     fail_queued_job: FailQueuedJobRequest,
     register_node: RegisterNodeRequest,
+    update_node: UpdateNodeRequest,
 }
 
 fn cancel(job: &str) -> Call {
@@ -96,8 +98,15 @@ fn a_life() -> Vec<Call> {
     let mut labelled = create_job(&job);
     labelled.spec.as_mut().unwrap().labels = [("why".to_owned(), "{\"a\": 1}".to_owned())].into();
     labelled.spec.as_mut().unwrap().max_attempts = 2;
+    let cordon = |node: &str| wire::UpdateNodeRequest {
+        node_id: node.into(),
+        wanted: pb::NodeState::Cordoned.into(),
+        ..Default::default()
+    };
     let calls: Vec<Call> = vec![
         register(),
+        cordon("node-1").into(),
+        cordon("nobody").into(),
         create_vm(&vm, VmKind::Service).into(),
         create_vm(&vm, VmKind::Ephemeral).into(),
         transition(&vm, VmState::Idle).into(),
@@ -146,7 +155,7 @@ async fn every_call_again_gets_its_first_answer_though_things_moved_on_and_after
     }
     let refused =
         answers.iter().filter(|answer| answer.contains("reason: ")).filter(|answer| answer.starts_with("Error"));
-    assert_eq!(refused.count(), 11, "{answers:#?}");
+    assert_eq!(refused.count(), 12, "{answers:#?}");
     let counts = kit.client.get_counts(wire::GetCountsRequest {}).await.unwrap();
     for _ in 0..2 {
         for (call, first) in life.iter().zip(&answers) {

@@ -145,6 +145,7 @@ async fn the_log_tells_of_vms_and_assignments_in_the_guides_words() {
         "registry schema migrated version=2".to_owned(),
         "registry schema migrated version=3".to_owned(),
         "registry schema migrated version=4".to_owned(),
+        "registry schema migrated version=5".to_owned(),
         format!("VM registered vm_id={vm} state=Starting"),
         format!("VM state changed vm_id={vm} Starting -> Ready"),
         format!("VM state changed vm_id={vm} Ready -> Busy"),

@@ -67,12 +67,25 @@ pub enum Reply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
     /// The engine, for a VM. `for_user`: and a user, who is told of every fault.
-    Create { ticket: Ticket, vm_id: VmId, for_user: bool },
+    Create {
+        ticket: Ticket,
+        vm_id: VmId,
+        for_user: bool,
+    },
     /// A user alone: this scheduler does not lead.
-    CreateForUser { vm_id: VmId },
-    Assign { job_id: JobId, vm_id: VmId },
-    LookUp { job_id: JobId },
-    Tell { order: OrderKey },
+    CreateForUser {
+        vm_id: VmId,
+    },
+    Assign {
+        job_id: JobId,
+        vm_id: VmId,
+    },
+    LookUp {
+        job_id: JobId,
+    },
+    Tell {
+        order: OrderKey,
+    },
     /// Nobody: the watch tells what came of it.
     Note,
 }

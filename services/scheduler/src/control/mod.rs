@@ -121,10 +121,16 @@ pub enum Action {
 #[derive(Debug, Clone, Copy)]
 enum Sync {
     /// Lists at this time.
-    Apart { list_at: Timestamp },
+    Apart {
+        list_at: Timestamp,
+    },
     Listing,
     /// Revisions up to which the lists of each kind spoke.
-    Following { jobs: u64, vms: u64, nodes: u64 },
+    Following {
+        jobs: u64,
+        vms: u64,
+        nodes: u64,
+    },
 }
 
 /// See the module.

@@ -4,9 +4,9 @@
 use std::collections::VecDeque;
 
 use blixard::{
-    job::{Isolation, JobSpec},
-    node::NodeState,
-    pb::common::v1 as pb,
+    error::Reason,
+    job::{Isolation, JobSpec, JobState},
+    vm::{Defaults, VmKind, VmState},
 };
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -14,7 +14,11 @@ use uuid::Uuid;
 use super::*;
 
 const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
-const SETTINGS: Settings = Settings { max_vms: 3, auto_scaling: true, pre_warm_count: 0, defaults: DEFAULTS };
+
+fn settings() -> Settings {
+    let config = blixard::config::Config::default();
+    Settings { max_vms: 3, defaults: DEFAULTS, ..Settings::from(&config) }
+}
 
 fn job_id(number: u128) -> JobId {
     JobId(Uuid::from_u128(number))
@@ -100,10 +104,23 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
     }
 }
 
+fn warm(count: u32) -> BTreeMap<String, u32> {
+    BTreeMap::from([("default".to_owned(), count)])
+}
+
 fn engine(settings: Settings) -> Engine {
     let mut engine = Engine::new(settings);
+    engine.step(Timestamp(0), Input::Lead(Some(1)));
     engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
     engine
+}
+
+fn assignments(effects: &[Effect]) -> Vec<(JobId, VmId, u32)> {
+    let assignment = |effect: &Effect| match effect {
+        Effect::Assign { job_id, vm_id, attempt, .. } => Some((*job_id, *vm_id, *attempt)),
+        _ => None,
+    };
+    effects.iter().filter_map(assignment).collect()
 }
 
 fn creations(effects: &[Effect]) -> usize {
@@ -112,7 +129,7 @@ fn creations(effects: &[Effect]) -> usize {
 
 #[test]
 fn a_job_without_a_free_vm_gets_a_vm_of_its_own_size() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.memory_mib = 1000))));
     let [Effect::CreateVm { ticket: 0, vm_id: None, config, .. }] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((config.kind, config.memory_mib), (VmKind::Ephemeral, 1000));
@@ -120,17 +137,17 @@ fn a_job_without_a_free_vm_gets_a_vm_of_its_own_size() {
 
 #[test]
 fn a_free_service_vm_is_used_before_a_fresh_one_is_started_unless_isolation_is_maximum() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
     assert_eq!(creations(&effects), 1);
     let effects = engine.step(Timestamp(0), Input::Job(queued(2, 4, spec(|_| {}))));
-    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(7), attempt: 1 }]);
+    assert_eq!(assignments(&effects), [(job_id(2), vm_id(7), 1)]);
 }
 
 #[test]
 fn higher_priority_goes_first_and_equals_go_in_the_order_of_submission() {
-    let mut engine = engine(Settings { max_vms: 1, auto_scaling: false, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, auto_scaling: false, ..settings() });
     let service_only = |priority| spec(move |s| (s.isolation, s.priority) = (Isolation::Minimal, priority));
     for (id, priority) in [(9, 0), (3, 0), (5, 1)] {
         engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, service_only(priority))));
@@ -148,7 +165,7 @@ fn higher_priority_goes_first_and_equals_go_in_the_order_of_submission() {
 
 #[test]
 fn never_more_vms_than_allowed_and_the_queue_says_what_it_waits_for() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects: Vec<_> = (1..=200)
         .flat_map(|id| engine.step(Timestamp(0), Input::Job(queued(id, 1 + id as u64, spec(|_| {})))))
         .collect();
@@ -158,7 +175,7 @@ fn never_more_vms_than_allowed_and_the_queue_says_what_it_waits_for() {
 
 #[test]
 fn a_shape_that_does_not_fit_now_does_not_hold_up_another() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let big = spec(|s| s.memory_mib = 4096);
     engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|_| {}))));
     assert_eq!(creations(&engine.step(Timestamp(0), Input::Job(queued(2, 3, big)))), 0);
@@ -167,7 +184,7 @@ fn a_shape_that_does_not_fit_now_does_not_hold_up_another() {
 
 #[test]
 fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
-    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, ..settings() });
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 3, spec(|s| s.isolation = Isolation::Maximum))));
     assert!(matches!(&effects[..], [Effect::DrainVm { vm_id, .. }] if *vm_id == super::tests::vm_id(7)), "{effects:?}");
@@ -175,7 +192,7 @@ fn an_idle_service_vm_of_ours_makes_room_for_a_job_that_needs_it() {
 
 #[test]
 fn a_lost_node_gets_no_work_and_nothing_waits_for_what_it_was_booting() {
-    let settings = Settings { max_vms: 10, pre_warm_count: 1, ..SETTINGS };
+    let settings = Settings { max_vms: 10, pre_warm: warm(1), ..settings() };
     let service_only = || spec(|s| s.isolation = Isolation::Minimal);
     let mut engine = engine(settings);
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Idle)));
@@ -201,7 +218,7 @@ fn a_lost_node_gets_no_work_and_nothing_waits_for_what_it_was_booting() {
 
 #[test]
 fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_for_their_jobs() {
-    let mut engine = engine(Settings { max_vms: 2, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 2, ..settings() });
     for (id, kind) in [(7, VmKind::Service), (8, VmKind::Ephemeral)] {
         let mut theirs = vm(id, id as u64, kind, VmState::Ready);
         theirs.config.labels.clear();
@@ -210,19 +227,19 @@ fn a_vm_that_a_user_started_is_never_taken_away_and_a_fresh_one_of_theirs_waits_
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 20, spec(|s| s.isolation = Isolation::Maximum))));
     assert_eq!(effects, []);
     let effects = engine.step(Timestamp(0), Input::Job(queued(2, 21, spec(|s| s.target_vm_id = Some(vm_id(8))))));
-    assert_eq!(effects, [Effect::Assign { job_id: job_id(2), vm_id: vm_id(8), attempt: 1 }]);
+    assert_eq!(assignments(&effects), [(job_id(2), vm_id(8), 1)]);
 }
 
 #[test]
 fn a_job_whose_target_vm_has_ended_is_failed_with_the_reason() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.target_vm_id = Some(vm_id(9))))));
     assert!(matches!(&effects[..], [Effect::FailJob { reason, .. }] if reason.contains("is gone")), "{effects:?}");
 }
 
 #[test]
 fn the_third_vm_in_a_row_that_fails_to_boot_fails_the_job_that_waits_for_it() {
-    let mut engine = engine(Settings { max_vms: 1, ..SETTINGS });
+    let mut engine = engine(Settings { max_vms: 1, ..settings() });
     let mut now = Timestamp(0);
     let mut effects = engine.step(now, Input::Job(queued(1, 2, spec(|_| {}))));
     for round in 0..3u64 {
@@ -244,7 +261,7 @@ fn the_third_vm_in_a_row_that_fails_to_boot_fails_the_job_that_waits_for_it() {
 
 #[test]
 fn orders_are_given_again_when_the_vmhost_restarts_and_after_a_failure() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     let [Effect::Tell { order, .. }] = &effects[..] else { panic!("{effects:?}") };
     let key = order.key();
@@ -260,7 +277,7 @@ fn orders_are_given_again_when_the_vmhost_restarts_and_after_a_failure() {
 
 #[test]
 fn a_stop_waits_until_the_start_has_been_answered() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
     let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: Ok(()) });
@@ -273,7 +290,7 @@ fn away() -> Result<(), Error> {
 
 #[test]
 fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Starting)));
     assert_eq!(engine.step(Timestamp(0), Input::Vm(vm(7, 3, VmKind::Service, VmState::Draining))), []);
     let effects = engine.step(Timestamp(0), Input::Told { order: OrderKey::Start(vm_id(7)), result: away() });
@@ -282,7 +299,7 @@ fn a_stop_that_waited_for_a_start_is_given_when_the_start_was_never_answered() {
 
 #[test]
 fn a_stop_that_met_a_fault_of_the_node_is_given_again_and_the_vm_not_given_up() {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     let effects = engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Draining)));
     let fault = Err(Error::new(Reason::Internal, "a full disk"));
     assert_eq!(engine.step(Timestamp(0), Input::Told { order: OrderKey::Stop(vm_id(7)), result: fault }), []);
@@ -291,7 +308,7 @@ fn a_stop_that_met_a_fault_of_the_node_is_given_again_and_the_vm_not_given_up() 
 
 /// Job 1, Assigned to VM 7 and told to run there.
 fn assigned() -> (Engine, Job, OrderKey) {
-    let mut engine = engine(SETTINGS);
+    let mut engine = engine(settings());
     engine.step(Timestamp(0), Input::Vm(vm(7, 2, VmKind::Service, VmState::Busy)));
     let (state, place) = (JobState::Assigned, (Some(vm_id(7)), Some(node_id())));
     let job = Job { state, attempt: 1, vm_id: place.0, node_id: place.1, ..queued(1, 3, spec(|_| {})) };
@@ -326,12 +343,13 @@ fn what_a_vmhost_was_told_of_a_job_is_forgotten_with_the_job() {
     let (mut engine, job, run) = assigned();
     engine.step(Timestamp(0), Input::Told { order: run, result: Ok(()) });
     engine.step(Timestamp(0), Input::Job(Job { state: JobState::Succeeded, revision: 4, ..job }));
-    assert!(engine.told.is_empty() && engine.in_flight.is_empty() && engine.jobs.is_empty());
+    assert!(engine.orders.told.is_empty() && engine.orders.in_flight.is_empty() && engine.jobs.is_empty());
 }
 
 #[test]
 fn pre_warmed_vms_are_kept_while_nothing_waits() {
-    let mut engine = Engine::new(Settings { pre_warm_count: 2, ..SETTINGS });
+    let mut engine = Engine::new(Settings { pre_warm: warm(2), ..settings() });
+    engine.step(Timestamp(0), Input::Lead(Some(1)));
     let effects = engine.step(Timestamp(0), Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![], jobs: vec![] });
     assert_eq!(creations(&effects), 2);
     assert_eq!(engine.step(Timestamp(0), Input::Tick), []);
@@ -351,6 +369,7 @@ struct World {
     started: BTreeSet<VmId>,
     next_vm: u128,
     settings: Settings,
+    epoch: u64,
 }
 
 impl World {
@@ -367,6 +386,7 @@ impl World {
             started: BTreeSet::new(),
             next_vm: 1000,
             settings,
+            epoch: 0,
         };
         world.restart();
         world
@@ -381,6 +401,8 @@ impl World {
     /// The scheduler dies and comes back: what was under way is forgotten, what is on record is listed.
     fn restart(&mut self) {
         self.engine = Engine::new(self.settings.clone());
+        self.epoch += 1;
+        self.feed(Input::Lead(Some(self.epoch)));
         self.effects.clear();
         self.events.clear();
         let vms = self.vms.values().filter(|vm| !vm.state.is_terminal()).cloned().collect();
@@ -441,7 +463,7 @@ impl World {
                 let result = Ok(self.vms[&id].clone());
                 self.feed(Input::Created { ticket, result });
             }
-            Effect::Assign { job_id, vm_id, attempt } => {
+            Effect::Assign { job_id, vm_id, attempt, .. } => {
                 let result = self.assign(job_id, vm_id, attempt);
                 self.feed(Input::Assigned { job_id, vm_id, result });
             }
@@ -456,7 +478,7 @@ impl World {
             }
             Effect::FailVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Failed)),
             Effect::DrainVm { vm_id, .. } => drop(self.transition(vm_id, VmState::Draining)),
-            Effect::RefuseVm { .. } => {}
+            Effect::RefuseVm { .. } | Effect::LookUpJob { .. } => {}
             Effect::Tell { order, .. } => {
                 let key = order.key();
                 self.obey(order);
@@ -569,7 +591,7 @@ proptest! {
         jobs in prop::collection::vec((0u8..3, -1i32..2, any::<bool>()), 1..12),
         steps in prop::collection::vec((0u8..12, 0usize..1000), 0..300),
     ) {
-        let mut world = World::new(SETTINGS);
+        let mut world = World::new(settings());
         let mut waiting: VecDeque<_> = jobs.iter().enumerate().collect();
         for (kind, choice) in steps {
             match kind {

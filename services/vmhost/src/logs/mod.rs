@@ -3,6 +3,8 @@
 //! ```text
 //! LOG_DIR/<job>/<attempt>/00000000000000000000.seg     records, oldest first
 //!                         00000000000016777216.seg     named by the offset of its first byte
+//!                         artifacts/                   what the attempt left, see `artifacts`
+//!         <job>.deleted/                               being deleted
 //! ```
 //! A cursor is (job, attempt, byte offset) and never shifts. The last record of an ended attempt is its [`EndRecord`], so
 //! one fdatasync makes output and result durable together, and the log alone tells how the attempt ended.
@@ -36,6 +38,8 @@ use blixard::{
 };
 use tokio::sync::watch;
 
+use crate::artifacts::ArtifactDir;
+
 pub(crate) use self::{
     reader::{Item, LogReader},
     writer::LogWriter,
@@ -48,6 +52,9 @@ const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// can't fill the disk.
 const KEEP_BYTES: u64 = 1024 * 1024 * 1024;
 
+/// What the name of a job's directory ends with while it is being deleted.
+const DELETED: &str = ".deleted";
+
 /// How large logs grow.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -58,7 +65,7 @@ pub(crate) struct Limits {
 /// What an attempt came to.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// The command ended, or could not be run.
     Result {
         /// Succeeded, Failed, Cancelled or TimedOut.
@@ -208,6 +215,49 @@ impl LogStore {
         let Some(last) = segments.last() else { return Ok(Some(LogState::default())) };
         let scan = segment::scan(&File::open(&last.path)?, last.base)?;
         Ok(Some(LogState { next: scan.end_offset, end: scan.end.map(Arc::new) }))
+    }
+
+    /// The files of an attempt; `None` when this node has never had it.
+    pub(crate) fn artifacts(&self, job: JobId, attempt: u32) -> Option<ArtifactDir> {
+        let dir = self.attempt_dir(job, attempt);
+        dir.is_dir().then(|| ArtifactDir::of(&dir))
+    }
+
+    /// Jobs that have a directory and no attempt that is being written. Blocking.
+    pub(crate) fn quiet_jobs(&self) -> io::Result<Vec<JobId>> {
+        let mut jobs = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let Some(name) = name.to_str() else { continue };
+            match name.strip_suffix(DELETED) {
+                // A crash fell into its deletion.
+                Some(job) if job.parse::<JobId>().is_ok() => fs::remove_dir_all(self.dir.join(name))?,
+                Some(_) => {}
+                None => jobs.extend(name.parse::<JobId>()),
+            }
+        }
+        let live = self.live();
+        jobs.retain(|job| !live.keys().any(|(writing, _)| writing == job));
+        Ok(jobs)
+    }
+
+    /// Deletes what there is of a job, unless an attempt of it is being written. False: nothing was. Blocking.
+    pub(crate) fn delete(&self, job: JobId) -> io::Result<bool> {
+        let dir = self.dir.join(job.to_string());
+        let deleted = self.dir.join(format!("{job}{DELETED}"));
+        {
+            // Renamed under the lock, so that no attempt begins in what is being deleted.
+            let live = self.live();
+            if live.keys().any(|(writing, _)| *writing == job) {
+                return Ok(false);
+            }
+            match fs::rename(&dir, &deleted) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                other => other?,
+            }
+        }
+        fs::remove_dir_all(&deleted)?;
+        Ok(true)
     }
 
     fn highest(&self, job: JobId) -> io::Result<Option<u32>> {

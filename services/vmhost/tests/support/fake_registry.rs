@@ -33,6 +33,8 @@ pub struct State {
     pub heartbeats: u64,
     pub heartbeats_missed: u64,
     pub down: bool,
+    /// What jobs were given, as it is stored.
+    pub inputs: BTreeMap<String, common::JobInput>,
 }
 
 impl FakeRegistry {
@@ -218,6 +220,36 @@ impl RegistryService for FakeRegistry {
         Ok(Response::new(Box::pin(requests.map(move |request| this.hear(&request?)))))
     }
 
+    async fn get_job_input(&self, request: Request<pb::GetJobInputRequest>) -> Answer<pb::GetJobInputResponse> {
+        let job_id = request.into_inner().job_id;
+        let mut state = self.up()?;
+        let ended = JobState::from_pb("state", state.job(&job_id)?.state)?.is_terminal();
+        let input = state.inputs.get(&job_id).filter(|_| !ended).cloned();
+        Ok(Response::new(pb::GetJobInputResponse { input }))
+    }
+
+    async fn find_forgotten_jobs(
+        &self,
+        request: Request<pb::FindForgottenJobsRequest>,
+    ) -> Answer<pb::FindForgottenJobsResponse> {
+        let state = self.up()?;
+        let mut job_ids = request.into_inner().job_ids;
+        job_ids.retain(|id| !state.jobs.contains_key(id));
+        Ok(Response::new(pb::FindForgottenJobsResponse { job_ids }))
+    }
+
+    async fn create_jobs(&self, _: Request<pb::CreateJobsRequest>) -> Answer<pb::CreateJobsResponse> {
+        unused()
+    }
+    async fn list_attempts(&self, _: Request<pb::ListAttemptsRequest>) -> Answer<pb::ListAttemptsResponse> {
+        unused()
+    }
+    async fn update_node(&self, _: Request<pb::UpdateNodeRequest>) -> Answer<pb::UpdateNodeResponse> {
+        unused()
+    }
+    async fn acquire_lease(&self, _: Request<pb::AcquireLeaseRequest>) -> Answer<pb::AcquireLeaseResponse> {
+        unused()
+    }
     async fn create_vm(&self, _: Request<pb::CreateVmRequest>) -> Answer<pb::CreateVmResponse> {
         unused()
     }

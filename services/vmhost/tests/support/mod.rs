@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part of this module")]
 
+pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
 
@@ -17,7 +18,7 @@ use std::{
 
 use blixard::{
     config::DriverChoice,
-    error::Error,
+    error::{Error, Reason},
     id::{JobId, NodeId, VmId},
     pb::{
         common::v1 as common,
@@ -25,9 +26,9 @@ use blixard::{
     },
     vm::VmState,
 };
-use blixard_chassis::{Server, Tasks, client};
+use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
-    VmHost, VmHostConfig,
+    HealthConfig, Pace, VmHost, VmHostConfig,
     hypervisor::{Hypervisor, HypervisorSettings, choose},
 };
 use fake_registry::FakeRegistry;
@@ -44,6 +45,9 @@ pub struct World {
     pub tasks: Tasks,
     pub agent: Vec<std::ffi::OsString>,
     pub max_vms: u32,
+    pub secret_key: Option<SecretKey>,
+    pub health: HealthConfig,
+    pub pace: Pace,
 }
 
 /// A running vmhost, with a runtime of its own so that it can be dropped in the middle of anything.
@@ -58,7 +62,17 @@ impl World {
         let (registry, tasks) = (FakeRegistry::default(), Tasks::new());
         let registry_endpoint = registry.serve(&tasks).await;
         let dir = tempfile::tempdir().expect("tempdir");
-        Self { registry, registry_endpoint, dir, tasks, agent: vec![agent().into()], max_vms: 10 }
+        Self {
+            registry,
+            registry_endpoint,
+            dir,
+            tasks,
+            agent: vec![agent().into()],
+            max_vms: 10,
+            secret_key: SecretKey::from_bytes(&[7; 32]),
+            health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
+            pace: Pace::default(),
+        }
     }
 
     pub fn vm_state_dir(&self) -> PathBuf {
@@ -84,6 +98,10 @@ impl World {
             max_vms: self.max_vms,
             registry_endpoint: self.registry_endpoint.clone(),
             advertise_endpoint,
+            secret_key: self.secret_key.clone(),
+            node_labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+            health: self.health,
+            pace: self.pace,
         }
     }
 
@@ -201,16 +219,32 @@ impl World {
 
     /// Processes whose environment names this world's directory.
     pub fn processes(&self) -> Vec<u32> {
-        let mark = self.vm_state_dir().into_os_string().into_encoded_bytes();
-        let pids = fs::read_dir("/proc").expect("/proc").flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.filter(|pid| *pid != std::process::id())
-            .filter(|pid| {
-                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                environment.windows(mark.len()).any(|window| window == mark)
-            })
-            .collect()
+        processes_with(self.vm_state_dir().into_os_string().into_encoded_bytes())
     }
+
+    /// Those of a job.
+    pub fn processes_of(&self, job: JobId) -> Vec<u32> {
+        processes_with(format!("BLIXARD_JOB_ID={job}").into_bytes())
+    }
+
+    pub async fn wait_no_process_of(&self, job: JobId) {
+        wait_for("the job's processes to be gone", || {
+            let left = self.processes_of(job);
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    }
+}
+
+fn processes_with(mark: Vec<u8>) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id())
+        .filter(|pid| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.windows(mark.len()).any(|window| window == mark)
+        })
+        .collect()
 }
 
 impl Drop for World {
@@ -229,7 +263,20 @@ impl Node {
         Self { runtime: None, tasks: Tasks::new(), client }
     }
 
+    /// Asks again while the node has no lease yet, as the scheduler does.
     pub async fn run_job(&self, vm: VmId, job: JobId, attempt: u32, spec: common::JobSpec) -> Result<(), Error> {
+        let since = Instant::now();
+        loop {
+            match self.try_run_job(vm, job, attempt, spec.clone()).await {
+                Err(error) if error.reason == Reason::PeerUnavailable && since.elapsed() < SOON => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    pub async fn try_run_job(&self, vm: VmId, job: JobId, attempt: u32, spec: common::JobSpec) -> Result<(), Error> {
         let request = pb::RunJobRequest { vm_id: vm.to_string(), job_id: job.to_string(), attempt, spec: Some(spec) };
         self.client.clone().run_job(request).await.map(drop).map_err(Error::from)
     }

@@ -1,0 +1,61 @@
+//! Deletes what the registry has forgotten: the logs and artifacts of jobs, and the consoles of VMs, that are not on record any more.
+
+use std::{io, sync::Arc, time::Duration};
+
+use blixard::{error::Error, id::JobId};
+
+use crate::host::Host;
+
+/// How often. What is forgotten was kept for days: nobody waits for its room.
+pub(crate) const EVERY: Duration = Duration::from_secs(600);
+/// The first time: a node that starts has adopted its VMs and reported what they came to by then, and one that is restarted over
+/// and over does not ask for everything each time.
+pub(crate) const FIRST_AFTER: Duration = Duration::from_secs(300);
+/// How many jobs are asked about at once: what the registry takes.
+const BATCH: usize = 1000;
+
+/// Cleans now and then, for ever.
+pub(crate) async fn keep_clean(host: &Arc<Host>) {
+    tokio::time::sleep(host.pace.first_cleaning_after).await;
+    loop {
+        match clean(host).await {
+            Ok(0) => {}
+            Ok(jobs) => tracing::info!(jobs, "logs of forgotten jobs deleted"),
+            Err(error) => tracing::warn!(%error, "forgotten jobs are looked for again later"),
+        }
+        tokio::time::sleep(host.pace.clean_every).await;
+    }
+}
+
+/// Returns how many jobs were deleted. The registry has to say of each that it is forgotten: without an answer nothing is.
+async fn clean(host: &Arc<Host>) -> Result<usize, Error> {
+    let from = Arc::clone(host);
+    let quiet = blocking(move || from.logs.quiet_jobs()).await?;
+    let mut deleted = 0;
+    for batch in quiet.chunks(BATCH) {
+        let asked: Vec<JobId> = batch.to_vec();
+        let forgotten = host.registry.forgotten_jobs(&asked).await?;
+        let from = Arc::clone(host);
+        deleted += blocking(move || {
+            // Only what was asked about, whatever the answer.
+            forgotten
+                .iter()
+                .filter(|job| asked.contains(job))
+                .try_fold(0, |deleted, job| Ok(deleted + usize::from(from.logs.delete(*job)?)))
+        })
+        .await?;
+    }
+    for vm in host.consoles.list() {
+        if host.registry.vm(vm).await?.is_none() {
+            host.consoles.delete(vm);
+        }
+    }
+    Ok(deleted)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other).flatten();
+    done.map_err(|error| {
+        Error::internal(|error_id| tracing::error!(error_id, %error, "the log directory can't be used"))
+    })
+}

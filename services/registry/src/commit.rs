@@ -34,7 +34,7 @@ use crate::{
     read::{Readers, advance, newest_revision},
     replica::Role,
     requests::{self, Recorded, RequestId},
-    rows::{JobRow, VmRow, find_lease, find_node, made_job, made_vm, number, scheduler_epoch, text},
+    rows::{JobRow, VmRow, attempt_end, find_lease, find_node, made_job, made_vm, number, scheduler_epoch, text},
     verdict::{After, Answer, Verdict, judge},
 };
 
@@ -469,6 +469,10 @@ pub(crate) fn read_rows(
             Key::Vm(id) => drop(VmRow::find(connection, &id.to_string())?.map(|row| after.vms.insert(id, row))),
             Key::Job(id) => drop(JobRow::find(connection, &id.to_string())?.map(|row| after.jobs.insert(id, row))),
             Key::Request(id) => drop(Recorded::find(connection, id)?.map(|row| after.requests.insert(id, row))),
+            Key::Attempt(id, number) => {
+                let end = attempt_end(connection, &id.to_string(), number)?;
+                after.attempts.extend(end.map(|end| ((id, number), end)));
+            }
             Key::Lease(name) => drop(find_lease(connection, &name)?.map(|lease| after.leases.insert(name, lease))),
             Key::Node(id) => drop(find_node(connection, id.as_str())?.map(|node| after.nodes.insert(id, node))),
         }

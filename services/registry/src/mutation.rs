@@ -41,6 +41,7 @@ pub(crate) enum Mutation {
         reason: String,
         /// To Draining: how long it has to end by itself.
         grace_ms: Option<u64>,
+        lost_node: Option<LostNode>,
         scheduler_epoch: u64,
     },
     PurgeVms {
@@ -73,7 +74,7 @@ pub(crate) enum Mutation {
         outcome: Outcome,
         scheduler_epoch: u64,
     },
-    /// A report about an attempt that is over: kept, and refused.
+    /// A report about an attempt that is over: kept and refused, unless it says again what the attempt came to.
     RecordLate {
         job_id: JobId,
         attempt: u32,
@@ -163,7 +164,15 @@ pub(crate) enum Outcome {
     Lost {
         started: bool,
         reason: String,
+        node: Option<LostNode>,
     },
+}
+
+/// What only a node's loss allows: it is Lost, and this incarnation of it is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LostNode {
+    pub(crate) id: NodeId,
+    pub(crate) incarnation: u64,
 }
 
 /// The rows that a mutation's answer shows. Mutations that share one are not committed together, so that each answer
@@ -174,6 +183,8 @@ pub(crate) enum Key {
     Job(JobId),
     Node(NodeId),
     Lease(String),
+    /// One after which the job went back to the queue.
+    Attempt(JobId, u32),
     /// Not a row that the answer shows, but one that tells it: see [`crate::requests`].
     Request(uuid::Uuid),
 }
@@ -192,9 +203,8 @@ impl Mutation {
             Self::CancelJob { id, .. } | Self::FailQueuedJob { id, .. } => vec![Key::Job(*id)],
             Self::CreateJobs { jobs } => jobs.iter().map(|job| Key::Job(job.id)).collect(),
             Self::AssignJob { job_id, vm_id, .. } => vec![Key::Job(*job_id), Key::Vm(*vm_id)],
-            Self::StartAttempt { job_id, .. }
-            | Self::FinishAttempt { job_id, .. }
-            | Self::RecordLate { job_id, .. } => vec![Key::Job(*job_id)],
+            Self::StartAttempt { job_id, .. } | Self::FinishAttempt { job_id, .. } => vec![Key::Job(*job_id)],
+            Self::RecordLate { job_id, attempt, .. } => vec![Key::Job(*job_id), Key::Attempt(*job_id, *attempt)],
             Self::RegisterNode { node } => vec![Key::Node(node.id.clone())],
             Self::UpdateNode { id, .. } | Self::LoseNode { id, .. } => vec![Key::Node(id.clone())],
             Self::TakeLease { name, .. } | Self::ReleaseLease { name, .. } => vec![Key::Lease(name.clone())],
@@ -206,9 +216,22 @@ impl Mutation {
         }
     }
 
-    /// Those of [`Mutation::keys`] that the answer shows.
+    /// Those of [`Mutation::keys`] that the answer shows, and what else it is judged by.
     pub(crate) fn shows(&self) -> Vec<Key> {
-        if matches!(self, Self::PurgeVms { .. }) { vec![] } else { self.keys() }
+        if matches!(self, Self::PurgeVms { .. }) {
+            return vec![];
+        }
+        let node = self.lost_node().map(|node| Key::Node(node.id.clone()));
+        self.keys().into_iter().chain(node).collect()
+    }
+
+    /// The node whose loss alone allows it.
+    pub(crate) fn lost_node(&self) -> Option<&LostNode> {
+        match self {
+            Self::TransitionVm { lost_node, .. } => lost_node.as_ref(),
+            Self::FinishAttempt { outcome: Outcome::Lost { node, .. }, .. } => node.as_ref(),
+            _ => None,
+        }
     }
 
     /// Whether it makes a row and changes none: then the row is known without a look.
@@ -245,7 +268,13 @@ impl Mutation {
 
     /// The statements. The number of rows that the *last* one changes tells whether the mutation took place.
     pub(crate) fn statements(&self, now: Timestamp) -> Vec<Statement> {
-        let statements = self.whoever_leads(now);
+        let mut statements = self.whoever_leads(now);
+        if let Some(LostNode { id, incarnation }) = self.lost_node() {
+            let (node, lost) = (format!("{incarnation}/{id}"), NodeState::Lost);
+            let is_lost =
+                |place| format!("?{place} IN (SELECT incarnation || '/' || id FROM nodes WHERE state = '{lost}')");
+            statements = statements.into_iter().map(|statement| only_if(statement, node.as_str(), is_lost)).collect();
+        }
         match self.scheduler_epoch() {
             0 => statements,
             epoch => {
@@ -715,7 +744,7 @@ fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, at: Timestamp) -> Stat
             params.push(retry_on.into());
             (sql(&FINISH_OR_RETRY), params)
         }
-        Outcome::Lost { started, reason } => {
+        Outcome::Lost { started, reason, .. } => {
             let params = vec![job_id.text(), attempt.into(), (*started).into(), reason.into(), now.into(), at.0.into()];
             (sql(&LOSE), params)
         }
@@ -921,7 +950,7 @@ mod tests {
             wanted: NodeState::Ready,
         };
         let id = JobId::random();
-        let lost = Outcome::Lost { started: true, reason: String::new() };
+        let lost = Outcome::Lost { started: true, reason: String::new(), node: None };
         let failed = Outcome::Result {
             state: JobState::Failed,
             exit: None,

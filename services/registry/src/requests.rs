@@ -74,7 +74,7 @@ impl RequestId {
                 Key::Vm(id) => vm = id.to_string().into(),
                 Key::Job(id) => job = id.to_string().into(),
                 Key::Node(id) => node = id.as_str().into(),
-                Key::Lease(_) | Key::Request(_) => {}
+                Key::Lease(_) | Key::Attempt(..) | Key::Request(_) => {}
             }
         }
         let sql = format!(
@@ -304,7 +304,7 @@ mod tests {
             finished_at: Timestamp(5),
             started_at: Some(Timestamp(4)),
         });
-        let lost = any::<bool>().prop_map(|started| Outcome::Lost { started, reason: "gone".into() });
+        let lost = any::<bool>().prop_map(|started| Outcome::Lost { started, reason: "gone".into(), node: None });
         // The scheduler's epoch is 1.
         let epoch = || prop::sample::select(vec![0u64, 1, 2]);
         let new_job = |id, max_attempts| NewJob {
@@ -324,7 +324,7 @@ mod tests {
             4 => (vm(), prop::sample::select(VmState::ALL.to_vec()), 0..3u64, epoch(), any::<Option<u16>>()).prop_map(
                 |(id, to, expected_generation, scheduler_epoch, grace_ms)| {
                     let (reason, grace_ms) = ("s\0o".into(), grace_ms.map(Into::into));
-                    Mutation::TransitionVm { id, to, expected_generation, reason, grace_ms, scheduler_epoch }
+                    Mutation::TransitionVm { id, to, expected_generation, reason, grace_ms, lost_node: None, scheduler_epoch }
                 },
             ),
             1 => Just(Mutation::PurgeVms { states: vec![VmState::Failed], ids: vec![], at_most: 9 }),

@@ -226,6 +226,18 @@ pub(crate) fn scheduler_epoch(connection: &Connection) -> Result<u64> {
     connection.prepare_cached(&sql)?.query_row([], |row| number(row, 0))
 }
 
+/// How an attempt ended after which the job went back to the queue.
+pub(crate) fn attempt_end(connection: &Connection, job_id: &str, attempt: u32) -> Result<Option<AttemptEnd>> {
+    let sql = "SELECT state, reported FROM attempts WHERE job_id = ?1 AND attempt = ?2";
+    let end = |row: &Row<'_>| {
+        Ok(match row.get(1)? {
+            true => AttemptEnd::Retried(from_name(row, 0, JobState::from_name)?),
+            false => AttemptEnd::Lost,
+        })
+    };
+    connection.prepare_cached(sql)?.query_row((job_id, attempt), end).optional()
+}
+
 /// The attempts of a job, the first one first: the newest ones that an answer has room for.
 pub(crate) fn attempts(connection: &Connection, job: &JobRow) -> Result<Vec<pb::Attempt>> {
     let columns = "job_id, attempt, vm_id, node_id, assignment, state, reported, exit_code, signal, user_time_ms, \

@@ -25,7 +25,7 @@ use uuid::Uuid;
 use crate::{
     leases::{Holder, Recorded, Wish},
     list::{self, Filter, List, PageRequest},
-    mutation::{Mutation, NewJob, Outcome},
+    mutation::{LostNode, Mutation, NewJob, Outcome},
     read::newest_revision,
     requests::Repeatable,
     rows::{JobRow, VmRow, attempts, number},
@@ -108,6 +108,7 @@ impl Command for wire::TransitionVmRequest {
             expected_generation: self.expected_generation,
             reason: reason("reason", self.reason)?,
             grace_ms: grace(self.grace_ms)?,
+            lost_node: lost_node("lost_node", self.lost_node)?,
             scheduler_epoch: self.scheduler_epoch,
         })
     }
@@ -530,6 +531,14 @@ fn counts(connection: &Connection) -> rusqlite::Result<wire::GetCountsResponse> 
     Ok(wire::GetCountsResponse { vms: vms.collect(), jobs: jobs.collect(), revision: newest_revision(connection)? })
 }
 
+fn lost_node(field: &str, node: Option<wire::LostNode>) -> Result<Option<LostNode>, Error> {
+    let parse = |node: wire::LostNode| {
+        let id = NodeId::parse(&format!("{field}.node_id"), &node.node_id)?;
+        Ok(LostNode { id, incarnation: node.incarnation })
+    };
+    node.map(parse).transpose()
+}
+
 fn grace(grace_ms: Option<u64>) -> Result<Option<u64>, Error> {
     let most = u64::try_from(limits::MAX_STOP_GRACE.as_millis()).unwrap_or(u64::MAX);
     match grace_ms {
@@ -542,7 +551,8 @@ fn outcome(outcome: Option<WireOutcome>, now: Timestamp) -> Result<Outcome, Erro
     match outcome {
         None => Err(invalid("outcome", "", "result or lost")),
         Some(WireOutcome::Lost(lost)) => {
-            Ok(Outcome::Lost { started: lost.started, reason: reason("lost.reason", lost.reason)? })
+            let node = lost_node("lost.lost_node", lost.lost_node)?;
+            Ok(Outcome::Lost { started: lost.started, reason: reason("lost.reason", lost.reason)?, node })
         }
         Some(WireOutcome::Result(result)) => {
             let state = JobState::from_pb("result.state", result.state)?;

@@ -291,6 +291,7 @@ const RETRIES: Migration = Migration {
                 NEW.assigned_at, NEW.started_at, NEW.queued_at, NEW.decision
             WHERE true ON CONFLICT DO NOTHING;
             DELETE FROM attempts WHERE job_id = NEW.id AND attempt <= NEW.attempt - 1000;
+            DELETE FROM late_reports WHERE job_id = NEW.id AND attempt <= NEW.attempt - 1000;
         END",
         "CREATE TRIGGER jobs_finished AFTER UPDATE OF finished_at ON jobs WHEN NEW.finished_at IS NOT NULL BEGIN
             DELETE FROM job_inputs WHERE job_id = NEW.id;
@@ -336,7 +337,11 @@ pub(crate) async fn migrate(client: &Client) -> Result<(), StartError> {
     if applied > newest() {
         return Err(StartError::NewerSchema { found: applied, known: newest() });
     }
-    for migration in MIGRATIONS.iter().filter(|migration| migration.version > applied) {
+    migrate_from(client, applied, newest()).await
+}
+
+async fn migrate_from(client: &Client, applied: i64, to: i64) -> Result<(), StartError> {
+    for migration in MIGRATIONS.iter().filter(|migration| (applied + 1..=to).contains(&migration.version)) {
         let record = "INSERT INTO schema_migrations (version) VALUES (?1)";
         let statements = migration.statements.iter().map(|&statement| (statement, vec![]));
         client.txn(statements.chain([(record, vec![Param::Integer(migration.version)])])).await?;
@@ -354,18 +359,15 @@ pub(crate) fn create(database: &Connection) -> rusqlite::Result<()> {
         };
         database.create_scalar_function(name, -1, flags, refuse)?;
     }
-    migrate_plain(database, newest())
+    MIGRATIONS
+        .iter()
+        .flat_map(|migration| migration.statements)
+        .try_for_each(|statement| database.execute_batch(statement))
 }
 
 /// What Hiqlite makes panic on the connection that writes, lest replicas differ.
 const FORBIDDEN: [&str; 10] =
     ["date", "time", "datetime", "julianday", "unixepoch", "strftime", "timediff", "random", "randomblob", "now"];
-
-/// The schema up to a version.
-fn migrate_plain(database: &Connection, version: i64) -> rusqlite::Result<()> {
-    let migrations = MIGRATIONS.iter().filter(|migration| migration.version <= version);
-    migrations.flat_map(|migration| migration.statements).try_for_each(|statement| database.execute_batch(statement))
-}
 
 /// A database of this schema without Raft in front of it.
 #[cfg(test)]
@@ -378,28 +380,37 @@ pub(crate) fn in_memory() -> Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::embedded::{DataDir, Embedded};
 
-    #[test]
-    fn rows_of_version_4_get_what_is_new_in_them_and_keep_their_revisions() {
-        let database = Connection::open_in_memory().unwrap();
-        migrate_plain(&database, 4).unwrap();
-        database
-            .execute_batch(
-                "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
-                     attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes,
-                     generation, revision, created_at, updated_at, created_revision, spec)
-                 VALUES ('j', 'Queued', 'true', 'default', 1, 128, 0, 3, '{}', 0, 0, 0, 0, 0, 0, '', 0, 1, 1,
-                     '2026-01-02T03:04:05.678Z', '2026-01-02T03:04:05.678Z', 1, x'');
-                 INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision,
-                     registered_at, updated_at)
-                 VALUES ('n', 'Ready', 'http://h:1', 'process', 1, 1, 1, '[]', 1, 2, '2026-01-02T03:04:05.678Z',
-                     '2026-01-02T03:04:05.678Z')",
-            )
-            .unwrap();
-        for statement in RETRIES.statements {
-            database.execute_batch(statement).unwrap();
+    /// Through Hiqlite, which allows less than SQLite does.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn rows_of_version_4_get_what_is_new_in_them_and_keep_their_revisions() {
+        const ROWS: [&str; 2] = [
+            "INSERT INTO jobs (id, state, command, image, vcpus, memory_mib, priority, max_attempts, labels, attempt,
+                 attempts_started, cancel_requested, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes,
+                 generation, revision, created_at, updated_at, created_revision, spec)
+             VALUES ('j', 'Queued', 'true', 'default', 1, 128, 0, 3, '{}', 0, 0, 0, 0, 0, 0, '', 0, 1, 1,
+                 '2026-01-02T03:04:05.678Z', '2026-01-02T03:04:05.678Z', 1, x'')",
+            "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision,
+                 registered_at, updated_at)
+             VALUES ('n', 'Ready', 'http://h:1', 'process', 1, 1, 1, '[]', 1, 2, '2026-01-02T03:04:05.678Z',
+                 '2026-01-02T03:04:05.678Z')",
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let node = Embedded::start_alone(DataDir::take(dir.path()).unwrap()).await.unwrap();
+        let write = async |sql: &'static str| node.client.execute(sql, vec![]).await.unwrap();
+        node.client.wait_until_healthy_db().await;
+        write(CREATE_MIGRATIONS).await;
+        migrate_from(&node.client, 0, 4).await.unwrap();
+        for row in ROWS {
+            write(row).await;
         }
-        let of = |sql: &str| database.query_row(sql, [], |row| row.get::<_, String>(0)).unwrap();
+        migrate(&node.client).await.unwrap();
+
+        let of = |sql: &str| {
+            let database = Connection::open(&node.database).unwrap();
+            database.query_row(sql, [], |row| row.get::<_, String>(0)).unwrap()
+        };
         assert_eq!(
             of("SELECT concat_ws(' ', queued_at, retry_on, backoff_ms, result_ttl_ms, revision) FROM jobs"),
             "2026-01-02T03:04:05.678Z 1 0 0 1"
@@ -407,7 +418,8 @@ mod tests {
         assert_eq!(of("SELECT concat_ws(' ', labels, wanted, revision) FROM nodes"), "{} Ready 2");
         assert_eq!(of("SELECT concat(count(*)) FROM events"), "2");
         // The event of the next change is written again.
-        database.execute("UPDATE jobs SET state = 'Cancelled', revision = 3", []).unwrap();
+        write("UPDATE jobs SET state = 'Cancelled', revision = 3").await;
         assert_eq!(of("SELECT concat(count(*)) FROM events"), "3");
+        node.shutdown().await;
     }
 }

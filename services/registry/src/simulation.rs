@@ -472,7 +472,7 @@ mod tests {
     }
 
     fn lost(attempt: u32, started: bool) -> wire::FinishAttemptRequest {
-        let outcome = Some(Outcome::Lost(wire::AttemptLost { started, reason: "gone".into() }));
+        let outcome = Some(Outcome::Lost(wire::AttemptLost { started, reason: "gone".into(), lost_node: None }));
         wire::FinishAttemptRequest { job_id: id(1), attempt, outcome, ..Default::default() }
     }
 
@@ -499,8 +499,10 @@ mod tests {
             assert_eq!((assigned.not_before, assigned.attempt), (None, attempt));
             let failed = result(attempt, pb::JobState::Failed, Some(1), "no");
             let job = store.finish_attempt(later(10), failed.clone()).unwrap().job.unwrap();
-            // The same report again changes nothing.
+            // The same report again changes nothing, nor do those of the attempts before.
             assert_eq!(store.finish_attempt(later(20), failed).unwrap().job.unwrap(), job);
+            let first = result(1, pb::JobState::Failed, Some(1), "no");
+            assert_eq!(store.finish_attempt(later(20), first).unwrap().job.unwrap(), job);
             pauses.push((job.state(), ms(job.not_before), job.attempts_started));
             assert_eq!(job.finished_at.is_some(), attempt == 6);
             // The last one did not go back to the queue.
@@ -612,7 +614,7 @@ mod tests {
             assert_eq!(refused(&mut store, result(1, pb::JobState::Succeeded, Some(0), "done")), Reason::StaleAttempt);
         }
         // What it came to, again, is no late report of it.
-        assert_eq!(refused(&mut store, lost(1, true)), Reason::StaleAttempt);
+        assert_eq!(store.finish_attempt(later(5), lost(1, true)).unwrap().job.unwrap().attempt, 2);
         // There is no such attempt.
         assert_eq!(refused(&mut store, result(3, pb::JobState::Failed, None, "")), Reason::StaleAttempt);
         let late = &attempts(&store)[0].late_reports;

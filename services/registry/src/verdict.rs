@@ -16,7 +16,7 @@ use prost::Message as _;
 
 use crate::{
     leases,
-    mutation::{Mutation, NewJob, Outcome, config_text},
+    mutation::{LostNode, Mutation, NewJob, Outcome, config_text},
     requests::Recorded,
     rows::{AttemptEnd, JobRow, VmRow},
 };
@@ -28,6 +28,8 @@ pub(crate) struct After {
     pub(crate) jobs: HashMap<JobId, JobRow>,
     pub(crate) nodes: HashMap<NodeId, pb::Node>,
     pub(crate) leases: HashMap<String, leases::Recorded>,
+    /// How those ended after which their job went back to the queue.
+    pub(crate) attempts: HashMap<(JobId, u32), AttemptEnd>,
     /// Of the scheduler that leads.
     pub(crate) scheduler_epoch: u64,
     /// The newest revision.
@@ -77,6 +79,11 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
     {
         return Verdict::Denied(error);
     }
+    if changed == 0
+        && let Some(error) = mutation.lost_node().and_then(|node| not_lost(node, after))
+    {
+        return Verdict::Denied(error);
+    }
     match mutation {
         Mutation::CreateVm { id, config, node_id, .. } => match after.vms.get(id) {
             None => Verdict::Again,
@@ -104,7 +111,13 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
         | Mutation::ForgetJobs { .. }
         | Mutation::ForgetExpiredJobs { .. }
         | Mutation::CompactEvents { .. } => Verdict::Accepted(Answer::Purged(changed)),
-        Mutation::RecordLate { refusal, .. } => Verdict::Denied(refusal.clone()),
+        Mutation::RecordLate { job_id, attempt, outcome, refusal } => {
+            let end = after.attempts.get(&(*job_id, *attempt)).copied();
+            match after.jobs.get(job_id) {
+                Some(row) if came_to(outcome, end, row.state) => Verdict::job(row),
+                Some(_) | None => Verdict::Denied(refusal.clone()),
+            }
+        }
         Mutation::TakeLease { name, .. } | Mutation::ReleaseLease { name, .. } => match after.leases.get(name) {
             None => Verdict::Again,
             Some(lease) => Verdict::Accepted(Answer::Lease(lease.clone())),
@@ -163,6 +176,17 @@ fn stale_epoch(epoch: u64, current: u64) -> Option<Error> {
     })
 }
 
+/// The node is back.
+fn not_lost(LostNode { id, incarnation }: &LostNode, after: &After) -> Option<Error> {
+    let Some(node) = after.nodes.get(id) else { return Some(node_not_found(id)) };
+    if node.state() == pb::NodeState::Lost && node.incarnation == *incarnation {
+        return None;
+    }
+    let message = format!("node {id} is at incarnation {}, and not taken for lost at {incarnation}", node.incarnation);
+    let error = Error::new(Reason::StaleIncarnation, message).with("node_id", id);
+    Some(error.with("incarnation", incarnation).with("current", node.incarnation))
+}
+
 fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {
     let actual = row.vm.generation;
     if expected_generation != 0 && expected_generation != actual {
@@ -197,14 +221,7 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
             }
         }
         Mutation::FinishAttempt { job_id, attempt, outcome, .. } => {
-            let repeated = match outcome {
-                Outcome::Result { state, .. } => match row.attempt_end {
-                    Some(AttemptEnd::Result) => row.state == *state,
-                    Some(AttemptEnd::Retried(retried)) => retried == *state,
-                    Some(AttemptEnd::Lost) | None => false,
-                },
-                Outcome::Lost { .. } => row.attempt_end == Some(AttemptEnd::Lost),
-            };
+            let repeated = came_to(outcome, row.attempt_end, row.state);
             match *attempt == row.job.attempt {
                 true if repeated => Verdict::job(row),
                 true if row.state.may_go_to(JobState::Queued) => Verdict::Again,
@@ -242,6 +259,16 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         | Mutation::ForgetVms { .. }
         | Mutation::ForgetJobs { .. }
         | Mutation::CompactEvents { .. } => Verdict::Again,
+    }
+}
+
+/// Whether an attempt that ended so, of a job that ended in this state, came to this.
+fn came_to(outcome: &Outcome, end: Option<AttemptEnd>, job: JobState) -> bool {
+    match (outcome, end) {
+        (Outcome::Result { state, .. }, Some(AttemptEnd::Result)) => job == *state,
+        (Outcome::Result { state, .. }, Some(AttemptEnd::Retried(retried))) => retried == *state,
+        (Outcome::Lost { .. }, Some(AttemptEnd::Lost)) => true,
+        (Outcome::Result { .. } | Outcome::Lost { .. }, _) => false,
     }
 }
 

@@ -174,7 +174,7 @@ async fn run_job_tells_the_job_its_output_and_its_end_in_this_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_queue_that_is_full_refuses_new_jobs_and_repeats_old_answers() {
-    let world = World::start_with(|config| config.max_queued_jobs = 2).await;
+    let world = World::start_with(|config| config.settings.max_queued_jobs = 2).await;
     let request_id = Uuid::new_v4().to_string();
     let first = pb::SubmitJobRequest { request_id, spec: Some(spec()), input: None };
     world.scheduler.clone().submit_job(first.clone()).await.expect("room");

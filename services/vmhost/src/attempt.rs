@@ -195,6 +195,10 @@ impl Pump {
             self.tell(not_begun("it was ended before it began")).await;
             return Broken::Final;
         }
+        if self.lease.for_guest_ms().is_none() && !self.asked {
+            self.tell(not_begun(LEASE_OVER)).await;
+            return Broken::Final;
+        }
         if agent.hello.boot_id != self.assignment.guest_boot {
             let reason = "the guest restarted under it".to_owned();
             return self.lost(false, reason).await;
@@ -239,7 +243,7 @@ impl Pump {
             resume_offset: self.log.next_offset(),
             attach_only: self.assignment.spec.is_none(),
             input: self.input.clone(),
-            // Without a lease, which is there soon or never again: what it began with goes on, and nothing new begins.
+            // Without a lease, which is there soon or never again, what is only attached to goes on as it is, and nothing begins.
             lease_ms: self.lease.for_guest_ms().unwrap_or(u64::from(self.assignment.spec.is_some())),
         };
         let renewed = (start.lease_ms > 1).then(Instant::now);

@@ -48,8 +48,9 @@ use crate::{
     reporter::Report,
 };
 
-/// How long the agent of a VM that lives has to answer a new vmhost. Its guest is up; it may be busy.
-const ADOPT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the agent of a VM that lives has to answer a new vmhost. Its guest is up; it may be busy. The node registers only
+/// afterwards, and until then no attempt's lease is renewed: this is half of one.
+const ADOPT_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Adopts or ends every VM that has a directory.
 pub(crate) async fn recover(host: &Arc<Host>) -> io::Result<()> {

@@ -292,7 +292,7 @@ impl Registry {
 
 fn lost(started: bool, reason: &str) -> pb::finish_attempt_request::Outcome {
     let reason = cut(reason, MAX_REASON_BYTES).to_owned();
-    pb::finish_attempt_request::Outcome::Lost(pb::AttemptLost { started, reason })
+    pb::finish_attempt_request::Outcome::Lost(pb::AttemptLost { started, reason, lost_node: None })
 }
 
 /// The beginning of a text, at most `bytes` long.

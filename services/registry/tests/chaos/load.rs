@@ -252,7 +252,7 @@ impl Caller {
             self.assign(&mut job, vm).await?;
             if self.rng.percent(20) && kind == VmKind::Service {
                 let started = self.rng.percent(50);
-                let report = Report::Lost(wire::AttemptLost { started, reason: "lost".into() });
+                let report = Report::Lost(wire::AttemptLost { started, reason: "lost".into(), lost_node: None });
                 self.finish(&mut job, JobState::Queued, vm, kind, report).await?;
                 if job.row.attempt < MAX_ATTEMPTS - 1 {
                     continue;

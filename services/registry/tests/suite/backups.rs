@@ -10,6 +10,7 @@ use std::{
 };
 
 use blixard::{
+    job::JobState,
     pb::{
         common::v1 as pb,
         registry::v1::{self as wire, backup_response::Message},
@@ -24,7 +25,7 @@ use blixard_registry::{
 };
 use hiqlite::rusqlite::{Connection, types::Value};
 
-use crate::kit::{Client, Kit, config_of, connect, create_vm, refusal, serve, spec, transition, uuid};
+use crate::kit::{Client, Kit, config_of, connect, create_vm, finished, lost, refusal, serve, spec, transition, uuid};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const SECRET: &[u8] = b"a secret of these replicas alone";
@@ -82,7 +83,24 @@ async fn fill(kit: &mut Kit) {
         kit.vm_in(VmKind::Service, state).await;
     }
     kit.client.purge_vms(wire::PurgeVmsRequest::default()).await.unwrap();
-    kit.assigned_job(VmKind::Ephemeral, 3).await;
+    let (job, _) = kit.assigned_job(VmKind::Ephemeral, 3).await;
+    kit.client.finish_attempt(lost(&job, 1, true)).await.unwrap();
+    kit.client.finish_attempt(finished(&job, 1, JobState::Succeeded)).await.unwrap_err();
+    let input = Some(pb::JobInput { stdin: vec![0, 1, 2].into(), ..Default::default() });
+    let spec_with_input = Some(pb::JobSpec { input_digest: vec![9; 32].into(), ..spec() });
+    let request = wire::CreateJobRequest { job_id: uuid(), spec: spec_with_input, input, ..Default::default() };
+    kit.client.create_job(request).await.unwrap();
+    let lease = wire::AcquireLeaseRequest {
+        name: "scheduler".into(),
+        holder: "s".into(),
+        instance: uuid(),
+        ttl_ms: 1000,
+        release: false,
+    };
+    kit.client.acquire_lease(lease).await.unwrap();
+    let node = pb::Node { id: "n".into(), endpoint: "http://h:1".into(), max_vms: 1, ..Default::default() };
+    let register = wire::RegisterNodeRequest { node: Some(node), request_id: uuid() };
+    kit.client.register_node(register).await.unwrap();
     for _ in 0..20 {
         let env = [("LARGE".to_owned(), "x".repeat(200_000))].into_iter().collect();
         let request =
@@ -115,6 +133,9 @@ async fn a_backup_under_writes_comes_back_as_it_was_and_goes_on_at_its_revision(
     let backed_up = dump(&archive.join("registry.db"));
     let revisions = &backed_up.iter().find(|(name, _)| name == "events").unwrap().1;
     assert_eq!(u64::try_from(revisions.len()).unwrap(), manifest.revision, "an event for each revision");
+    for (table, rows) in &backed_up {
+        assert!(!rows.is_empty(), "{table} is not tried");
+    }
 
     let (mut client, (registry, tasks)) = Box::pin(serve(config_of(data.clone()))).await;
     let vm = client.create_vm(create_vm(&uuid(), VmKind::Service)).await.unwrap().into_inner().vm.unwrap();
@@ -279,7 +300,7 @@ async fn three_replicas_grow_from_a_restored_one() {
             }
             tokio::task::yield_now().await;
         };
-        assert_eq!(counts.jobs.iter().map(|state| state.count).sum::<u64>(), 21);
+        assert_eq!(counts.jobs.iter().map(|state| state.count).sum::<u64>(), 22);
     }
     let databases = ["1", "2", "3"].map(|id| dir.path().join(id).join("hiqlite/hiqlite.db"));
     assert_equal(&databases[0], &databases[1]);

@@ -199,7 +199,7 @@ pub(crate) fn finished(job: &str, attempt: u32, state: JobState) -> wire::Finish
 }
 
 pub(crate) fn lost(job: &str, attempt: u32, started: bool) -> wire::FinishAttemptRequest {
-    let lost = wire::AttemptLost { started, reason: "its VM is gone".into() };
+    let lost = wire::AttemptLost { started, reason: "its VM is gone".into(), lost_node: None };
     let outcome = Some(wire::finish_attempt_request::Outcome::Lost(lost));
     wire::FinishAttemptRequest { job_id: job.into(), attempt, outcome, ..Default::default() }
 }

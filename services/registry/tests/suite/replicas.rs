@@ -162,6 +162,14 @@ async fn every_replica_takes_every_call_and_no_caller_goes_back_in_time() {
         let read = three.client(reader).get_job(with_revision(get, revision)).await.unwrap();
         assert!(revision_of(&read) >= revision);
     }
+    // A lease is the leader's to give, whoever is asked.
+    let instance = uuid();
+    for id in [1, 2, 3] {
+        let (name, holder, instance) = ("scheduler".to_owned(), "s".to_owned(), instance.clone());
+        let request = wire::AcquireLeaseRequest { name, holder, instance, ttl_ms: 60_000, release: false };
+        let lease = three.client(id).acquire_lease(request).await.unwrap().into_inner();
+        assert_eq!((lease.held, lease.epoch), (true, 1), "replica {id}");
+    }
     // A majority's word, through a follower; and the future, which no replica shows.
     let follower = if leader == 1 { 2 } else { 1 };
     let confirmed = three.client(follower).get_revision(wire::GetRevisionRequest {}).await.unwrap();

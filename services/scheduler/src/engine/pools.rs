@@ -80,6 +80,10 @@ impl Engine {
         let idle_at = self.settings.auto_scaling.then(|| after(vm.since, self.settings.scale_down_after));
         match idle_at {
             Some(at) if at > now => Duty::LookAgain(old_at.map_or(at, |old| old.min(at))),
+            // Nobody has looked yet whether a job that waits can have it.
+            Some(_) if self.queue.anyone_takes(&vm.class) => {
+                Duty::LookAgain(after(now, self.settings.scale_down_after))
+            }
             Some(_) if !self.is_kept_warm(&vm.class) => Duty::Drain("idle, and nothing needed it".to_owned()),
             Some(_) | None => old_at.map_or(Duty::Keep, Duty::LookAgain),
         }

@@ -401,7 +401,8 @@ impl Queue {
             let some: Vec<ShapeId> =
                 shapes.range(next..).chain(shapes.range(..next)).take(left.min(budget - looked)).copied().collect();
             looked += some.len().max(1);
-            let rest = left - some.len();
+            // Shapes may have gone since.
+            let rest = left.min(shapes.len()) - some.len();
             match some.last() {
                 Some(last) if rest > 0 => {
                     drop(self.sweeps.insert(image, Sweep { offer, next: ShapeId(last.0 + 1), left: rest }));

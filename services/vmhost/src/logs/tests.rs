@@ -212,3 +212,24 @@ async fn a_follower_is_woken_by_the_writer() {
     assert!(state.borrow().end.is_some());
     assert_eq!(seen.len(), 5);
 }
+
+#[tokio::test]
+async fn a_jobs_directory_is_deleted_unless_an_attempt_is_being_written_and_a_half_deleted_one_goes_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LogStore::open(dir.path()).unwrap();
+    let (writing, ended) = (job(), JobId(uuid::Uuid::from_u128(2)));
+    let log = store.begin(ended, 1).unwrap().unwrap();
+    log.finish(end(succeeded(), 0)).await;
+    store.close(ended, 1);
+    let _log = store.begin(writing, 1).unwrap().unwrap();
+    // A crash left this; the other is nobody's.
+    let half = dir.path().join(format!("{}{DELETED}", JobId(uuid::Uuid::from_u128(3))));
+    fs::create_dir_all(half.join("1")).unwrap();
+    fs::create_dir(dir.path().join("consoles")).unwrap();
+    assert_eq!(store.quiet_jobs().unwrap(), [ended]);
+    assert!(!half.exists());
+    assert!(!store.delete(writing).unwrap() && store.delete(ended).unwrap() && !store.delete(ended).unwrap());
+    assert_eq!(store.fence(ended, 1).unwrap(), Fence::Open);
+    assert_eq!(store.fence(writing, 1).unwrap(), Fence::Running);
+    assert!(dir.path().join("consoles").exists());
+}

@@ -33,6 +33,8 @@ pub struct State {
     pub heartbeats: u64,
     pub heartbeats_missed: u64,
     pub down: bool,
+    /// How often it wants to hear of a node; 0: every 20 ms.
+    pub heartbeat_ms: u32,
     /// What jobs were given, as it is stored.
     pub inputs: BTreeMap<String, common::JobInput>,
 }
@@ -61,7 +63,8 @@ impl FakeRegistry {
         if node.incarnation != heartbeat.incarnation || node.state() == common::NodeState::Lost {
             return Err(Error::new(Reason::StaleIncarnation, "it is over").into());
         }
-        Ok(pb::HeartbeatResponse { interval_ms: 20 })
+        let interval_ms = if state.heartbeat_ms == 0 { 20 } else { state.heartbeat_ms };
+        Ok(pb::HeartbeatResponse { interval_ms })
     }
 
     fn up(&self) -> Result<MutexGuard<'_, State>, Status> {

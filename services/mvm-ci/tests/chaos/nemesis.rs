@@ -107,15 +107,17 @@ impl Nemesis {
             }
             _ => &[Fault::Kill, Fault::Pause, Fault::Isolate, Fault::Cut],
         };
+        // The registry is the one thing that everybody waits for.
+        let may_be_long = !REGISTRIES.contains(&host) && !self.rests(host) && Instant::now() >= self.long_until;
+        let long = long && may_be_long && self.began.elapsed() + Duration::from_millis(LONG_MS.start) < time;
+        // These try the leases: what is cut off or stands still lives on, and does not know.
+        let faults = if long { &[Fault::Kill, Fault::Pause, Fault::Isolate, Fault::Isolate] } else { faults };
         let partitions = self.fleet.network.partitions;
         let faults: Vec<_> = faults.iter().copied().filter(|fault| partitions || !fault.needs_partitions()).collect();
         let fault = *self.rng.pick(&faults);
         let now = Instant::now();
-        // The registry is the one thing that everybody waits for.
-        let may_be_long = !REGISTRIES.contains(&host) && now >= self.long_until;
-        let mut lasts = Duration::from_millis(self.rng.within(SHORT_MS));
-        if long && may_be_long && self.began.elapsed() + Duration::from_millis(LONG_MS.start) < time {
-            lasts = Duration::from_millis(self.rng.within(LONG_MS));
+        let lasts = Duration::from_millis(self.rng.within(if long { LONG_MS } else { SHORT_MS }));
+        if long {
             self.long_until = now + lasts;
         }
         if REGISTRIES.contains(&host) {
@@ -126,7 +128,7 @@ impl Nemesis {
         let others: Vec<u64> = (1..=*NODES.end()).filter(|&other| other != host).collect();
         let (other, pick) = (*self.rng.pick(&others), self.rng.draw());
         say(&format!("{:>7} ms  {fault:?} {} for {lasts:?}", self.began.elapsed().as_millis(), name(host)));
-        let kind = if long && lasts > Duration::from_millis(SHORT_MS.end) { "long " } else { "" };
+        let kind = if long { "long " } else { "" };
         let whose = name(host);
         let what = format!("{kind}{fault:?} {}", whose.split('-').next().unwrap_or_default());
         *self.inflicted.entry(what).or_default() += 1;

@@ -308,6 +308,7 @@ impl Cluster {
             created_at: self.now,
             updated_at: self.now,
             jobs_assigned: 1,
+            stop_grace: None,
         }
     }
 

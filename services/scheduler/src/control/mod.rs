@@ -33,7 +33,7 @@ use self::{
     calls::{Answered, Calls, Purpose},
     lease::{Change as LeaseChange, Lease},
 };
-use crate::engine::{Decision, Effect, Engine, Input, Order, OrderKey, Settings};
+use crate::engine::{Decision, Effect, Engine, Input, LostNode, Order, OrderKey, Settings};
 
 /// The lease whose holder leads.
 pub const LEASE_NAME: &str = "scheduler";
@@ -410,8 +410,8 @@ impl Control {
                 };
                 self.call(Call::FailQueuedJob(request), Purpose::Note);
             }
-            Effect::LoseAttempt { job_id, attempt, started, reason } => {
-                let lost = registry::AttemptLost { started, reason: cut(reason) };
+            Effect::LoseAttempt { job_id, attempt, started, reason, lost } => {
+                let lost = registry::AttemptLost { started, reason: cut(reason), lost_node: lost.map(lost_node) };
                 let request = registry::FinishAttemptRequest {
                     job_id: job_id.to_string(),
                     attempt,
@@ -421,8 +421,8 @@ impl Control {
                 };
                 self.call(Call::FinishAttempt(request), Purpose::Note);
             }
-            Effect::FailVm { vm_id, reason } => self.transition(vm_id, VmState::Failed, reason, scheduler_epoch),
-            Effect::DrainVm { vm_id, reason } => self.transition(vm_id, VmState::Draining, reason, scheduler_epoch),
+            Effect::FailVm { vm_id, reason, lost } => self.transition(vm_id, VmState::Failed, reason, lost),
+            Effect::DrainVm { vm_id, reason } => self.transition(vm_id, VmState::Draining, reason, None),
             Effect::LookUpJob { job_id } => {
                 let request = registry::GetJobRequest { job_id: job_id.to_string() };
                 self.call(Call::GetJob(request), Purpose::LookUp { job_id });
@@ -435,12 +435,13 @@ impl Control {
         }
     }
 
-    fn transition(&mut self, vm_id: VmId, to: VmState, reason: String, scheduler_epoch: u64) {
+    fn transition(&mut self, vm_id: VmId, to: VmState, reason: String, lost: Option<LostNode>) {
         let request = registry::TransitionVmRequest {
             vm_id: vm_id.to_string(),
             to_state: to.to_pb().into(),
             reason: cut(reason),
-            scheduler_epoch,
+            scheduler_epoch: self.lease.epoch().unwrap_or(0),
+            lost_node: lost.map(lost_node),
             ..Default::default()
         };
         self.call(Call::TransitionVm(request), Purpose::Note);
@@ -473,6 +474,10 @@ impl Control {
             }
         }
     }
+}
+
+fn lost_node(LostNode { node_id, incarnation }: LostNode) -> registry::LostNode {
+    registry::LostNode { node_id: node_id.to_string(), incarnation }
 }
 
 fn create_vm(vm_id: VmId, config: VmConfig, node_id: &NodeId, scheduler_epoch: u64) -> registry::CreateVmRequest {

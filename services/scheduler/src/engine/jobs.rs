@@ -252,14 +252,14 @@ impl Engine {
         self.given += 1;
         self.fleet.place_mut(node).jobs += 1;
         self.job_on.insert(vm_id, id);
-        let reason = if !self.vms.contains_key(&vm_id) {
-            format!("its VM {vm_id} is gone")
+        let (reason, lost) = if !self.vms.contains_key(&vm_id) {
+            (format!("its VM {vm_id} is gone"), None)
         } else if self.fleet.place(node).given_up {
-            format!("its node {} is lost", self.fleet.place(node).id)
+            self.lost(node)
         } else {
             return;
         };
-        effects.push(Effect::LoseAttempt { job_id: id, attempt, started: true, reason });
+        effects.push(Effect::LoseAttempt { job_id: id, attempt, started: true, reason, lost });
     }
 
     /// Takes a job out of everything.
@@ -344,14 +344,14 @@ impl Engine {
         entry.timer = None;
         let attempt = entry.attempt;
         if let Phase::Given { vm_id, node, .. } = entry.phase {
-            let reason = if !self.vms.contains_key(&vm_id) {
-                format!("its VM {vm_id} is gone")
+            let (reason, lost) = if !self.vms.contains_key(&vm_id) {
+                (format!("its VM {vm_id} is gone"), None)
             } else if self.fleet.place(node).given_up {
-                format!("its node {} is lost", self.fleet.place(node).id)
+                self.lost(node)
             } else {
                 return self.want_job_orders(now, id, attempt);
             };
-            return effects.push(Effect::LoseAttempt { job_id: id, attempt, started: true, reason });
+            return effects.push(Effect::LoseAttempt { job_id: id, attempt, started: true, reason, lost });
         }
         self.unqueue(id);
         self.admit_queued(now, id, effects);

@@ -102,6 +102,13 @@ pub enum Input {
     Tick,
 }
 
+/// An incarnation of a node that is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LostNode {
+    pub node_id: NodeId,
+    pub incarnation: u64,
+}
+
 /// What is to be done. Each is idempotent.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
@@ -113,10 +120,10 @@ pub enum Effect {
     Assign { job_id: JobId, vm_id: VmId, attempt: u32, decision: Box<Decision> },
     /// The job can never run, or has waited too long.
     FailJob { job_id: JobId, reason: String, timed_out: bool },
-    /// The attempt's VM is gone and nobody will report.
-    LoseAttempt { job_id: JobId, attempt: u32, started: bool, reason: String },
-    /// The VM can't be started, or its node is gone.
-    FailVm { vm_id: VmId, reason: String },
+    /// The attempt's VM is gone and nobody will report. `lost`: only if its node is still Lost.
+    LoseAttempt { job_id: JobId, attempt: u32, started: bool, reason: String, lost: Option<LostNode> },
+    /// The VM can't be started, or its node is gone. `lost`: only if it still is.
+    FailVm { vm_id: VmId, reason: String, lost: Option<LostNode> },
     /// End a VM: an idle one of ours, or one on a node that is emptied.
     DrainVm { vm_id: VmId, reason: String },
     /// Find out what became of a job that another one depends on: [`Input::Job`] or [`Input::JobGone`] answers.

@@ -82,16 +82,19 @@ impl Engine {
         };
         self.note_told(key);
         match key {
-            OrderKey::Start(vm_id) => effects.push(Effect::FailVm { vm_id, reason: error.message }),
+            OrderKey::Start(vm_id) => effects.push(Effect::FailVm { vm_id, reason: error.message, lost: None }),
             OrderKey::Stop(vm_id) => {
-                effects
-                    .push(Effect::FailVm { vm_id, reason: format!("its node could not stop it: {}", error.message) });
+                effects.push(Effect::FailVm {
+                    vm_id,
+                    reason: format!("its node could not stop it: {}", error.message),
+                    lost: None,
+                });
             }
             OrderKey::Run(job_id, attempt) if error.reason != Reason::StaleAttempt => {
                 let reason = format!("its node refused it: {}", error.message);
                 // A fault is no refusal: nobody knows how far the node came, and without a price it would be asked for ever.
                 let started = error.reason == Reason::Internal;
-                effects.push(Effect::LoseAttempt { job_id, attempt, started, reason });
+                effects.push(Effect::LoseAttempt { job_id, attempt, started, reason, lost: None });
             }
             OrderKey::Run(..) | OrderKey::Cancel(..) => {}
         }
@@ -213,5 +216,7 @@ impl Engine {
 /// given up while it lives is never ended.
 fn asked_again(key: OrderKey, reason: Reason) -> bool {
     let must_end = matches!(key, OrderKey::Stop(_)) && reason == Reason::Internal;
-    must_end || reason.retryable() || reason == Reason::DeadlineExceeded
+    // A node that has registered again is told anew once its news is here.
+    let passes = matches!(reason, Reason::DeadlineExceeded | Reason::StaleIncarnation);
+    must_end || passes || reason.retryable()
 }

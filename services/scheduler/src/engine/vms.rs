@@ -14,7 +14,7 @@ use blixard::{
 };
 
 use super::{
-    Decision, Effect, Engine, OWNER, OWNER_LABEL, OrderKey, Ticket, Wake,
+    Decision, Effect, Engine, LostNode, OWNER, OWNER_LABEL, OrderKey, Ticket, Wake,
     nodes::after,
     queue::Offer,
     shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, TenantId},
@@ -247,7 +247,7 @@ impl Engine {
         };
         let why = if vm.reason.is_empty() { String::new() } else { format!(": {}", vm.reason) };
         let reason = format!("its VM {} is {}{why}", vm.id, vm.state);
-        effects.push(Effect::LoseAttempt { job_id: job.0, attempt: job.1.attempt, started: true, reason });
+        effects.push(Effect::LoseAttempt { job_id: job.0, attempt: job.1.attempt, started: true, reason, lost: None });
     }
 
     /// Waits longer after each failure in a row; from the third on each failure also fails a job that waits for this image,
@@ -305,13 +305,22 @@ impl Engine {
     /// The node has been Lost for too long.
     pub(super) fn give_up_vm(&mut self, vm_id: VmId, effects: &mut Vec<Effect>) {
         let Some(vm) = self.vms.get(&vm_id) else { return };
-        let reason = format!("its node {} is lost", self.fleet.place(vm.node).id);
+        let (reason, lost) = self.lost(vm.node);
         if let Some(job_id) = self.job_on.get(&vm_id).copied()
             && let Some(attempt) = self.jobs.get(&job_id).map(|job| job.attempt)
         {
-            effects.push(Effect::LoseAttempt { job_id, attempt, started: true, reason: reason.clone() });
+            let (reason, lost) = (reason.clone(), lost.clone());
+            effects.push(Effect::LoseAttempt { job_id, attempt, started: true, reason, lost });
         }
-        effects.push(Effect::FailVm { vm_id, reason });
+        effects.push(Effect::FailVm { vm_id, reason, lost });
+    }
+
+    /// That a node is given up, in words, and what the registry is to check.
+    pub(super) fn lost(&self, node: NodeIx) -> (String, Option<LostNode>) {
+        let node_id = &self.fleet.place(node).id;
+        let incarnation = self.nodes().get(node_id).map(|entry| entry.node.incarnation);
+        let lost = incarnation.map(|incarnation| LostNode { node_id: node_id.clone(), incarnation });
+        (format!("its node {node_id} is lost"), lost)
     }
 
     pub(super) fn on_vm_requested(&mut self, vm_id: VmId, config: VmConfig, effects: &mut Vec<Effect>) {

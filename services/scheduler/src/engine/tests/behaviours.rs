@@ -1,5 +1,7 @@
 //! One behaviour each: queue and shares, routing, pools, nodes, the lead, explanations.
 
+use std::time::Duration;
+
 use blixard::{
     config::PlacementChoice,
     job::{Dependency, DependencyCondition, TENANT_LABEL},

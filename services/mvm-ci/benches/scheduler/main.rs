@@ -25,7 +25,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use blixard::pb::scheduler::v1::stream_job_logs_response::Record;
+use blixard::pb::scheduler::v1::{self as pb, run_job_response::Event, stream_job_logs_response::Record};
 use futures::future::try_join_all;
 
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
     support::{
         baseline::{floor, fork_exec},
         fake_vmhost::FakeVmHost,
-        plane::{ControlPlane, Directory, Scheduler, connect, job, logs_of, run_job},
+        plane::{ControlPlane, Directory, Scheduler, connect, job, run_job},
         table::{self, Row, Table, load_average, percentile},
     },
     usage::Usage,
@@ -127,14 +127,12 @@ async fn latency(plane: &ControlPlane, vm_id: &str, table: &mut Table) -> anyhow
 
 /// From the submission of a job to its first byte of output.
 async fn first_byte_ms(scheduler: &mut Scheduler, vm_id: &str) -> anyhow::Result<f64> {
-    let request = job(&["echo", "x"], vm_id);
-    let job_id = request.request_id.clone();
+    let pb::SubmitJobRequest { request_id, spec, input } = job(&["echo", "x"], vm_id);
     let began = Instant::now();
-    scheduler.submit_job(request).await?;
-    let mut records = scheduler.stream_job_logs(logs_of(&job_id)).await?.into_inner();
+    let mut events = scheduler.run_job(pb::RunJobRequest { request_id, spec, input }).await?.into_inner();
     let mut first_ms = None;
-    while let Some(record) = records.message().await? {
-        if matches!(record.record, Some(Record::Chunk(_))) {
+    while let Some(message) = events.message().await? {
+        if let Some(Event::Log(pb::StreamJobLogsResponse { record: Some(Record::Chunk(_)), .. })) = message.event {
             first_ms.get_or_insert(began.elapsed().as_secs_f64() * 1e3);
         }
     }
@@ -174,8 +172,9 @@ async fn round<T>(
 struct Duel {
     ours: Vec<Round>,
     baseline: Vec<Round>,
-    /// Of the processes under test, for each operation of ours, in µs.
+    /// Of the processes that work for either, for each operation, in µs.
     cpu_us: Vec<Vec<f64>>,
+    baseline_cpu_us: Vec<f64>,
     /// How much of the machine was busy while ours ran.
     busy: Vec<f64>,
 }
@@ -184,19 +183,29 @@ impl Duel {
     async fn fight(
         settings: &Settings,
         pids: &[u32],
+        baseline_pid: u32,
         ours: impl AsyncFn() -> anyhow::Result<Round>,
         baseline: impl AsyncFn() -> anyhow::Result<Round>,
     ) -> anyhow::Result<Self> {
-        let mut duel =
-            Self { ours: Vec::new(), baseline: Vec::new(), cpu_us: vec![Vec::new(); pids.len()], busy: Vec::new() };
+        let mut duel = Self {
+            ours: Vec::new(),
+            baseline: Vec::new(),
+            cpu_us: vec![Vec::new(); pids.len()],
+            baseline_cpu_us: Vec::new(),
+            busy: Vec::new(),
+        };
+        let us_each = |usage: f64, round: &Round| usage * 1e6 / round.took_ms.len() as f64;
         for _ in 0..settings.rounds {
-            duel.baseline.push(baseline().await?);
+            let before = Usage::of_process(baseline_pid);
+            let round = baseline().await?;
+            duel.baseline_cpu_us.push(us_each(Usage::of_process(baseline_pid).since(before), &round));
+            duel.baseline.push(round);
             let before: Vec<_> = pids.iter().map(|&pid| Usage::of_process(pid)).collect();
             let machine = Usage::of_machine();
             let round = ours().await?;
             duel.busy.push(Usage::of_machine().share_since(machine));
             for ((pid, before), cpu_us) in pids.iter().zip(before).zip(&mut duel.cpu_us) {
-                cpu_us.push(Usage::of_process(*pid).since(before) * 1e6 / round.took_ms.len() as f64);
+                cpu_us.push(us_each(Usage::of_process(*pid).since(before), &round));
             }
             duel.ours.push(round);
         }
@@ -212,7 +221,7 @@ impl Duel {
     }
 
     /// A line for people; `names` are those of the processes under test.
-    fn print(&mut self, callers: usize, names: &[&str]) {
+    fn print(&mut self, callers: usize, names: &[&str], baseline: &str) {
         let row = self.row();
         let mut took_ms: Vec<f64> = self.ours.iter().flat_map(|round| round.took_ms.iter().copied()).collect();
         let (p50, p99) = (percentile(&mut took_ms, 50), percentile(&mut took_ms, 99));
@@ -220,12 +229,13 @@ impl Duel {
         let cpu: Vec<_> = names.iter().zip(medians).map(|(name, us)| format!("{name} {us:.0} µs")).collect();
         println!(
             "{callers:>4} callers: {:>7.0} jobs/s, p50 {p50:.1} ms, p99 {p99:.1} ms; baseline {:>7.0}/s; ratio {:.2}; \
-             machine {:.0} % busy; CPU of a job: {}",
+             machine {:.0} % busy; CPU of a job: {}; of the baseline: {baseline} {:.0} µs",
             row.ours,
             row.baseline,
             row.ours / row.baseline,
             percentile(&mut self.busy, 50) * 100.0,
             cpu.join(", "),
+            percentile(&mut self.baseline_cpu_us, 50),
         );
     }
 }
@@ -245,8 +255,8 @@ async fn jobs(plane: &ControlPlane, settings: &Settings, table: &mut Table) -> a
         let one = async |scheduler: &mut Scheduler| run_job(scheduler, job(&["/bin/true"], "")).await.map(drop);
         let ours = async || round(schedulers.clone(), settings.time, one).await;
         let baseline = async || round([(); AT_ONCE], settings.time, async |()| fork_exec().await).await;
-        let mut duel = Duel::fight(settings, &pids, ours, baseline).await?;
-        duel.print(callers, &["mvm-ci", "callers"]);
+        let mut duel = Duel::fight(settings, &pids, std::process::id(), ours, baseline).await?;
+        duel.print(callers, &["mvm-ci", "callers"], "the one that forks");
         table.insert(format!("jobs: {callers:>3} callers (fork/exec, 8 at a time)"), duel.row());
     }
     Ok(())
@@ -270,8 +280,8 @@ async fn control(settings: &Settings, table: &mut Table) -> anyhow::Result<()> {
             let connections = try_join_all(connections).await?;
             round(connections, settings.time, async |connection| connection.job(PAYLOAD).await).await
         };
-        let mut duel = Duel::fight(settings, &pids, ours, baseline).await?;
-        duel.print(callers, &["registry", "scheduler", "callers and node"]);
+        let mut duel = Duel::fight(settings, &pids, redis.pid(), ours, baseline).await?;
+        duel.print(callers, &["registry", "scheduler", "callers and node"], "redis-server");
         table.insert(format!("control: {callers:>3} callers (Redis Streams)"), duel.row());
     }
     drop(node);
@@ -282,7 +292,7 @@ async fn control(settings: &Settings, table: &mut Table) -> anyhow::Result<()> {
 async fn wait_for_node(plane: &ControlPlane) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        let stats = plane.scheduler.clone().get_stats(blixard::pb::scheduler::v1::GetStatsRequest {}).await;
+        let stats = plane.scheduler.clone().get_stats(pb::GetStatsRequest {}).await;
         if stats.is_ok_and(|stats| stats.into_inner().ready_nodes > 0) {
             return Ok(());
         }

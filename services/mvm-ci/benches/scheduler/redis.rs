@@ -16,7 +16,7 @@ const GROUP: &str = "workers";
 
 /// A `redis-server` with a consumer group.
 pub(crate) struct Redis {
-    _service: Service,
+    service: Service,
     port: u16,
 }
 
@@ -27,9 +27,13 @@ impl Redis {
         command.args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", ""]);
         command.args(["--appendonly", "yes", "--appendfsync", "always"]);
         let service = Service::start(&mut command, directory, "Ready to accept connections").context("redis-server")?;
-        let redis = Self { _service: service, port };
+        let redis = Self { service, port };
         redis.connect("setup").await?.call(&["XGROUP", "CREATE", STREAM, GROUP, "$", "MKSTREAM"]).await?;
         Ok(redis)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.service.process.id()
     }
 
     pub(crate) async fn connect(&self, consumer: &str) -> anyhow::Result<Connection> {

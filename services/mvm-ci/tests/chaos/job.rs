@@ -49,11 +49,11 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn choose(rng: &mut Rng) -> Self {
-        // Most are short, some last seconds, and a few longer than a node may be silent.
+        // Most are short, some last seconds, and a few longer than it takes to begin again elsewhere.
         let beats = match rng.within(0..100) {
             0..60 => 0,
-            60..95 => rng.within(1..10),
-            _ => rng.within(50..125),
+            60..96 => rng.within(1..10),
+            _ => rng.within(100..260),
         };
         let isolation = match rng.within(0..100) {
             0..40 => Isolation::Minimal,

@@ -48,8 +48,8 @@ use crate::{
 const CALLERS: u64 = 40;
 /// Of a first start, and of the nodes' and replicas' return when nothing is wrong any more: a lost node is given up after 45 s.
 const WELL_WITHIN: Duration = Duration::from_secs(120);
-/// How long jobs may take to end when nothing is wrong any more: the longest runs for half a minute, and one that was just
-/// lost waits for 45 s before it begins again.
+/// How long jobs may take to end when nothing is wrong any more: the longest runs for 52 s, and one that was just lost
+/// waits for 45 s before it begins again.
 const END_WITHIN: Duration = Duration::from_secs(240);
 /// How long VMs may take to be gone once they were told to.
 const GONE_WITHIN: Duration = Duration::from_secs(60);

@@ -15,8 +15,10 @@ use crate::fleet::{Fleet, NODES, REGISTRIES, SCHEDULERS, name, signal};
 
 /// How long a fault lasts, in milliseconds.
 const SHORT_MS: Range<u64> = 200..5_000;
-/// Longer than a node's lease (30 s) and than what the registry takes for its loss (15 s).
-const LONG_MS: Range<u64> = 36_000..50_000;
+/// Longer than a node's lease (30 s), and than it takes until its jobs begin again elsewhere (15 s of silence and 30 s of grace).
+const LONG_MS: Range<u64> = 46_000..60_000;
+/// The first fault is a long one, once jobs run.
+const FIRST_AFTER: Duration = Duration::from_secs(3);
 /// Of a hundred faults of schedulers and vmhosts, how many are long, but one at a time.
 const LONG_PERCENT: u64 = 12;
 /// After a fault the registry is left alone for so long: an election takes about 3 s, and it has to be able to work.
@@ -72,6 +74,7 @@ impl Nemesis {
     /// Does its worst for so long, then waits until all is as it was.
     pub(crate) async fn work(mut self, time: Duration) {
         // A run of any length has a long one.
+        tokio::time::sleep(FIRST_AFTER).await;
         self.strike(*NODES.start(), true, time);
         let mut seconds = tokio::time::interval(Duration::from_secs(1));
         while self.began.elapsed() < time {

@@ -5,11 +5,9 @@ chaos-registry:
 	BLIXARD_CHAOS_SEED=$(SEED) BLIXARD_CHAOS_SECONDS=$(or $(SECONDS),300) \
 		cargo test -p blixard-registry --test chaos -- --include-ignored --test-threads=1
 
-# The scheduler's: three registries, two schedulers, three vmhosts and their jobs. The programs are those of a release build,
-# so that there is time for many jobs.
+# The scheduler's: three registries, two schedulers, three vmhosts and their jobs.
 chaos-scheduler:
 	@scripts/setup.sh test
-	cargo build --quiet --release --workspace --bins
+	cargo build --quiet --workspace --bins
 	BLIXARD_CHAOS_SEED=$(SEED) BLIXARD_CHAOS_SECONDS=$(or $(SECONDS),600) BLIXARD_CHAOS_JOBS=$(or $(JOBS),5000) \
-		BLIXARD_CHAOS_PROGRAMS=$(CURDIR)/target/release \
 		cargo test -p mvm-ci --test chaos -- --nocapture whatever_happens

@@ -113,18 +113,21 @@ mod tests {
     #[test]
     fn each_bad_field_is_refused_by_name_and_no_secret_is_told() {
         let file = |path: &str, mode| pb::InputFile { path: path.into(), mode, content: vec![1].into() };
-        let cases: Vec<(&str, Box<dyn Fn(&mut pb::JobInput)>)> = vec![
-            ("input.files[0].path", Box::new(move |i| i.files.push(file("tmp", 0)))),
-            ("input.files[0].mode", Box::new(move |i| i.files.push(file("/tmp/x", 0o10000)))),
-            ("input.files", Box::new(move |i| i.files = vec![file("/x", 0); limits::MAX_FILES + 1])),
-            ("input.secrets", Box::new(|i| drop(i.secrets.insert("A".into(), "xyz".into())))),
-            ("input.secrets", Box::new(|i| drop(i.secrets.insert("A=B".into(), "xyzxyz".into())))),
-            ("input.sealed_secrets", Box::new(|i| drop(i.sealed_secrets.insert("A".into(), vec![1].into())))),
-            ("input", Box::new(|i| i.stdin = vec![0; limits::MAX_INPUT_BYTES + 1].into())),
-        ];
-        for (field, change) in cases {
+        let with = |change: &dyn Fn(&mut pb::JobInput)| {
             let mut input = pb::JobInput::default();
             change(&mut input);
+            input
+        };
+        let cases = [
+            ("input.files[0].path", with(&|i| i.files.push(file("tmp", 0)))),
+            ("input.files[0].mode", with(&|i| i.files.push(file("/tmp/x", 0o10000)))),
+            ("input.files", with(&|i| i.files = vec![file("/x", 0); limits::MAX_FILES + 1])),
+            ("input.secrets", with(&|i| drop(i.secrets.insert("A".into(), "xyz".into())))),
+            ("input.secrets", with(&|i| drop(i.secrets.insert("A=B".into(), "xyzxyz".into())))),
+            ("input.sealed_secrets", with(&|i| drop(i.sealed_secrets.insert("A".into(), vec![1].into())))),
+            ("input", with(&|i| i.stdin = vec![0; limits::MAX_INPUT_BYTES + 1].into())),
+        ];
+        for (field, input) in cases {
             let error = JobInput::parse("input", input).expect_err(field);
             assert_eq!(error.metadata.get("field").map(String::as_str), Some(field), "{error}");
             assert!(!error.to_string().contains("xyz"), "{error}");

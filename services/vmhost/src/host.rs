@@ -393,8 +393,15 @@ impl Host {
         crate::registry::until_answered("VM ended", || self.registry.end_vm(vm.id, state, true, reason)).await
     }
 
-    /// Runs an attempt; returns when it is on disk.
-    pub(crate) async fn run_job(&self, vm_id: VmId, job: JobId, attempt: u32, spec: JobSpec) -> Result<(), Error> {
+    /// Runs an attempt; returns when it is on disk. `incarnation`: the node's that it was given to; 0: any.
+    pub(crate) async fn run_job(
+        &self,
+        vm_id: VmId,
+        job: JobId,
+        attempt: u32,
+        spec: JobSpec,
+        incarnation: u64,
+    ) -> Result<(), Error> {
         let fence = self.logs.fence(job, attempt).map_err(|error| {
             Error::internal(
                 |error_id| tracing::error!(error_id, %error, job_id = %job, "the log directory can't be read"),
@@ -405,15 +412,29 @@ impl Host {
             Fence::Ended | Fence::Running => return Ok(()),
             Fence::Open => {}
         }
-        let vm = self.vm(vm_id).ok_or_else(|| {
-            Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)
-        })?;
         if !self.lease.holds() {
             let message = "the registry does not answer this node, so it begins nothing";
             return Err(Error::new(Reason::PeerUnavailable, message).with("peer", "registry"));
         }
+        let current = self.lease.incarnation();
+        if incarnation != 0 && incarnation != current {
+            let message =
+                format!("the attempt was given to incarnation {incarnation} of this node, which is at {current}");
+            let error = Error::new(Reason::StaleIncarnation, message).with("node_id", self.registry.node_id());
+            return Err(error.with("incarnation", incarnation).with("current", current));
+        }
         let limits = Limits { run: spec.timeout, start: spec.start_timeout };
-        vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into()).await
+        let answer = match self.vm(vm_id) {
+            Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into()).await,
+            None => Err(Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)),
+        };
+        if let Err(error) = &answer
+            && matches!(error.reason, Reason::VmNotFound | Reason::VmNotAccepting)
+        {
+            // The scheduler will give it to another: an order that comes again, late, must not begin it here.
+            self.logs.refuse(job, attempt, &error.message).await;
+        }
+        answer
     }
 
     /// Ends an attempt that some VM is just beginning, or has just ended: whichever it is meets this behind that.

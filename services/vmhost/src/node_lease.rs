@@ -1,6 +1,12 @@
 //! Keeps the node's [`Lease`]: takes answers, tells guests how long they may go on, and ends what runs when it is over.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::future::join_all;
 use rustix::time::{ClockId, clock_gettime};
@@ -13,7 +19,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The lease, shared by all who ask for it.
 #[derive(Debug)]
-pub(crate) struct NodeLease(watch::Sender<Lease>);
+pub(crate) struct NodeLease {
+    lease: watch::Sender<Lease>,
+    /// The node's, once it has registered.
+    incarnation: AtomicU64,
+}
 
 /// The time since the machine's boot, its sleep included.
 pub(crate) fn now() -> Duration {
@@ -24,22 +34,32 @@ pub(crate) fn now() -> Duration {
 impl NodeLease {
     /// None yet.
     pub(crate) fn new(length: Duration) -> Self {
-        Self(watch::Sender::new(Lease::new(length, now())))
+        Self { lease: watch::Sender::new(Lease::new(length, now())), incarnation: AtomicU64::new(0) }
+    }
+
+    /// The node has registered.
+    pub(crate) fn registered(&self, incarnation: u64) {
+        self.incarnation.store(incarnation, Ordering::Relaxed);
+    }
+
+    /// The node's incarnation; 0: it has not registered yet.
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.incarnation.load(Ordering::Relaxed)
     }
 
     /// The registry has answered what was sent then.
     pub(crate) fn answered(&self, sent: Duration) {
-        self.0.send_modify(|lease| lease.answered(sent));
+        self.lease.send_modify(|lease| lease.answered(sent));
     }
 
     /// Whether attempts may begin.
     pub(crate) fn holds(&self) -> bool {
-        self.0.borrow().holds(now())
+        self.lease.borrow().holds(now())
     }
 
     /// How long a guest may go on, in milliseconds.
     pub(crate) fn for_guest_ms(&self) -> Option<u64> {
-        let left = self.0.borrow().for_guest(now())?;
+        let left = self.lease.borrow().for_guest(now())?;
         Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1))
     }
 
@@ -47,10 +67,10 @@ impl NodeLease {
     /// as soon as there is something to tell.
     pub(crate) async fn renewal(&self, last: Option<Instant>) -> u64 {
         if let Some(last) = last {
-            let every = self.0.borrow().renew_every();
+            let every = self.lease.borrow().renew_every();
             tokio::time::sleep_until(last + every).await;
         }
-        let mut lease = self.0.subscribe();
+        let mut lease = self.lease.subscribe();
         loop {
             lease.borrow_and_update();
             if let Some(left) = self.for_guest_ms() {
@@ -67,7 +87,7 @@ impl NodeLease {
 pub(crate) async fn keep(host: &Arc<Host>) {
     let mut told = false;
     loop {
-        let left = host.lease.0.borrow().end().saturating_sub(now());
+        let left = host.lease.lease.borrow().end().saturating_sub(now());
         if !left.is_zero() {
             told = false;
             tokio::time::sleep(left.min(LOOK_EVERY)).await;

@@ -61,7 +61,7 @@ impl pb::vm_host_service_server::VmHostService for Service {
         let job = JobId::parse("job_id", &request.job_id)?;
         let attempt = parse_attempt(request.attempt)?;
         let spec = JobSpec::parse_full("spec", request.spec)?;
-        self.host.run_job(vm_id, job, attempt, spec).await?;
+        self.host.run_job(vm_id, job, attempt, spec, request.incarnation).await?;
         Ok(Response::new(pb::RunJobResponse {}))
     }
 

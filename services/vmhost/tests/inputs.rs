@@ -222,7 +222,7 @@ async fn a_vmhost_that_dies_while_it_fetches_artifacts_fetches_them_again() {
     let mut node = world.node().await;
     let vm = world.start_vm(&node, VmKind::Service).await;
     let path = world.dir.path().join("file").to_str().unwrap().to_owned();
-    let content = noise(3_000_000);
+    let content = noise(1_000_000);
     fs::write(&path, &content).unwrap();
     let go = world.dir.path().join("go");
     let script = format!("until [ -e {} ]; do sleep 0.01; done", go.display());
@@ -230,14 +230,12 @@ async fn a_vmhost_that_dies_while_it_fetches_artifacts_fetches_them_again() {
     world.wait_job_until(job, |job| job.state() == JobState::Running).await;
     fs::write(go, "").unwrap();
     let attempt = world.log_dir().join(job.to_string()).join("1");
-    wait_for("half of the files", || if attempt.join("artifacts.new/20").exists() { Ok(()) } else { Err("none") })
-        .await;
+    wait_for("some of the files", || if attempt.join("artifacts.new/5").exists() { Ok(()) } else { Err("none") }).await;
     node.crash().await;
     assert!(!attempt.join("artifacts").exists(), "it died in the middle");
     node = world.node().await;
     assert_eq!(world.wait_job(job).await.state(), JobState::Succeeded);
     let kept = list(&node, job).await.unwrap();
-    // 256 MiB are enough for 89 of them.
     assert!(kept.len() == 40 && kept.iter().all(|artifact| artifact.problem.is_empty()), "{kept:?}");
     assert!(get(&node, job, &path, 0).await.unwrap().1 == content);
     assert!(!attempt.join("artifacts.new").exists());

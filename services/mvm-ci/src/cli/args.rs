@@ -80,7 +80,7 @@ pub(crate) enum Command {
 
 const RUN_HELP: &str = "\
 Exit code: the command's own; 128 + N when signal N ended it; 124 when it ran out of time; 130 when it was cancelled;
-125 when it could not be run or was lost. With --array: 0 when every job succeeded, else 1.
+125 when it could not be run or was lost, or its files could not be fetched. With --array: 0 when every job succeeded, else 1.
 Ctrl-C cancels the job; a second Ctrl-C leaves without waiting for its end.";
 
 #[derive(clap::Args)]

@@ -56,7 +56,9 @@ pub(crate) async fn run(
         depends_on: Vec::new(),
     };
     let request = pb::SubmitJobGroupRequest { request_id: JobId::random().to_string(), jobs: vec![job] };
+    let progress = Progress::new();
     let answer = client.call(request, async |mut stub, request| stub.submit_job_group(request).await).await;
+    progress.clear();
     let answer = answer.map_err(Failure::NotRun)?;
     if args.detach {
         let jobs = answer.jobs.into_iter().map(|job| parse_job(Some(job))).collect::<Result<Vec<_>, _>>()?;
@@ -71,7 +73,7 @@ pub(crate) async fn run(
     let submitted = CancellationToken::new();
     submitted.cancel();
     let all = ids.iter().map(|(_, id)| id.clone()).collect();
-    let cancel = run::cancel_on_interrupt(run::Interrupts::listen()?, client.clone(), all, submitted, Progress::new());
+    let cancel = run::cancel_on_interrupt(run::Interrupts::listen()?, client.clone(), all, submitted, progress);
     tasks.spawn("interrupts", cancel);
     follow(&client, ids, args, printer.format()).await
 }
@@ -84,7 +86,8 @@ enum Event {
 }
 
 async fn follow(client: &Client, ids: Vec<(u32, String)>, args: &RunArgs, format: Format) -> Result<ExitCode, Failure> {
-    let mut writer = Writer { sink: LogSink::new(format)?, format, partial: BTreeMap::new() };
+    let mut writer =
+        Writer { sink: LogSink::new(format)?, format, partial: BTreeMap::new(), attempts: BTreeMap::new() };
     let total = ids.len();
     let mut unsuccessful = BTreeMap::new();
     let streams = ids.into_iter().map(|(index, job_id)| {
@@ -104,7 +107,8 @@ async fn follow(client: &Client, ids: Vec<(u32, String)>, args: &RunArgs, format
                 writer.end(index, &job)?;
                 if let Some(dir) = &args.artifacts_dir {
                     let dir = dir.join(index.to_string());
-                    artifacts::fetch_all(client, &job_id, 0, &dir, &mut |text| writer.sink.note(text)).await?;
+                    let mut note = |text: &str| writer.sink.note(text);
+                    artifacts::fetch_all(client, &job_id, 0, &dir, &mut note).await.map_err(run::not_run)?;
                 }
                 if job.state != JobState::Succeeded {
                     unsuccessful.insert(index, run::exit_code(&job).1.unwrap_or_else(|| exited(&job)));
@@ -153,6 +157,7 @@ struct Writer {
     format: Format,
     /// Lines that have not ended.
     partial: BTreeMap<(u32, bool), Vec<u8>>,
+    attempts: BTreeMap<u32, run::Attempts>,
 }
 
 impl Writer {
@@ -162,6 +167,9 @@ impl Writer {
             line["job_id"] = job_id.into();
             line["array_index"] = index.into();
             return Ok(self.sink.line(&line)?);
+        }
+        if let Some(note) = self.attempts.entry(index).or_default().look(record) {
+            self.sink.note(&format!("[{index}] {note}"))?;
         }
         match record {
             LogRecord::Chunk { stream, data, .. } => {
@@ -174,9 +182,6 @@ impl Writer {
             LogRecord::Gap { from_offset, to_offset, reason, .. } => {
                 let text = format!("[{index}] bytes {from_offset} to {to_offset} of the output are gone: {reason}");
                 self.sink.note(&text)?;
-            }
-            LogRecord::End { attempt, state, reason, .. } if !state.is_terminal() => {
-                self.sink.note(&format!("[{index}] {}", run::again(*attempt, *state, reason)))?;
             }
             LogRecord::End { .. } => {}
         }

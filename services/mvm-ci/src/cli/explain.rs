@@ -188,8 +188,8 @@ fn decision_text(decision: &common::Decision) -> String {
     let mut text = line(&format!("  {}", decision.summary));
     let mut standing = vec![format!("waited {}", took(std::time::Duration::from_millis(decision.waited_ms)))];
     match (decision.queue_position, decision.queue_length) {
-        (0, length) => standing.push(format!("{length} jobs waited")),
-        (position, length) => standing.push(format!("place {position} of its tenant, {length} jobs wait")),
+        (0, length) => standing.push(format!("jobs waiting: {length}")),
+        (position, length) => standing.push(format!("place {position} of its tenant, jobs waiting: {length}")),
     }
     if !decision.tenant.is_empty() || decision.tenant_limit > 0 {
         let limit = match decision.tenant_limit {

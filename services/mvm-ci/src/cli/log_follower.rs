@@ -43,6 +43,15 @@ pub(crate) enum LogRecord {
     End { attempt: u32, end_offset: u64, state: JobState, exit: Option<ExitStatus>, reason: String },
 }
 
+impl LogRecord {
+    /// The attempt it belongs to.
+    pub(crate) fn attempt(&self) -> u32 {
+        match self {
+            Self::Chunk { attempt, .. } | Self::Gap { attempt, .. } | Self::End { attempt, .. } => *attempt,
+        }
+    }
+}
+
 /// Where to begin and how far to go.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Position {

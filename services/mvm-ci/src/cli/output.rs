@@ -340,6 +340,7 @@ pub(crate) fn vm_json(vm: &Vm) -> Value {
         "generation": vm.generation,
         "revision": vm.revision,
         "jobs_assigned": vm.jobs_assigned,
+        "stop_grace_ms": vm.stop_grace.map(ms),
     })
 }
 
@@ -566,6 +567,7 @@ pub(crate) mod tests {
             created_at: CREATED,
             updated_at: NOW,
             jobs_assigned: 4,
+            stop_grace: None,
         }
     }
 

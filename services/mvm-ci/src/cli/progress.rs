@@ -93,7 +93,7 @@ fn status_line(job: &Job, waiting_for: &str) -> String {
     let vm = job.vm_id.map(|id| id.to_string()).unwrap_or_default();
     match job.state {
         JobState::Queued if waiting_for.is_empty() => "queued".to_owned(),
-        JobState::Queued => format!("queued: waiting for {}", waiting_for.trim_start_matches("waiting for ")),
+        JobState::Queued => format!("queued: {}", waiting_for.trim_start_matches("it ")),
         JobState::Assigned => format!("starting in VM {vm}"),
         JobState::Running => format!("running in VM {vm}"),
         JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::TimedOut => job.state.to_string(),

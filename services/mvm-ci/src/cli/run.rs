@@ -1,7 +1,7 @@
 //! `mvm-ci run`: submits a job, passes its output on as it comes, ends as the job ended: all in one call.
 //!
 //! Exit code: the job's; 128 + n when signal n ended it; 124 when it ran out of time (as `timeout` has it); 130 when it was
-//! cancelled; 125 when it could not be run or was lost (as `docker run` has it); 141 when the reader of its output left,
+//! cancelled; 125 when it could not be run or was lost (as `docker run` has it), or its files could not be fetched; 141 when the reader of its output left,
 //! which cancels the job just as SIGPIPE ends a local one. Arrays are [`super::array`]'s.
 
 use std::process::ExitCode;
@@ -72,7 +72,7 @@ pub(crate) async fn run(endpoint: &str, args: RunArgs, printer: &Printer) -> Res
     let outcome = attend(&client, &job_id, &mut follower, &progress, &mut sink).await;
     progress.clear();
     if let (Ok(_), Some(dir)) = (&outcome, &args.artifacts_dir) {
-        artifacts::fetch_all(&client, &job_id, 0, dir, &mut |text| sink.note(text)).await?;
+        artifacts::fetch_all(&client, &job_id, 0, dir, &mut |text| sink.note(text)).await.map_err(not_run)?;
     }
     finish(&client, &job_id, outcome, &mut sink, printer.format()).await
 }
@@ -93,16 +93,15 @@ async fn attend(
     progress: &Progress,
     sink: &mut LogSink,
 ) -> Result<Job, Failure> {
+    let mut attempts = Attempts::default();
     loop {
         match follower.next().await {
             Ok(Some(record)) => {
                 progress.clear();
-                sink.write(&record)?;
-                if let LogRecord::End { attempt, state, reason, .. } = record
-                    && !state.is_terminal()
-                {
-                    sink.note(&again(attempt, state, &reason))?;
+                if let Some(note) = attempts.look(&record) {
+                    sink.note(&note)?;
                 }
+                sink.write(&record)?;
             }
             Ok(None) => break,
             // The node that held the log is gone; how the job ended is on record all the same.
@@ -126,12 +125,26 @@ async fn attend(
     }
 }
 
-/// Says that another attempt follows this one.
-pub(crate) fn again(attempt: u32, state: JobState, reason: &str) -> String {
-    match (state, reason) {
-        (JobState::Queued, reason) => format!("attempt {attempt} was lost: {reason}"),
-        (state, "") => format!("attempt {attempt} is {state}; another one follows"),
-        (state, reason) => format!("attempt {attempt} is {state}: {reason}; another one follows"),
+/// Notices when an attempt was not the last one.
+#[derive(Default)]
+pub(crate) struct Attempts {
+    /// The latest one that has ended.
+    ended: Option<(u32, JobState, String)>,
+}
+
+impl Attempts {
+    /// What is to be said before this record: how the attempt before its own ended.
+    pub(crate) fn look(&mut self, record: &LogRecord) -> Option<String> {
+        let before = self.ended.take_if(|(ended, ..)| *ended < record.attempt());
+        if let LogRecord::End { attempt, state, reason, .. } = record {
+            self.ended = Some((*attempt, *state, reason.clone()));
+        }
+        let (attempt, state, reason) = before?;
+        let because = if reason.is_empty() { reason } else { format!(": {reason}") };
+        Some(match state {
+            JobState::Queued => format!("attempt {attempt} was lost{because}"),
+            state => format!("attempt {attempt} is {state}{because}; another one follows"),
+        })
     }
 }
 

@@ -83,7 +83,7 @@ fn the_exit_code_tells_how_the_job_ended() {
 }
 
 #[test]
-fn a_lost_attempt_is_named_and_the_next_one_followed() {
+fn an_attempt_that_is_not_the_last_is_named_and_the_next_one_followed() {
     let mut job = ended(JobState::Succeeded, exited(0), "");
     job.attempt = 2;
     let first = vec![chunk(1, Stdout, 0, b"first "), end(1, 6, JobState::Queued, "the node was lost")];
@@ -99,6 +99,12 @@ fn a_lost_attempt_is_named_and_the_next_one_followed() {
         assert_eq!((code(result.status), text(&result.stdout).as_str()), (0, "first second"));
         assert_eq!(text(&result.stderr), "mvm-ci: attempt 1 was lost: the node was lost\n");
     }
+    let first = vec![end(1, 0, JobState::Failed, "it exited with status 1")];
+    let second = vec![end(2, 0, JobState::Succeeded, "")];
+    let fake = Fake::start([Script::Close([first, second].concat())], job);
+    let result = output(run(&fake, &["--", "true"]));
+    let said = "mvm-ci: attempt 1 is Failed: it exited with status 1; another one follows\n";
+    assert_eq!((code(result.status), text(&result.stderr).as_str()), (0, said));
 }
 
 #[test]
@@ -165,7 +171,7 @@ fn the_files_of_a_job_are_fetched_whole_whatever_breaks() {
     let damaged = common::Artifact { sha256: vec![0; 32].into(), path: "/out/c.bin".into(), ..good };
     let result = output(run(&start(damaged), &wanted));
     assert!(text(&result.stderr).contains("arrived damaged"), "{}", text(&result.stderr));
-    assert_eq!(code(result.status), 1);
+    assert_eq!(code(result.status), 125);
     let names: Vec<_> = std::fs::read_dir(dir.path().join("fetched/out")).expect("a directory").collect();
     assert_eq!(names.len(), 1, "nothing is left of the damaged one: {names:?}");
 }

@@ -3,6 +3,7 @@
 mod client;
 mod contract;
 mod fake_scheduler;
+mod features;
 mod fleet;
 mod foreign_clients;
 mod guest;

@@ -100,6 +100,7 @@ pub enum Event {
 
 /// What is to be done.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "most of them are calls; see there")]
 pub enum Action {
     /// List everything that is live; a watch that is open is closed.
     List { round: Round },

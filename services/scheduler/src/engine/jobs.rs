@@ -377,7 +377,9 @@ impl Engine {
             let dependents = self.dependencies.dependents.get(&on);
             match dependents.and_then(|dependents| dependents.first().copied()) {
                 Some(job_id) => self.dependency_ended(now, job_id, on, end, effects),
-                None => drop(self.dependencies.ended.remove(&on)),
+                None => {
+                    self.dependencies.ended.remove(&on);
+                }
             }
         }
     }

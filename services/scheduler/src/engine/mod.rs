@@ -54,8 +54,8 @@ use self::{
     jobs::{Dependencies, JobEntry},
     nodes::{Fleet, after},
     orders::Orders,
-    queue::{Offer, Queue},
-    shape::{ImageId, Names, NodeIx, SiteId},
+    queue::{Offer, Queue, Wait},
+    shape::{ImageId, Names, NodeIx, ShapeId, SiteId},
     vms::{BootFailures, Creation, Evictable, VmCounts, VmEntry},
 };
 
@@ -159,6 +159,8 @@ pub struct Engine {
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
     evictable: BTreeSet<Evictable>,
+    /// Shapes for which room is to be made, and what they wait for.
+    in_need: BTreeMap<ShapeId, Wait>,
     /// The latest revision of a VM that the watch has brought.
     watched_vms: u64,
     creations: BTreeMap<Ticket, Creation>,
@@ -195,6 +197,7 @@ impl Engine {
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
             evictable: BTreeSet::new(),
+            in_need: BTreeMap::new(),
             watched_vms: 0,
             creations: BTreeMap::new(),
             next_ticket: 0,
@@ -284,6 +287,7 @@ impl Engine {
         self.lead = epoch;
         self.wakes.clear();
         self.orders = Orders::default();
+        self.in_need.clear();
         self.boot_failures.clear();
         for (_, creation) in std::mem::take(&mut self.creations) {
             self.fleet.release(creation.node, creation.class.memory_mib);
@@ -390,15 +394,16 @@ impl Engine {
                     self.queue.offer(image, Offer::Room);
                 }
                 for vm_id in self.vms_on(ix) {
+                    self.tend(now, vm_id, effects);
                     self.offer_to_its_jobs(vm_id);
                 }
             }
-            Some(NodeState::Draining) => {
+            Some(NodeState::Draining | NodeState::Cordoned) => {
                 for vm_id in self.vms_on(ix) {
                     self.tend(now, vm_id, effects);
                 }
             }
-            Some(NodeState::Cordoned | NodeState::Lost) | None => {}
+            Some(NodeState::Lost) | None => {}
         }
     }
 

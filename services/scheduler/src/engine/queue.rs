@@ -295,8 +295,12 @@ impl Queue {
             let lanes = self.tenants.get(&tenant).into_iter().flat_map(|tenant| tenant.lanes.range(from..));
             let lanes: Vec<ShapeId> = lanes.take(budget).copied().collect();
             match lanes.last() {
-                Some(last) if lanes.len() == budget => drop(self.stale.insert(tenant, ShapeId(last.0 + 1))),
-                _ => drop(self.stale.remove(&tenant)),
+                Some(last) if lanes.len() == budget => {
+                    self.stale.insert(tenant, ShapeId(last.0 + 1));
+                }
+                _ => {
+                    self.stale.remove(&tenant);
+                }
             }
             budget -= lanes.len();
             for shape in lanes {
@@ -376,7 +380,9 @@ impl Queue {
                 sweep.offer = if sweep.offer == offer { offer } else { Offer::Anything };
                 sweep.left = left;
             }
-            None => drop(self.sweeps.insert(image, Sweep { offer, next: ShapeId(0), left })),
+            None => {
+                self.sweeps.insert(image, Sweep { offer, next: ShapeId(0), left });
+            }
         }
     }
 
@@ -405,9 +411,11 @@ impl Queue {
             let rest = left.min(shapes.len()) - some.len();
             match some.last() {
                 Some(last) if rest > 0 => {
-                    drop(self.sweeps.insert(image, Sweep { offer, next: ShapeId(last.0 + 1), left: rest }));
+                    self.sweeps.insert(image, Sweep { offer, next: ShapeId(last.0 + 1), left: rest });
                 }
-                _ => drop(self.sweeps.remove(&image)),
+                _ => {
+                    self.sweeps.remove(&image);
+                }
             }
             for id in some {
                 let useful = self.shapes.get(&id).is_some_and(|waiting| match offer {

@@ -27,9 +27,16 @@ impl Engine {
             let cost = if effects.len() > before { LOOKS_PER_PLACEMENT } else { 1 };
             budget = budget.saturating_sub(cost);
         }
+        // Only when every shape has been looked at is a VM that is still free one that nobody can have.
+        if !self.queue.has_work() {
+            for (id, wait) in std::mem::take(&mut self.in_need) {
+                self.evict_for(id, wait, effects);
+            }
+        }
     }
 
     fn look_at(&mut self, now: Timestamp, id: ShapeId, effects: &mut Vec<Effect>) {
+        self.in_need.remove(&id);
         let Some(shape) = self.queue.shapes.get(&id).map(|waiting| waiting.shape) else { return };
         let Some(head) = self.queue.head(id) else { return self.queue.close(id, Wait::Turn) };
         let (site, isolation) = match shape {
@@ -57,7 +64,7 @@ impl Engine {
                     return self.fail_job(job_id, reason, false, effects);
                 }
                 if wait.for_room() {
-                    self.evict_for(id, wait, site, &class, effects);
+                    self.in_need.insert(id, wait);
                 }
                 self.queue.close(id, wait);
             }

@@ -154,8 +154,12 @@ impl VmCounts {
 fn count<K: Ord>(counts: &mut BTreeMap<K, u32>, key: K, change: i32) {
     let before = counts.get(&key).copied().unwrap_or(0);
     match before.saturating_add_signed(change) {
-        0 => drop(counts.remove(&key)),
-        after => drop(counts.insert(key, after)),
+        0 => {
+            counts.remove(&key);
+        }
+        after => {
+            counts.insert(key, after);
+        }
     }
 }
 
@@ -207,7 +211,9 @@ impl Engine {
                 entry.config = Some(Box::new(vm.config));
             }
             VmState::Draining => entry.reason = vm.reason.into(),
-            VmState::Ready | VmState::Busy | VmState::Idle => drop(self.boot_failures.remove(&image)),
+            VmState::Ready | VmState::Busy | VmState::Idle => {
+                self.boot_failures.remove(&image);
+            }
             VmState::Terminated | VmState::Failed => {}
         }
         if vm.state != VmState::Starting {

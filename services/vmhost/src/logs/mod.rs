@@ -169,6 +169,18 @@ impl LogStore {
         self.open_writer(&mut live, job, attempt).map(Ok)
     }
 
+    /// Ends an attempt that never begins here, for good.
+    pub(crate) async fn refuse(&self, job: JobId, attempt: u32, reason: &str) {
+        let log = match self.begin(job, attempt) {
+            Ok(Ok(log)) => log,
+            Ok(Err(_)) => return,
+            Err(error) => return tracing::error!(job_id = %job, attempt, %error, "a refusal can't be written down"),
+        };
+        let outcome = Outcome::Lost { started: false, reason: reason.to_owned() };
+        log.finish(EndRecord { outcome, end_offset: 0, finished_at: Timestamp::now() }).await;
+        self.close(job, attempt);
+    }
+
     /// Goes on with the log of an attempt that an earlier process began.
     pub(crate) fn reopen(&self, job: JobId, attempt: u32) -> io::Result<LogWriter> {
         let mut live = self.live();

@@ -277,7 +277,13 @@ impl Node {
     }
 
     pub async fn try_run_job(&self, vm: VmId, job: JobId, attempt: u32, spec: common::JobSpec) -> Result<(), Error> {
-        let request = pb::RunJobRequest { vm_id: vm.to_string(), job_id: job.to_string(), attempt, spec: Some(spec) };
+        let request = pb::RunJobRequest {
+            vm_id: vm.to_string(),
+            job_id: job.to_string(),
+            attempt,
+            spec: Some(spec),
+            incarnation: 0,
+        };
         self.client.clone().run_job(request).await.map(drop).map_err(Error::from)
     }
 

@@ -27,6 +27,8 @@ struct World {
     effects: Vec<Effect>,
     /// Attempts that vmhosts run.
     running: BTreeMap<VmId, (JobId, u32)>,
+    /// Those that they have killed, and not reported.
+    killed: Vec<(VmId, (JobId, u32))>,
     started: BTreeSet<VmId>,
     /// Since when nodes are Lost.
     lost_since: BTreeMap<NodeId, Timestamp>,
@@ -50,6 +52,7 @@ impl World {
             events: VecDeque::new(),
             effects: Vec::new(),
             running: BTreeMap::new(),
+            killed: Vec::new(),
             started: BTreeSet::new(),
             lost_since: BTreeMap::new(),
             next_vm: 1000,
@@ -189,6 +192,8 @@ impl World {
                     self.put_job(job_id, |job| job.state = to);
                 }
             }
+            Effect::LoseAttempt { lost: Some(lost), .. } | Effect::FailVm { lost: Some(lost), .. }
+                if !self.is_over(&lost) => {}
             Effect::LoseAttempt { job_id, attempt, started, .. } => {
                 let to = if started { JobState::Failed } else { JobState::Queued };
                 self.finish(job_id, attempt, to);
@@ -214,6 +219,12 @@ impl World {
                 self.feed(Input::Told { order: key, result });
             }
         }
+    }
+
+    /// What the registry asks before it lets go what was on a node.
+    fn is_over(&self, lost: &LostNode) -> bool {
+        let node = &self.nodes[&lost.node_id];
+        node.state == NodeState::Lost && node.incarnation == lost.incarnation
     }
 
     fn assign(&mut self, job_id: JobId, vm_id: VmId, attempt: u32) -> Result<Job, Error> {
@@ -246,13 +257,19 @@ impl World {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Start { vm_id, .. } => drop(self.started.insert(vm_id)),
+            // One that has booted is not booted again.
+            Order::Start { vm_id, .. } if self.vms[&vm_id].state == VmState::Starting => {
+                self.started.insert(vm_id);
+            }
+            Order::Start { .. } => {}
             Order::Stop { vm_id, .. } => self.end(vm_id, VmState::Terminated),
             Order::Run(job) => {
                 let vm_id = job.vm_id.expect("assigned");
                 let (id, attempt) = (job.id, job.attempt);
                 let current = self.jobs[&id].attempt == attempt && self.jobs[&id].state == JobState::Assigned;
-                if current && !self.running.contains_key(&vm_id) {
+                // A node has no VM that has ended.
+                let lives = !self.vms[&vm_id].state.is_terminal();
+                if current && lives && !self.running.contains_key(&vm_id) {
                     let twice = self.running.values().any(|(other, _)| *other == id);
                     assert!(!twice, "two live attempts of {id}");
                     self.running.insert(vm_id, (id, attempt));
@@ -311,7 +328,18 @@ impl World {
             since.is_some_and(|since| world.now.since(*since) >= Duration::from_secs(30))
         };
         let killed: Vec<_> = self.running.keys().copied().filter(|vm_id| over(self, vm_id)).collect();
-        self.running.retain(|vm_id, _| !killed.contains(vm_id));
+        for vm_id in killed {
+            self.killed.extend(self.running.remove(&vm_id).map(|attempt| (vm_id, attempt)));
+        }
+        // What it killed it reports as soon as it is heard again.
+        for (vm_id, (job_id, attempt)) in std::mem::take(&mut self.killed) {
+            if self.is_lost(vm_id) {
+                self.killed.push((vm_id, (job_id, attempt)));
+            } else {
+                self.finish(job_id, attempt, JobState::Failed);
+                self.transition(vm_id, VmState::Failed);
+            }
+        }
     }
 
     /// One thing happens; `choice` says which. False when there was nothing to do.

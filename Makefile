@@ -1,5 +1,5 @@
 # Every target does its own set-up. `make demo` runs the main job, `make test` is what CI runs.
-.PHONY: demo test lint bench bench-registry chaos-registry tools
+.PHONY: demo test lint bench bench-registry bench-scheduler tools
 .DEFAULT_GOAL := help
 
 include $(wildcard make/*.mk)
@@ -10,6 +10,8 @@ help:
 	@echo 'make bench        measure against baselines; writes target/bench/*.json'
 	@echo 'make chaos-registry   kill, pause and cut off three replicas under load (SEED=, SECONDS=)'
 	@echo 'make sim          years of failures in seconds (SEED=, STEPS=, RUNS=, TRACE=1)'
+	@echo 'make chaos-scheduler  the same for a whole fleet and its jobs (SEED=, SECONDS=, JOBS=)'
+	@echo 'make bench-scheduler  only how fast jobs go through, beside fork/exec and Redis Streams'
 	@echo 'make bench-registry  only the registry beside etcd, alone and as three replicas'
 	@echo 'make guest-image  build the default image into ./images'
 	@echo 'make tools        install what running needs'
@@ -41,3 +43,6 @@ bench: tools guest-image
 
 bench-registry:
 	scripts/bench.sh registry
+
+bench-scheduler:
+	scripts/bench.sh latency jobs control

@@ -2,7 +2,7 @@
 # Installs what a target of the Makefile needs and is not here yet. Usage: scripts/setup.sh run|test|bench
 #   run   what runs a job in a QEMU microVM: QEMU, vhost-device-vsock, what the guest image is made of, sqlite3
 #   test  that, the linters and clients that the tests use, and what makes networks for them
-#   bench what the registry is measured beside: etcd
+#   bench what registry and scheduler are measured beside: etcd and Redis
 # Debian packages need root or sudo; without either it prints the command and stops. Everything else goes below target/tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -60,7 +60,7 @@ python_tools() {
 case "${1:-}" in
     run | test) ;;
     bench)
-        debian_packages cc=build-essential etcd=etcd-server
+        debian_packages cc=build-essential etcd=etcd-server redis-server=redis-server
         exit
         ;;
     *) echo "usage: scripts/setup.sh run|test|bench" >&2; exit 2 ;;

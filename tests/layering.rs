@@ -7,9 +7,11 @@ use serde_json::Value;
 /// Our packages and those of ours that they may depend on, build and dev dependencies of tests aside.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("blixard", &[]),
+    ("blixard-chaos-kit", &[]),
     ("blixard-chassis", &["blixard"]),
     ("blixard-guest-agent", &["blixard"]),
-    ("blixard-registry", &["blixard", "blixard-chassis"]),
+    // Its trial kills and cuts off real processes.
+    ("blixard-registry", &["blixard", "blixard-chassis", "blixard-chaos-kit"]),
     ("blixard-scheduler", &["blixard", "blixard-chassis"]),
     ("blixard-vmhost", &["blixard", "blixard-chassis"]),
     (
@@ -17,6 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "blixard",
             "blixard-chassis",
+            "blixard-chaos-kit",
             "blixard-guest-agent",
             "blixard-registry",
             "blixard-scheduler",
@@ -71,6 +74,7 @@ fn every_package_inherits_the_lints_or_says_which_it_changes() {
         "services/mvm-ci",
         "microvms/guest-agent",
         "tests/simulation",
+        "tests/chaos-kit",
     ] {
         let text = std::fs::read_to_string(root.join(directory).join("Cargo.toml")).expect("a manifest");
         let manifest: toml::Table = text.parse().expect("TOML");

@@ -185,7 +185,8 @@ impl Heartbeats {
                 }
                 Some(change) => match self.commits.submit(change, None).await? {
                     Answer::Lease(lease) => {
-                        tracing::info!(lease = name, holder = ?lease.holder, epoch = lease.epoch, "lease changed hands");
+                        let holder = lease.holder.as_ref().map_or("", |holder| holder.name.as_str());
+                        tracing::info!(lease = name, holder, epoch = lease.epoch, "lease changed hands");
                         lease
                     }
                     other => return Err(Error::internal(|id| tracing::error!(error_id = id, ?other, "no lease"))),

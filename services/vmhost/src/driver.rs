@@ -120,7 +120,7 @@ impl VmHandle {
         self.ask(|reply| Command::Accepted { reply }).await
     }
 
-    /// Gives it an attempt; returns when that is on disk.
+    /// Gives it an attempt; returns when that is written down.
     pub(crate) async fn run(&self, run: Run, spec: JobSpec) -> Result<(), Error> {
         self.ask(|reply| Command::Run { run, spec: Box::new(spec), reply }).await
     }
@@ -376,7 +376,7 @@ impl Driver {
         }
     }
 
-    /// Lets an attempt begin: its log is open and it is on disk. `None`: it runs, or has ended, already.
+    /// Lets an attempt begin: its log is open and it is written down. `None`: it runs, or has ended, already.
     async fn admit(&mut self, run: &Run, spec: &JobSpec) -> Result<Option<LogWriter>, Error> {
         match self.life.admit(run.job, run.attempt) {
             Admission::Accepted if !self.breaker.admits() => return Err(unhealthy(self.id, self.life.state())),
@@ -399,7 +399,7 @@ impl Driver {
             start_timeout_ms: spec.start_timeout_ms,
             artifacts: spec.artifacts.clone(),
         };
-        if let Err(error) = self.dir.intend_attempt(&record).await {
+        if let Err(error) = self.dir.note_attempt(&record) {
             self.host.logs.close(run.job, run.attempt);
             return Err(failed(error));
         }

@@ -390,7 +390,7 @@ impl Host {
         crate::registry::until_answered("VM ended", || self.registry.end_vm(vm.id, state, true, reason)).await
     }
 
-    /// Runs an attempt; returns when it is on disk. `incarnation`: the node's that it was given to; 0: any.
+    /// Runs an attempt; returns when it is written down. `incarnation`: the node's that it was given to; 0: any.
     pub(crate) async fn run_job(
         &self,
         vm_id: VmId,

@@ -162,7 +162,7 @@ pub enum Input {
     AgentUp,
     /// The agent answered, and will never be of use.
     BootFailed { reason: String },
-    /// An attempt begins: it is on disk already, and [`Lifecycle::admit`] let it pass.
+    /// An attempt begins: it is written down already, and [`Lifecycle::admit`] let it pass.
     Run(Run),
     /// Its command has started.
     Started { at: Timestamp },

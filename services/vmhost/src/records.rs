@@ -6,8 +6,9 @@
 //!              <vm>/attempt.json   its latest attempt; how that ended is the last record of the attempt's log
 //!              <vm>/machine/       the hypervisor's
 //! ```
-//! A record is written beside its place, flushed and renamed, *before* it is acted on. What only refines a record (a boot id, a
-//! cause, an end) is not flushed: it survives the death of vmhost, and after that of the whole machine it means nothing any more.
+//! A VM's record is written beside its place, flushed and renamed, *before* it is acted on. An attempt's is written and renamed, and so is what
+//! only refines a record (a boot id, a cause, an end), but not flushed: that survives the death of vmhost. The death of the whole machine is
+//! the death of its VMs, and an attempt that a VM may have had by then is reported as lost, whether or not it is remembered.
 //!
 //! Nothing here knows processes, guests or the registry.
 
@@ -174,17 +175,12 @@ impl VmDir {
         flushed(self.path.join(VM), serde_json::to_vec(record)?).await
     }
 
-    /// Writes an attempt's record and waits for the disk.
-    pub(crate) async fn intend_attempt(&self, record: &AttemptRecord) -> io::Result<()> {
-        flushed(self.path.join(ATTEMPT), serde_json::to_vec(record)?).await
-    }
-
     /// Refines the VM's record, without waiting for the disk.
     pub(crate) fn note_vm(&self, record: &VmRecord) -> io::Result<()> {
         note(&self.path.join(VM), record)
     }
 
-    /// Refines the attempt's record, without waiting for the disk.
+    /// Writes an attempt's record, or refines it, without waiting for the disk.
     pub(crate) fn note_attempt(&self, record: &AttemptRecord) -> io::Result<()> {
         note(&self.path.join(ATTEMPT), record)
     }

@@ -19,13 +19,11 @@ use blixard::{
     },
     vm::{VmKind, VmState},
 };
+use blixard_chaos_kit::Rng;
 use blixard_chassis::{ReplicatedChannel, client};
 use tonic::{Code, Status};
 
-use crate::{
-    history::{Acknowledgement, History, Object, Outcome, Pair, Read, Registrations, Row, Shown, Step},
-    rng::Rng,
-};
+use crate::history::{Acknowledgement, History, Object, Outcome, Pair, Read, Registrations, Row, Shown, Step};
 
 /// How long a caller waits for an answer, in milliseconds.
 const DEADLINE_MS: std::ops::Range<u64> = 1_000..6_000;

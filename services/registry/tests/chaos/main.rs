@@ -1,7 +1,7 @@
 //! The registry's trial: three processes under load, and everything that can happen to them.
 //!
 //! ```text
-//!   network: a namespace for each replica ─ cluster: processes, supervisor ◄─ nemesis: seeded faults
+//!   kit's network: a namespace each ──────── cluster: processes, supervisor ◄─ nemesis: seeded faults
 //!                                               ▲
 //!   load: callers ─┬───────────────────────────┤      history ─► check ◄─ evidence: the replicas' SQLite files
 //!   watchers ──────┘                            └─►
@@ -17,18 +17,15 @@ mod evidence;
 mod history;
 mod load;
 mod nemesis;
-mod network;
-mod rng;
 mod watchers;
 
 use std::{
-    future::Future,
-    io::Write as _,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use blixard::pb::registry::v1::{self as wire, registry_service_client::RegistryServiceClient};
+use blixard_chaos_kit::{Network, Rng, run_in, say, seed, time};
 use blixard_chassis::{ReplicatedChannel, client};
 use rustix::process::Signal;
 use tokio::task::JoinSet;
@@ -38,8 +35,6 @@ use crate::{
     history::{History, Holdings},
     load::{Caller, Run},
     nemesis::{Fault, LeaderLoss, Nemesis, WELL_WITHIN, Whom},
-    network::Network,
-    rng::Rng,
     watchers::Watcher,
 };
 
@@ -52,45 +47,6 @@ const FIRST_START: Duration = Duration::from_secs(60);
 const SAME_WITHIN: Duration = Duration::from_secs(30);
 /// How long a majority may take no change, after it lost its leader.
 const LEADERLESS_AT_MOST: Duration = Duration::from_secs(30);
-
-/// Tells also those whose tests succeed.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "chaos: {text}");
-}
-
-/// The seed, which is told.
-fn seed() -> u64 {
-    let seed = match std::env::var("BLIXARD_CHAOS_SEED") {
-        Ok(seed) if !seed.is_empty() => seed.parse().expect("BLIXARD_CHAOS_SEED is a number"),
-        _ => u64::from(uuid::Uuid::new_v4().as_fields().0),
-    };
-    say(&format!("BLIXARD_CHAOS_SEED={seed}"));
-    seed
-}
-
-fn time(otherwise: Duration) -> Duration {
-    match std::env::var("BLIXARD_CHAOS_SECONDS") {
-        Ok(seconds) if !seconds.is_empty() => {
-            Duration::from_secs(seconds.parse().expect("BLIXARD_CHAOS_SECONDS is a number"))
-        }
-        _ => otherwise,
-    }
-}
-
-/// Runs in the callers' network.
-fn run_in<T: Send, F: Future<Output = T>>(network: &Network, work: impl FnOnce() -> F + Send) -> T {
-    let enter = network.entry();
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().on_thread_start(enter.clone()).build().unwrap();
-    let ours = move || {
-        enter();
-        runtime.block_on(work())
-    };
-    std::thread::scope(|scope| match scope.spawn(ours).join() {
-        Ok(output) => output,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })
-}
 
 /// Callers and watchers at work.
 struct Load {
@@ -238,7 +194,7 @@ impl Trial {
     fn start(seed: u64, entries_per_snapshot: u64) -> Self {
         say(&format!("{entries_per_snapshot} entries for a snapshot"));
         let settings = [("BLIXARD_TEST_ENTRIES_PER_SNAPSHOT", entries_per_snapshot.to_string())];
-        Self { cluster: Cluster::start(Network::new(), &settings), seed }
+        Self { cluster: Cluster::start(Network::new(3), &settings), seed }
     }
 
     /// Does its worst under load, and judges what is left. `worst` must leave three replicas that serve.
@@ -313,7 +269,7 @@ async fn reaches(asker: &Asker, id: u64, entries: u64) -> Result<(), String> {
 fn a_replica_that_stood_still_for_70_seconds_is_back_within_a_minute() {
     let mut rng = Rng::new(seed(), 0);
     let leads = rng.percent(50);
-    Trial::start(rng.next(), 10_000).run(async |cluster, asker, run| {
+    Trial::start(rng.draw(), 10_000).run(async |cluster, asker, run| {
         let leader = asker.wait_for(&IDS, FIRST_START).await?;
         let id = if leads { leader } else { leader % 3 + 1 };
         say(&format!("replica {id} stands still, replica {leader} leads"));

@@ -5,12 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blixard_chaos_kit::{Rng, say};
 use rustix::process::Signal;
 
 use crate::{
     cluster::{Asker, Cluster, IDS},
     load::Run,
-    rng::Rng,
 };
 
 /// How long the replicas have to serve again, all of them, once nothing is wrong any more. A snapshot's transfer, an
@@ -138,7 +138,7 @@ impl Nemesis<'_> {
 
     async fn well(&self) -> Result<u64, String> {
         let leader = self.asker.wait_for(&IDS, WELL_WITHIN).await?;
-        crate::say(&format!("{:>7} ms  all serve, replica {leader} leads", self.run.now_ms()));
+        say(&format!("{:>7} ms  all serve, replica {leader} leads", self.run.now_ms()));
         Ok(leader)
     }
 
@@ -152,7 +152,7 @@ impl Nemesis<'_> {
         let follower = *rng.pick(&followers);
         let one = |whom| if whom == Whom::Leader { leader } else { follower };
         let lasts = Duration::from_millis(rng.within(self.lasts_ms.clone()));
-        crate::say(&format!(
+        say(&format!(
             "{:>7} ms  {fault:?} for {lasts:?}, replica {leader} leads, follower {follower}",
             self.run.now_ms()
         ));

@@ -26,6 +26,7 @@ mod nodes;
 mod orders;
 mod pools;
 mod queue;
+mod reserve;
 mod schedule;
 mod settings;
 mod shape;
@@ -54,8 +55,8 @@ use self::{
     jobs::{Dependencies, JobEntry},
     nodes::{Fleet, after},
     orders::Orders,
-    queue::{Offer, Queue},
-    shape::{ImageId, Names, NodeIx, SiteId},
+    queue::{Offer, Queue, Wait},
+    shape::{ImageId, Names, NodeIx, ShapeId, SiteId},
     vms::{BootFailures, Creation, Evictable, VmCounts, VmEntry},
 };
 
@@ -146,6 +147,8 @@ enum Wake {
     Job(JobId),
     /// A node was Lost for too long, or is to be empty.
     Node(NodeIx),
+    /// The first job of a shape may have waited too long for room.
+    Starving(ShapeId),
 }
 
 /// See the module.
@@ -159,6 +162,10 @@ pub struct Engine {
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
     evictable: BTreeSet<Evictable>,
+    /// Nodes that start VMs for one shape only.
+    kept: BTreeMap<ShapeId, NodeIx>,
+    /// Shapes for which room is to be made, and what they wait for.
+    in_need: BTreeMap<ShapeId, Wait>,
     /// The latest revision of a VM that the watch has brought.
     watched_vms: u64,
     creations: BTreeMap<Ticket, Creation>,
@@ -195,6 +202,8 @@ impl Engine {
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
             evictable: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            in_need: BTreeMap::new(),
             watched_vms: 0,
             creations: BTreeMap::new(),
             next_ticket: 0,
@@ -284,6 +293,10 @@ impl Engine {
         self.lead = epoch;
         self.wakes.clear();
         self.orders = Orders::default();
+        self.in_need.clear();
+        for id in self.kept.keys().copied().collect::<Vec<_>>() {
+            self.give_back_room(id);
+        }
         self.boot_failures.clear();
         for (_, creation) in std::mem::take(&mut self.creations) {
             self.fleet.release(creation.node, creation.class.memory_mib);
@@ -447,6 +460,7 @@ impl Engine {
                 Wake::Vm(vm_id) => self.on_vm_timer(now, vm_id, effects),
                 Wake::Job(job_id) => self.on_job_timer(now, job_id, effects),
                 Wake::Node(ix) => self.on_node_timer(now, ix, effects),
+                Wake::Starving(id) => self.queue.open(id),
             }
         }
     }

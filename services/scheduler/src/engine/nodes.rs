@@ -17,7 +17,7 @@ use blixard::{
     vm::{VmConfig, VmKind},
 };
 
-use super::shape::{Class, Constraint, ImageId, Names, NodeIx, Shape, SiteId};
+use super::shape::{Class, Constraint, ImageId, Names, NodeIx, Shape, ShapeId, SiteId};
 
 /// Sites that nothing uses are kept up to this many: jobs alike come again.
 const KEPT_SITES: usize = 256;
@@ -56,6 +56,8 @@ pub(super) struct Place {
     /// It was Lost for too long: what was on it is given up.
     pub(super) given_up: bool,
     pub(super) timer: Option<Timestamp>,
+    /// VMs are started here for this shape only.
+    kept_for: Option<ShapeId>,
     images: Vec<ImageId>,
     free: BTreeMap<Class, BTreeSet<VmId>>,
     /// The sites it belongs to, with how much each likes it.
@@ -117,6 +119,7 @@ impl Fleet {
                 lost_since: None,
                 given_up: false,
                 timer: None,
+                kept_for: None,
                 images: Vec::new(),
                 free: BTreeMap::new(),
                 sites: BTreeMap::new(),
@@ -357,7 +360,7 @@ impl Fleet {
         let place = &mut self.places[ix.0 as usize];
         let Some(entry) = self.nodes.get_mut(&place.id) else { return };
         (entry.used_memory_mib, entry.vms) = (place.used_memory_mib, place.used_slots);
-        if place.state != Some(NodeState::Ready) || place.used_slots >= entry.node.max_vms {
+        if place.state != Some(NodeState::Ready) || place.used_slots >= entry.node.max_vms || place.kept_for.is_some() {
             return;
         }
         let free = entry.node.memory_mib.saturating_sub(place.used_memory_mib);
@@ -461,6 +464,34 @@ impl Fleet {
     pub(super) fn with_slots(&self, site: SiteId, image: ImageId, vcpus: u32) -> usize {
         let Some(site) = self.sites.get(&site) else { return 0 };
         site.rooms.range((image, vcpus)..=(image, u32::MAX)).map(|(_, rooms)| rooms.len()).sum()
+    }
+
+    /// Keeps a node's room for one shape, or gives it back to all.
+    pub(super) fn keep_for(&mut self, ix: NodeIx, shape: Option<ShapeId>) {
+        self.place_mut(ix).kept_for = shape;
+        self.relist_room(ix);
+    }
+
+    /// Whether another VM may be started on a node, memory aside.
+    pub(super) fn has_slot(&self, ix: NodeIx) -> bool {
+        self.is_ready(ix) && self.node(ix).is_some_and(|node| self.place(ix).used_slots < node.max_vms)
+    }
+
+    /// Memory of a node that no VM has.
+    pub(super) fn free_mib(&self, ix: NodeIx) -> u64 {
+        self.node(ix).map_or(0, |node| node.memory_mib.saturating_sub(self.place(ix).used_memory_mib))
+    }
+
+    /// Whether a node would have room for a VM of this class, were it empty, and is kept for nobody.
+    pub(super) fn could_hold(&self, ix: NodeIx, site: SiteId, class: &Class) -> bool {
+        let place = self.place(ix);
+        let Some(node) = self.node(ix) else { return false };
+        self.is_ready(ix)
+            && self.allows(site, ix)
+            && place.kept_for.is_none()
+            && place.images.contains(&class.image)
+            && node.vcpus >= class.vcpus
+            && node.memory_mib >= class.memory_mib.into()
     }
 
     /// Whether ending free VMs of ours on this node would make room for a VM of this class.

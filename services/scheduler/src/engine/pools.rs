@@ -12,7 +12,7 @@ use super::{
     Effect, Engine, LOOKS_PER_STEP, OWNER, OWNER_LABEL, Wake,
     nodes::after,
     queue::Wait,
-    shape::{Class, Constraint, ImageId, NodeIx, ShapeId, SiteId},
+    shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, SiteId},
     vms::VmEntry,
 };
 
@@ -162,31 +162,21 @@ impl Engine {
     }
 
     /// Makes room for a shape that waits: ends one idle VM of ours, unless one is ending for it already.
-    pub(super) fn evict_for(
-        &mut self,
-        id: ShapeId,
-        wait: Wait,
-        site: SiteId,
-        class: &Class,
-        effects: &mut Vec<Effect>,
-    ) {
-        let ending = self.queue.shapes.get(&id).and_then(|waiting| waiting.evicting);
-        let still = ending.and_then(|vm_id| self.vms.get(&vm_id));
+    pub(super) fn evict_for(&mut self, id: ShapeId, wait: Wait, effects: &mut Vec<Effect>) {
+        let Some(waiting) = self.queue.shapes.get(&id) else { return };
+        let (Shape::Like { site, .. }, Some(class)) = (waiting.shape, waiting.shape.wanted()) else { return };
+        let still = waiting.evicting.and_then(|vm_id| self.vms.get(&vm_id));
         if !self.settings.auto_scaling || still.is_some_and(|vm| vm.evicted || vm.state == VmState::Draining) {
             return;
         }
-        let room = self.fleet.room(site, class, self.settings.placement).is_some();
+        let room = self.fleet.room(site, &class, self.settings.placement).is_some();
         let helps = |vm: &VmEntry| match wait {
-            Wait::MaxVms => room || self.makes_room(vm.node, site, class),
+            Wait::MaxVms => room || self.makes_room(vm.node, site, &class),
             Wait::MaxServiceVms => vm.class.kind == VmKind::Service && vm.class.image == class.image,
-            _ => self.makes_room(vm.node, site, class),
+            _ => self.makes_room(vm.node, site, &class),
         };
-        // A fresh VM that a job is about to be given is no idle one.
-        let idle = |vm: &VmEntry| vm.class.kind == VmKind::Service || !self.queue.anyone_takes(&vm.class);
-        let oldest =
-            self.evictable.iter().take(LOOKS_PER_STEP).map(|(_, vm_id)| *vm_id).find(|vm_id| {
-                self.vms.get(vm_id).is_some_and(|vm| !self.fleet.is_lost(vm.node) && helps(vm) && idle(vm))
-            });
+        let mut idle = self.evictable.iter().take(LOOKS_PER_STEP).map(|(_, vm_id)| *vm_id);
+        let oldest = idle.find(|vm_id| self.vms.get(vm_id).is_some_and(|vm| !self.fleet.is_lost(vm.node) && helps(vm)));
         if let Some(vm_id) = oldest {
             self.drain(vm_id, "idle, and its room is needed".to_owned(), effects);
             if let Some(waiting) = self.queue.shapes.get_mut(&id) {

@@ -10,7 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use blixard::id::{JobId, VmId};
+use blixard::{
+    id::{JobId, VmId},
+    time::Timestamp,
+};
 
 use super::shape::{Class, ImageId, Shape, ShapeId, SiteId, TenantId};
 
@@ -75,10 +78,19 @@ pub(super) struct Waiting {
     pub(super) wait: Wait,
     /// VMs being started for it.
     boots: u32,
+    /// When one was started last.
+    pub(super) started_at: Timestamp,
     /// A VM that was ended to make room for it.
     pub(super) evicting: Option<VmId>,
     /// The fleet's version at which it was last found that some node could ever take it.
     pub(super) possible_at: Option<u64>,
+}
+
+impl Waiting {
+    /// Whether it is to be looked at.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -186,6 +198,7 @@ impl Queue {
             wait: Wait::Turn,
             boots: 0,
             evicting: None,
+            started_at: Timestamp(i64::MIN),
             possible_at: None,
         };
         self.shapes.insert(id, waiting);

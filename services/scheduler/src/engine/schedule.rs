@@ -18,6 +18,7 @@ use super::{
 impl Engine {
     /// Looks at the open shapes, the one whose turn it is first, until the step's bound is reached.
     pub(super) fn schedule(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        self.review_kept();
         let mut budget = LOOKS_PER_STEP.saturating_sub(self.queue.sweep(LOOKS_PER_STEP)).max(LOOKS_PER_PLACEMENT);
         while budget > 0
             && let Some(id) = self.queue.next()
@@ -27,9 +28,16 @@ impl Engine {
             let cost = if effects.len() > before { LOOKS_PER_PLACEMENT } else { 1 };
             budget = budget.saturating_sub(cost);
         }
+        // Only when every shape has been looked at is a VM that is still free one that nobody can have.
+        if !self.queue.has_work() {
+            for (id, wait) in std::mem::take(&mut self.in_need) {
+                self.evict_for(id, wait, effects);
+            }
+        }
     }
 
     fn look_at(&mut self, now: Timestamp, id: ShapeId, effects: &mut Vec<Effect>) {
+        self.in_need.remove(&id);
         let Some(shape) = self.queue.shapes.get(&id).map(|waiting| waiting.shape) else { return };
         let Some(head) = self.queue.head(id) else { return self.queue.close(id, Wait::Turn) };
         let (site, isolation) = match shape {
@@ -46,8 +54,12 @@ impl Engine {
             self.change_vm(vm_id, |entry| entry.made_for = Some((id, tenant)));
             return self.begin_boot(Some((id, tenant)), class.vcpus);
         }
-        match self.start_for(now, isolation, site, &class) {
+        match self.start_for(now, id, isolation, site, &class) {
             Ok(node) => {
+                self.give_back_room(id);
+                if let Some(waiting) = self.queue.shapes.get_mut(&id) {
+                    waiting.started_at = now;
+                }
                 let why = self.explain_start(now, job_id, site, &class, node);
                 let config = self.config_of(&class, &self.fleet.constraint(site));
                 self.create_vm(None, config, class, node, Some((id, tenant)), Some(why), effects);
@@ -57,7 +69,10 @@ impl Engine {
                     return self.fail_job(job_id, reason, false, effects);
                 }
                 if wait.for_room() {
-                    self.evict_for(id, wait, site, &class, effects);
+                    self.in_need.insert(id, wait);
+                }
+                if wait == Wait::Room {
+                    self.keep_room(now, id, job_id, site, &class);
                 }
                 self.queue.close(id, wait);
             }
@@ -98,7 +113,14 @@ impl Engine {
     }
 
     /// Where to start a VM for jobs like these, or why none is.
-    fn start_for(&self, now: Timestamp, isolation: Isolation, site: SiteId, class: &Class) -> Result<NodeIx, Wait> {
+    fn start_for(
+        &self,
+        now: Timestamp,
+        id: ShapeId,
+        isolation: Isolation,
+        site: SiteId,
+        class: &Class,
+    ) -> Result<NodeIx, Wait> {
         if self.boot_pause(now, class.image) {
             return Err(Wait::BootPause);
         }
@@ -111,7 +133,10 @@ impl Engine {
                 return Err(Wait::MaxServiceVms);
             }
         }
-        self.room_for(site, class).map(|(_, _, node)| node)
+        match self.room_for(site, class) {
+            Err(Wait::Room) => self.kept_room(id, class).ok_or(Wait::Room),
+            room => room.map(|(_, _, node)| node),
+        }
     }
 
     pub(super) fn room_for(&self, site: SiteId, class: &Class) -> Result<(u32, u64, NodeIx), Wait> {

@@ -441,6 +441,40 @@ fn engines_count_what_waits_and_what_runs() {
 }
 
 #[test]
+fn room_is_kept_for_a_large_job_that_small_ones_would_starve() {
+    let mut engine = engine(Settings { max_vms: 100, ..settings() });
+    let small = || spec(|s| (s.isolation, s.memory_mib) = (Isolation::Maximum, 1024));
+    for id in 1..=20 {
+        engine.step(at(0), Input::Job(queued(id, 10 + id as u64, small())));
+    }
+    engine.step(at(0), Input::Job(queued(50, 60, spec(|s| s.memory_mib = 3000))));
+    // A VM of a small job ends: how many are started in its place, of which size?
+    let mut revision = 100;
+    let mut end_one = |engine: &mut Engine, now: Timestamp| -> Vec<u32> {
+        let ticket = *engine.creations.keys().next().expect("a VM that is being created");
+        let mut created = vm(revision.into(), revision, VmKind::Ephemeral, VmState::Starting);
+        created.config.memory_mib = 1024;
+        let failed = Vm { state: VmState::Terminated, revision: revision + 1, ..created.clone() };
+        revision += 2;
+        let mut effects = engine.step(now, Input::Created { ticket, result: Ok(created) });
+        effects.extend(engine.step(now, Input::Vm(failed)));
+        let size = |effect: &Effect| match effect {
+            Effect::CreateVm { config, .. } => Some(config.memory_mib),
+            _ => None,
+        };
+        effects.iter().filter_map(size).collect()
+    };
+    assert_eq!(end_one(&mut engine, at(1)), [1024]);
+    assert_eq!(end_one(&mut engine, at(59)), [1024], "its patience is not over");
+    engine.step(at(60), Input::Tick);
+    assert_eq!(end_one(&mut engine, at(61)), [0; 0], "it is kept for the large one");
+    assert_eq!(end_one(&mut engine, at(62)), [0; 0]);
+    assert_eq!(end_one(&mut engine, at(63)), [3000]);
+    assert_eq!(end_one(&mut engine, at(64)), [1024], "then it is everybody's again");
+    assert_eq!(engine.broken_invariant(), None);
+}
+
+#[test]
 fn a_vm_is_not_held_for_a_job_whose_attempt_is_over_in_whatever_order_that_is_heard() {
     let given = |engine: &mut Engine| {
         engine.step(at(0), free_vm(7));

@@ -62,9 +62,9 @@ fn what_follows_when_a_vm_changes() {
 #[test]
 fn what_follows_when_a_job_changes() {
     let mut table = String::new();
-    let befores = [None, Some(JobState::Queued), Some(JobState::Assigned), Some(JobState::Running)];
+    let earlier = [None, Some(JobState::Queued), Some(JobState::Assigned), Some(JobState::Running)];
     for cancel_requested in [false, true] {
-        for before in befores {
+        for before in earlier {
             for after in JobState::ALL {
                 if before.is_some_and(|before| !before.may_go_to(after)) {
                     continue;

@@ -1,11 +1,11 @@
-//! A network of one's own for three replicas and their callers.
+//! A network of one's own for processes and their callers.
 //!
 //! ```text
-//!   namespace of callers:  bridge 10.99.0.254 ── r1 ── r2 ── r3          taking down r2 cuts replica 2 off from everybody
+//!   namespace of callers:  bridge 10.99.0.254 ── h1 ── h2 ── h3 …        taking down h2 cuts host 2 off from everybody
 //!                                               │     │     │
-//!   namespaces of replicas:          10.99.0.1 eth0  eth0  eth0          a wrong neighbour entry cuts two off from each other
+//!   namespaces of hosts:             10.99.0.1 eth0  eth0  eth0          a wrong neighbour entry cuts two off from each other
 //! ```
-//! Where namespaces can't be made, replicas have addresses of 127.0.0.0/8 and can't be cut off. Everything has the id of this
+//! Where namespaces can't be made, hosts have addresses of 127.0.0.0/8 and can't be cut off. Everything has the id of this
 //! process in its name, and a run sweeps away what dead processes have left.
 
 use std::{
@@ -31,27 +31,38 @@ const NOBODY: &str = "02:00:00:00:00:ff";
 
 static NETWORKS: AtomicU32 = AtomicU32::new(0);
 
+/// The most hosts of a network: without namespaces they are told apart by four bits of their addresses.
+const MOST_HOSTS: u64 = 15;
+
 /// Removed when it is dropped, with its directory.
-pub(crate) struct Network {
+pub struct Network {
     name: String,
-    /// Whether replicas can be cut off.
-    pub(crate) partitions: bool,
-    /// For whatever the replicas need.
-    pub(crate) dir: PathBuf,
-    /// Without namespaces: the address of each replica, but for the last two bits.
+    /// They are 1 to this.
+    hosts: u64,
+    /// Whether hosts can be cut off.
+    pub partitions: bool,
+    /// For whatever the hosts need.
+    pub dir: PathBuf,
+    /// Without namespaces: the address of each host, but for the last four bits.
     loopback: u32,
 }
 
 impl Network {
-    pub(crate) fn new() -> Self {
+    /// With hosts 1 to `hosts`.
+    ///
+    /// # Panics
+    /// Too many hosts.
+    #[must_use]
+    pub fn new(hosts: u64) -> Self {
+        assert!(hosts <= MOST_HOSTS, "at most {MOST_HOSTS} hosts");
         sweep();
         let number = NETWORKS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
         let dir = std::env::temp_dir().join(&name);
         fs::create_dir_all(&dir).unwrap();
         // Of dead processes' networks nothing is left, so this tells them apart well enough.
-        let loopback = (127 << 24) | ((std::process::id() & 0xffff) << 8) | ((number & 0x3f) << 2);
-        let mut network = Self { name, partitions: false, dir, loopback };
+        let loopback = (127 << 24) | ((std::process::id() & 0xffff) << 8) | ((number & 0xf) << 4);
+        let mut network = Self { name, hosts, partitions: false, dir, loopback };
         match network.make_namespaces() {
             Ok(()) => network.partitions = true,
             Err(error) => crate::say(&format!(
@@ -69,8 +80,8 @@ impl Network {
         for device in ["lo", "bridge"] {
             ip(&["-n", &callers, "link", "set", device, "up"])?;
         }
-        for id in 1..=3 {
-            let (own, port, address) = (self.namespace(id), format!("r{id}"), format!("{}/24", replica_address(id)));
+        for id in 1..=self.hosts {
+            let (own, port, address) = (self.namespace(id), format!("h{id}"), format!("{}/24", address(id)));
             ip(&["netns", "add", &own])?;
             let pair = ["link", "add", &port, "netns", &callers, "type", "veth", "peer", "name", "eth0", "netns", &own];
             ip(&pair)?;
@@ -83,35 +94,44 @@ impl Network {
         Ok(())
     }
 
-    /// Where a replica is; 0: its callers.
+    /// Where a host is; 0: the callers.
     fn namespace(&self, id: u64) -> String {
         format!("{}-{id}", self.name)
     }
 
-    /// Address and ports of a replica, as the list of replicas has them.
-    pub(crate) fn address(&self, id: u64) -> String {
-        if self.partitions {
-            return format!("{}:50052/50062/50072", replica_address(id));
+    /// The address of a host.
+    #[must_use]
+    pub fn address(&self, id: u64) -> String {
+        match self.partitions {
+            true => address(id),
+            false => std::net::Ipv4Addr::from(self.loopback | u32::try_from(id).unwrap()).to_string(),
         }
-        let host = std::net::Ipv4Addr::from(self.loopback | u32::try_from(id).unwrap());
-        let sockets = [(); 3].map(|()| TcpListener::bind((host, 0)).unwrap());
-        let [grpc, raft, api] = sockets.each_ref().map(|socket| socket.local_addr().unwrap().port());
-        format!("{host}:{grpc}/{raft}/{api}")
     }
 
-    /// A command that runs as a replica.
-    pub(crate) fn command(&self, id: u64, program: &str) -> Command {
+    /// Ports of a host: these, where it is alone with its network, else free ones.
+    #[must_use]
+    pub fn ports<const N: usize>(&self, id: u64, wanted: [u16; N]) -> [u16; N] {
+        if self.partitions {
+            return wanted;
+        }
+        let sockets = wanted.map(|_| TcpListener::bind((self.address(id), 0)).unwrap());
+        sockets.each_ref().map(|socket| socket.local_addr().unwrap().port())
+    }
+
+    /// A command that runs on a host.
+    #[must_use]
+    pub fn command(&self, id: u64, program: &Path) -> Command {
         if !self.partitions {
             return Command::new(program);
         }
         // It becomes the program, with the same process id.
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.namespace(id), program]);
+        command.args(["netns", "exec", &self.namespace(id)]).arg(program);
         command
     }
 
     /// What makes a thread one of the callers'.
-    pub(crate) fn entry(&self) -> impl Fn() + Clone + Send + Sync + 'static {
+    pub fn entry(&self) -> impl Fn() + Clone + Send + Sync + 'static {
         let path = self.partitions.then(|| Path::new("/run/netns").join(self.namespace(0)));
         move || {
             let Some(path) = &path else { return };
@@ -120,16 +140,16 @@ impl Network {
         }
     }
 
-    /// Cuts a replica off from the other replicas and from callers, or ends that.
-    pub(crate) fn isolate(&self, id: u64, cut: bool) {
+    /// Cuts a host off from the other hosts and from callers, or ends that.
+    pub fn isolate(&self, id: u64, cut: bool) {
         let state = if cut { "down" } else { "up" };
-        ip(&["-n", &self.namespace(0), "link", "set", &format!("r{id}"), state]).unwrap();
+        ip(&["-n", &self.namespace(0), "link", "set", &format!("h{id}"), state]).unwrap();
     }
 
-    /// Cuts two replicas off from each other, or ends that; callers reach both.
-    pub(crate) fn cut(&self, one: u64, other: u64, cut: bool) {
+    /// Cuts two hosts off from each other, or ends that; callers reach both.
+    pub fn cut(&self, one: u64, other: u64, cut: bool) {
         for (here, there) in [(one, other), (other, one)] {
-            let (namespace, address) = (self.namespace(here), replica_address(there));
+            let (namespace, address) = (self.namespace(here), address(there));
             let entry: &[&str] = match cut {
                 true => &[
                     "-n",
@@ -154,18 +174,18 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         if self.partitions {
-            (0..=3).for_each(|id| drop(ip(&["netns", "delete", &self.namespace(id)])));
+            (0..=self.hosts).for_each(|id| drop(ip(&["netns", "delete", &self.namespace(id)])));
         }
         if std::env::var_os(KEEP).is_some() {
             let kept = std::env::temp_dir().join(format!("kept-{}", self.name));
             let _ = fs::rename(&self.dir, &kept);
-            crate::say(&format!("what the replicas left is in {}", kept.display()));
+            crate::say(&format!("what the processes left is in {}", kept.display()));
         }
         let _ = fs::remove_dir_all(&self.dir);
     }
 }
 
-fn replica_address(id: u64) -> String {
+fn address(id: u64) -> String {
     format!("10.99.0.{id}")
 }
 
@@ -183,6 +203,12 @@ fn is_left_over(name: &str) -> bool {
     id.is_some_and(|id| !Path::new("/proc").join(id).exists())
 }
 
+/// Whether a path is in the directory of such a run.
+fn is_below_left_over(path: &Path) -> bool {
+    let below = path.strip_prefix(std::env::temp_dir()).ok();
+    below.and_then(|path| path.iter().next()?.to_str()).is_some_and(is_left_over)
+}
+
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
@@ -192,10 +218,11 @@ fn names(dir: &Path) -> Vec<String> {
 fn sweep() {
     for name in names(Path::new("/proc")) {
         let Some(pid) = name.parse().ok().and_then(Pid::from_raw) else { continue };
-        let command = fs::read(Path::new("/proc").join(&name).join("cmdline")).unwrap_or_default();
+        let of_process = Path::new("/proc").join(&name);
+        let command = fs::read(of_process.join("cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command);
-        let mut words = command.split('\0').filter_map(|word| Path::new(word).strip_prefix(std::env::temp_dir()).ok());
-        if words.any(|path| path.iter().next().and_then(|name| name.to_str()).is_some_and(is_left_over)) {
+        let directory = fs::read_link(of_process.join("cwd")).unwrap_or_default();
+        if command.split('\0').map(Path::new).chain([directory.as_path()]).any(is_below_left_over) {
             let _ = kill_process(pid, Signal::KILL);
         }
     }

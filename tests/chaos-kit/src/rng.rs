@@ -4,17 +4,17 @@ use std::ops::Range;
 
 /// SplitMix64: small, and good enough to choose faults by.
 #[derive(Debug, Clone)]
-pub(crate) struct Rng(u64);
+pub struct Rng(u64);
 
 impl Rng {
     /// A stream of its own for each `part` of a run.
-    pub(crate) fn new(seed: u64, part: u64) -> Self {
+    pub fn new(seed: u64, part: u64) -> Self {
         let mut rng = Self(seed ^ part.wrapping_mul(0xd6e8_feb8_6659_fd93));
-        rng.next();
+        rng.draw();
         rng
     }
 
-    pub(crate) fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -22,21 +22,21 @@ impl Rng {
         mixed ^ (mixed >> 31)
     }
 
-    pub(crate) fn within(&mut self, range: Range<u64>) -> u64 {
-        range.start + self.next() % (range.end - range.start)
+    pub fn within(&mut self, range: Range<u64>) -> u64 {
+        range.start + self.draw() % (range.end - range.start)
     }
 
     /// True this many times of a hundred.
-    pub(crate) fn percent(&mut self, percent: u64) -> bool {
+    pub fn percent(&mut self, percent: u64) -> bool {
         self.within(0..100) < percent
     }
 
-    pub(crate) fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[usize::try_from(self.within(0..from.len() as u64)).unwrap()]
     }
 
-    pub(crate) fn uuid(&mut self) -> String {
-        let bytes = [self.next().to_be_bytes(), self.next().to_be_bytes()].concat();
+    pub fn uuid(&mut self) -> String {
+        let bytes = [self.draw().to_be_bytes(), self.draw().to_be_bytes()].concat();
         uuid::Builder::from_random_bytes(bytes.try_into().unwrap()).into_uuid().to_string()
     }
 }

@@ -719,7 +719,8 @@ fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, at: Timestamp) -> Stat
                 job_id.text(),
                 attempt.into(),
                 state.as_str().into(),
-                exit.is_some().into(),
+                // Whether it has started: of one that was lost sight of, its start may be all that is known.
+                (exit.is_some() || started_at.is_some()).into(),
                 code.into(),
                 signal.into(),
                 integer(exit.map_or(0, |exit| exit.user_time_ms)),

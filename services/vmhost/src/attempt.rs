@@ -96,7 +96,19 @@ impl AttemptHandle {
         let ending = CancellationToken::new();
         let Lifelines { link, inputs, lease, events } = lifelines;
         let own = ending.clone();
-        let pump = Pump { assignment, log, link, inputs, input: None, lease, events, ending: own, asked, heard: false };
+        let pump = Pump {
+            assignment,
+            log,
+            link,
+            inputs,
+            input: None,
+            lease,
+            events,
+            ending: own,
+            asked,
+            heard: false,
+            started_at: None,
+        };
         (Self { close, closed, ending }, pump.run(close_receiver, closed_sender))
     }
 
@@ -126,6 +138,8 @@ struct Pump {
     asked: bool,
     /// Whether the guest has answered on the latest connection.
     heard: bool,
+    /// When the command started, once the guest has said so.
+    started_at: Option<Timestamp>,
 }
 
 /// Why a conversation ended.
@@ -153,7 +167,8 @@ impl Pump {
             Outcome::Lost { started, reason } => Outcome::Lost { started: started && self.asked, reason },
             result @ Outcome::Result { .. } => result,
         };
-        let end = EndRecord { outcome, end_offset: self.log.next_offset(), finished_at: Timestamp::now() };
+        let (end_offset, started_at) = (self.log.next_offset(), self.started_at);
+        let end = EndRecord { outcome, end_offset, finished_at: Timestamp::now(), started_at };
         self.log.finish(end).await
     }
 
@@ -270,7 +285,9 @@ impl Pump {
             if let Some(started) = batch.started {
                 // From now on it is attached to, never begun.
                 (self.assignment.spec, self.input) = (None, None);
-                let at = started.started_at.map_or_else(Timestamp::now, Timestamp::from);
+                let now = Timestamp::now();
+                let at = started.started_at.map_or(now, Timestamp::from).min(now);
+                self.started_at = Some(at);
                 self.tell(Input::Started { at }).await;
             }
             if let Err(error) = self.log.append(&batch.output) {

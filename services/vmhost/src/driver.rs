@@ -589,7 +589,8 @@ impl Driver {
             Some(Attempt::Running(handle)) => handle.close(outcome).await,
             Some(Attempt::Open(log)) => {
                 let end_offset = log.next_offset();
-                let end = crate::logs::EndRecord { outcome, end_offset, finished_at: Timestamp::now() };
+                let end =
+                    crate::logs::EndRecord { outcome, end_offset, finished_at: Timestamp::now(), started_at: None };
                 Some(log.finish(end).await)
             }
             None => None,

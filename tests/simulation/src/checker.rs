@@ -11,7 +11,7 @@ use std::{
 use blixard::{
     id::{JobId, NodeId, VmId},
     job::{Job, JobState},
-    node::Node,
+    node::{Node, NodeState},
     vm::{Vm, VmState},
 };
 
@@ -139,6 +139,13 @@ impl Checker {
     /// A user asks for one job, under this id, because of this wish: however often, it is one job.
     pub fn asked(&mut self, wish: JobId, id: JobId) {
         self.wishes.insert(id, wish);
+    }
+
+    /// Nodes that take no work because a user wants it so.
+    #[must_use]
+    pub fn closed_nodes(&self) -> Vec<String> {
+        let closed = self.nodes.values().filter(|node| node.wanted != NodeState::Ready);
+        closed.map(|node| node.id.to_string()).collect()
     }
 
     /// A user was told that a job is queued.

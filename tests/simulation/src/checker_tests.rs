@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
     job::{ExitKind, ExitStatus, Isolation, JobSpec, Retry, RetryOn},
-    node::NodeState,
     time::Timestamp,
     vm::{VmConfig, VmKind},
 };

@@ -260,9 +260,16 @@ impl Registry {
         if now.is_terminal() || vm.node_id != self.node_id.as_str() {
             return Ok(());
         }
-        if !vm.job_id.is_empty() && self.lose_attempt(&vm, started, reason).await? {
-            // That was a change of the VM too: look again.
-            return Err(Error::new(Reason::StaleGeneration, "the VM changed"));
+        if !vm.job_id.is_empty() {
+            // First it takes no more jobs: as long as it looks free, the scheduler, which does not know yet, gives it the next
+            // one as soon as one is lost, for ever.
+            if now != VmState::Draining {
+                self.transition(vm_id, VmState::Draining, 0, reason).await?;
+                return Err(Error::new(Reason::StaleGeneration, "the VM changed"));
+            }
+            if self.lose_attempt(&vm, started, reason).await? {
+                return Err(Error::new(Reason::StaleGeneration, "the VM changed"));
+            }
         }
         let kind = blixard::vm::VmKind::from_pb("vm.config.kind", vm.config.unwrap_or_default().kind)?;
         let step = if now.may_go_to(state, kind) { state } else { VmState::Draining };

@@ -34,6 +34,10 @@ pub(crate) async fn register(host: &Arc<Host>) -> Option<u64> {
     });
     match registered.await {
         Ok(node) => {
+            // What was given up in the moment before the node registered is only seen now; afterwards nothing is any more.
+            if let Err(error) = until_answered("looking again", || reconcile(host)).await {
+                tracing::warn!(%error, "the registry could not be asked again after the node registered");
+            }
             host.lease.answered(*first_sent.get_or_init(node_lease::now));
             tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered");
             Some(node.incarnation)

@@ -422,6 +422,8 @@ impl Host {
                 self.registry.register(request.clone()).await
             });
             let Ok(incarnation) = registered.await else { return };
+            // What was given up in the moment before the node registered is only seen now.
+            let _ = self.registry.until_answered(|| self.reconcile()).await;
             if let Some(sent) = first_sent.get() {
                 self.lease.borrow_mut().answered(sent);
             }

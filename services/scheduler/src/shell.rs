@@ -8,7 +8,7 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use blixard::{
@@ -28,7 +28,7 @@ use uuid::Uuid;
 
 use crate::{
     SchedulerConfig,
-    control::{Action, Call, Change, Control, Event, Identity, Listing, Reply, Round},
+    control::{Action, Call, Change, Clock, Control, Event, Identity, Listing, Reply, Round},
     engine::Decision,
     feed::Feed,
     peers::{CALL_TIMEOUT, Peers, missing, peer_error},
@@ -138,6 +138,8 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
     };
     let shell = Shell {
         control,
+        clock: Clock::default(),
+        begun: Instant::now(),
         inbox,
         peers,
         feed,
@@ -163,6 +165,9 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
 
 struct Shell {
     control: Control,
+    clock: Clock,
+    /// From when the steady clock counts.
+    begun: Instant,
     inbox: mpsc::Receiver<Message>,
     peers: Peers,
     feed: Feed,
@@ -280,7 +285,17 @@ impl Shell {
     }
 
     fn handle(&mut self, event: Event) {
-        for action in self.control.handle(Timestamp::now(), event) {
+        let now = Timestamp::now();
+        if self.clock.was_set(now, self.begun.elapsed()) {
+            let actions = self.control.handle(now, Event::ClockSet);
+            self.carry_out(actions);
+        }
+        let actions = self.control.handle(now, event);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
             match action {
                 Action::List { round } => self.list(round),
                 Action::Watch { round, start_revision } => self.open_watch(round, start_revision),

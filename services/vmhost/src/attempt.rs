@@ -55,6 +55,8 @@ pub(crate) struct Assignment {
     pub(crate) attempt: u32,
     /// `None`: it was begun by an earlier vmhost; only attach to it.
     pub(crate) spec: Option<common::JobSpec>,
+    /// The node's incarnation under which it was admitted: with the next one it may have been given to another node.
+    pub(crate) incarnation: u64,
     /// The boot of the guest that may run it.
     pub(crate) guest_boot: String,
     /// Files that are kept when its command has ended.
@@ -210,7 +212,9 @@ impl Pump {
             self.tell(not_begun("it was ended before it began")).await;
             return Broken::Final;
         }
-        if self.lease.for_guest_ms().is_none() && !self.asked {
+        // A lease that was over and is had again may find it given to another node, if this one was held up in between.
+        let may_begin = self.lease.for_guest_ms().is_some() && self.lease.incarnation() == self.assignment.incarnation;
+        if !may_begin && !self.asked {
             self.tell(not_begun(LEASE_OVER)).await;
             return Broken::Final;
         }

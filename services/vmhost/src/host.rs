@@ -422,7 +422,7 @@ impl Host {
         }
         let limits = Limits { run: spec.timeout, start: spec.start_timeout };
         let answer = match self.vm(vm_id) {
-            Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into()).await,
+            Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into(), current).await,
             None => Err(Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)),
         };
         if let Err(error) = &answer

@@ -38,6 +38,8 @@ pub(crate) async fn register(host: &Arc<Host>) -> Option<u64> {
             if let Err(error) = until_answered("looking again", || reconcile(host)).await {
                 tracing::warn!(%error, "the registry could not be asked again after the node registered");
             }
+            // In this order: nobody finds the lease again and the incarnation before.
+            host.lease.registered(node.incarnation);
             host.lease.answered(*first_sent.get_or_init(node_lease::now));
             tracing::info!(node_id = node.id, incarnation = node.incarnation, "node registered");
             Some(node.incarnation)

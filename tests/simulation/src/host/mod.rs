@@ -138,7 +138,7 @@ fn stale(job: JobId, attempt: u32, current: u32) -> Error {
 }
 
 /// The time of a clock that never jumps.
-fn monotonic(world: &World) -> Duration {
+pub(crate) fn monotonic(world: &World) -> Duration {
     world.kernel.now().since(Instant::default())
 }
 

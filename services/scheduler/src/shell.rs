@@ -36,7 +36,8 @@ use crate::{
 
 /// Requests and answers that wait for the loop. Each takes microseconds; senders wait when it is full.
 const INBOX: usize = 1024;
-/// Calls under way at once: enough to fill the registry's group commit, few enough not to crowd out users' calls.
+/// Calls to the registry under way at once: enough to fill its group commit, few enough not to crowd out users' calls. As many
+/// to vmhosts, counted apart: what a node that is cut off does not answer must not keep anything from being recorded.
 const CALLS_AT_ONCE: usize = 512;
 /// Deadline of the question for the lease: shorter than the lease, so that it can be asked again.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -133,7 +134,8 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
     let caller = Caller {
         peers: peers.clone(),
         answers: sender.clone(),
-        slots: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+        to_registry: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+        to_vmhosts: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
         tasks: tasks.child(),
     };
     let shell = Shell {
@@ -374,7 +376,8 @@ async fn next_change(
 struct Caller {
     peers: Peers,
     answers: mpsc::Sender<Message>,
-    slots: Arc<Semaphore>,
+    to_registry: Arc<Semaphore>,
+    to_vmhosts: Arc<Semaphore>,
     tasks: Tasks,
 }
 
@@ -390,7 +393,8 @@ impl Caller {
     fn call(&self, call: u64, to: Call) {
         let this = self.clone();
         self.spawn("call", async move {
-            let _slot = this.slots.acquire().await;
+            let slots = if to.node().is_some() { &this.to_vmhosts } else { &this.to_registry };
+            let _slot = slots.acquire().await;
             Event::Answered { call, result: this.perform(to).await }
         });
     }

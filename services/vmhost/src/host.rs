@@ -426,7 +426,7 @@ impl Host {
             None => Err(Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)),
         };
         if let Err(error) = &answer
-            && matches!(error.reason, Reason::VmNotFound | Reason::VmNotAccepting)
+            && matches!(error.reason, Reason::VmNotFound | Reason::VmNotAccepting | Reason::Internal)
         {
             // The scheduler will give it to another: an order that comes again, late, must not begin it here.
             self.logs.refuse(job, attempt, &error.message).await;

@@ -332,6 +332,10 @@ impl Control {
             LeaseChange::None => {}
             LeaseChange::Won(epoch) => {
                 tracing::info!(epoch, "this scheduler leads");
+                if self.engine.leads() {
+                    let name = &self.identity.name;
+                    tracing::warn!(name, "the lease changed hands meanwhile; is there another scheduler of this name?");
+                }
                 // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
                 if self.engine.leads() {
                     self.calls.give_up();

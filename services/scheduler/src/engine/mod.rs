@@ -371,6 +371,7 @@ impl Engine {
         let restarted = known.is_some_and(|known| {
             known.incarnation < node.incarnation || (known.state == NodeState::Lost && node.state != NodeState::Lost)
         });
+        let returned = known.is_some_and(|known| known.state == NodeState::Lost && node.state != NodeState::Lost);
         let version = self.fleet.version;
         let ix = self.fleet.set(now, node, &mut self.images);
         if restarted {
@@ -380,6 +381,12 @@ impl Engine {
             self.queue.offer_to_all(Offer::Room);
         }
         self.node_changed(now, ix, effects);
+        if returned {
+            // While it was Lost nobody looked after them.
+            for vm_id in self.vms_on(ix) {
+                self.tend(now, vm_id, effects);
+            }
+        }
     }
 
     /// Offers what a node has, or takes from it what it must give up; sets its timer.
@@ -407,16 +414,15 @@ impl Engine {
                     self.queue.offer(image, Offer::Room);
                 }
                 for vm_id in self.vms_on(ix) {
-                    self.tend(now, vm_id, effects);
                     self.offer_to_its_jobs(vm_id);
                 }
             }
-            Some(NodeState::Draining | NodeState::Cordoned) => {
+            Some(NodeState::Draining) => {
                 for vm_id in self.vms_on(ix) {
                     self.tend(now, vm_id, effects);
                 }
             }
-            Some(NodeState::Lost) | None => {}
+            Some(NodeState::Cordoned | NodeState::Lost) | None => {}
         }
     }
 

@@ -8,7 +8,7 @@ use super::spec::{check_env, check_path};
 use crate::{
     error::{Error, invalid},
     limits,
-    pb::common::v1 as pb,
+    pb::{common::v1 as pb, guest::v1 as guest},
 };
 
 /// Checked. Secrets are in clear here; they are sealed before they are stored, and never printed.
@@ -93,17 +93,40 @@ impl From<InputFile> for pb::InputFile {
     }
 }
 
-/// Without the secrets.
+/// Without the secrets, and without what files and standard input may hide.
 impl fmt::Debug for JobInput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<_> = self.secrets.keys().collect();
-        let files: Vec<_> = self.files.iter().map(|file| &file.path).collect();
-        f.debug_struct("JobInput")
-            .field("stdin_bytes", &self.stdin.len())
-            .field("files", &files)
-            .field("secrets", &names)
-            .finish()
+        show("JobInput", f, &self.stdin, self.files.iter().map(|file| &file.path), self.secrets.keys())
     }
+}
+
+/// As it is on the wire; likewise.
+impl fmt::Debug for pb::JobInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let secrets = self.secrets.keys().chain(self.sealed_secrets.keys());
+        show("JobInput", f, &self.stdin, self.files.iter().map(|file| &file.path), secrets)
+    }
+}
+
+/// As a guest is given it; likewise.
+impl fmt::Debug for guest::GuestInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        show("GuestInput", f, &self.stdin, self.files.iter().map(|file| &file.path), self.secrets.keys())
+    }
+}
+
+fn show<'a>(
+    name: &str,
+    f: &mut fmt::Formatter<'_>,
+    stdin: &[u8],
+    files: impl Iterator<Item = &'a String>,
+    secrets: impl Iterator<Item = &'a String>,
+) -> fmt::Result {
+    f.debug_struct(name)
+        .field("stdin_bytes", &stdin.len())
+        .field("files", &files.collect::<Vec<_>>())
+        .field("secrets", &secrets.collect::<Vec<_>>())
+        .finish()
 }
 
 #[cfg(test)]
@@ -133,7 +156,10 @@ mod tests {
             assert!(!error.to_string().contains("xyz"), "{error}");
         }
         let secrets = BTreeMap::from([("TOKEN".to_owned(), "hunter2".to_owned())]);
-        let input = JobInput::parse("input", pb::JobInput { secrets, ..Default::default() }).expect("valid");
-        assert!(!format!("{input:?}").contains("hunter2"));
+        let on_the_wire = pb::JobInput { secrets: secrets.clone(), ..Default::default() };
+        let given =
+            guest::RunStart { input: Some(guest::GuestInput { secrets, ..Default::default() }), ..Default::default() };
+        let shown = format!("{on_the_wire:?} {given:?} {:?}", JobInput::parse("input", on_the_wire.clone()));
+        assert!(shown.contains("TOKEN") && !shown.contains("hunter2"), "{shown}");
     }
 }

@@ -645,7 +645,7 @@ static FINISH: LazyLock<String> = LazyLock::new(|| {
         "UPDATE jobs SET state = ?3, attempt_end = 'result', \
              attempts_started = attempts_started + (started_at IS NULL AND ?4), started_at = coalesce(started_at, ?15), \
              exit_code = ?5, signal = ?6, user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
-             reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, finished_at = ?12, \
+             reason = iif(cancel_requested AND reason <> '' AND (?11 = '' OR ?3 = 'Cancelled'), reason, ?11), cancel_requested = 0, finished_at = ?12, \
              expires_ms = ?14 + nullif(result_ttl_ms, 0), \
              generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13 \
          WHERE id = ?1 AND attempt = ?2 AND state IN ({})",
@@ -660,7 +660,7 @@ static FINISH_OR_RETRY: LazyLock<String> = LazyLock::new(|| {
         "UPDATE jobs SET state = iif(again, '{}', ?3), attempt_end = iif(again, ?3, 'result'), \
              attempts_started = iif(again OR ?4, counted, attempts_started), started_at = coalesce(started_at, ?15), \
              exit_code = ?5, signal = ?6, user_time_ms = ?7, system_time_ms = ?8, max_rss_kib = ?9, log_bytes = ?10, \
-             reason = iif(?11 = '' AND cancel_requested, reason, ?11), cancel_requested = 0, \
+             reason = iif(cancel_requested AND reason <> '' AND (?11 = '' OR ?3 = 'Cancelled'), reason, ?11), cancel_requested = 0, \
              finished_at = iif(again, NULL, ?12), queued_at = iif(again, ?13, queued_at), \
              not_before_ms = {}, expires_ms = iif(again, NULL, ?14 + nullif(result_ttl_ms, 0)), \
              generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?13 \
@@ -719,7 +719,8 @@ fn finish(job_id: JobId, attempt: u32, outcome: &Outcome, at: Timestamp) -> Stat
                 job_id.text(),
                 attempt.into(),
                 state.as_str().into(),
-                exit.is_some().into(),
+                // Whether it has started: of one that was lost sight of, its start may be all that is known.
+                (exit.is_some() || started_at.is_some()).into(),
                 code.into(),
                 signal.into(),
                 integer(exit.map_or(0, |exit| exit.user_time_ms)),

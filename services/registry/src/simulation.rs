@@ -456,6 +456,29 @@ mod tests {
     }
 
     #[test]
+    fn who_cancelled_a_job_is_not_overwritten_by_how_it_ended() {
+        let mut store = store_with_job(|_| {});
+        assign(&mut store, 1);
+        let cancel = wire::CancelJobRequest { job_id: id(1), reason: "wrong branch".into(), ..Default::default() };
+        store.cancel_job(NOW, cancel).unwrap();
+        let end = result(1, pb::JobState::Cancelled, None, "it was cancelled");
+        assert_eq!(store.finish_attempt(NOW, end).unwrap().job.unwrap().reason, "wrong branch");
+    }
+
+    #[test]
+    fn a_start_that_is_told_with_an_end_that_nobody_saw_counts() {
+        let started = |told: Option<Timestamp>| {
+            let mut store = store_with_job(|_| {});
+            assign(&mut store, 1);
+            let mut end = result(1, pb::JobState::TimedOut, None, "its end was not seen");
+            let Some(Outcome::Result(result)) = &mut end.outcome else { panic!("a result") };
+            result.started_at = told.map(Into::into);
+            store.finish_attempt(NOW, end).unwrap().job.unwrap().attempts_started
+        };
+        assert_eq!((started(Some(Timestamp(7))), started(None)), (1, 0));
+    }
+
+    #[test]
     fn a_stop_that_is_asked_for_again_may_only_be_shortened() {
         let mut store = Store::new();
         let drain = |store: &mut Store, grace_ms| {

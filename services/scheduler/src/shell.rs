@@ -8,7 +8,7 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use blixard::{
@@ -28,7 +28,7 @@ use uuid::Uuid;
 
 use crate::{
     SchedulerConfig,
-    control::{Action, Call, Change, Control, Event, Identity, Listing, Reply, Round},
+    control::{Action, Call, Change, Clock, Control, Event, Identity, Listing, Reply, Round},
     engine::Decision,
     feed::Feed,
     peers::{CALL_TIMEOUT, Peers, missing, peer_error},
@@ -36,7 +36,8 @@ use crate::{
 
 /// Requests and answers that wait for the loop. Each takes microseconds; senders wait when it is full.
 const INBOX: usize = 1024;
-/// Calls under way at once: enough to fill the registry's group commit, few enough not to crowd out users' calls.
+/// Calls to the registry under way at once: enough to fill its group commit, few enough not to crowd out users' calls. As many
+/// to vmhosts, counted apart: what a node that is cut off does not answer must not keep anything from being recorded.
 const CALLS_AT_ONCE: usize = 512;
 /// Deadline of the question for the lease: shorter than the lease, so that it can be asked again.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -133,11 +134,14 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
     let caller = Caller {
         peers: peers.clone(),
         answers: sender.clone(),
-        slots: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+        to_registry: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+        to_vmhosts: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
         tasks: tasks.child(),
     };
     let shell = Shell {
         control,
+        clock: Clock::default(),
+        begun: Instant::now(),
         inbox,
         peers,
         feed,
@@ -163,6 +167,9 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
 
 struct Shell {
     control: Control,
+    clock: Clock,
+    /// From when the steady clock counts.
+    begun: Instant,
     inbox: mpsc::Receiver<Message>,
     peers: Peers,
     feed: Feed,
@@ -280,7 +287,17 @@ impl Shell {
     }
 
     fn handle(&mut self, event: Event) {
-        for action in self.control.handle(Timestamp::now(), event) {
+        let now = Timestamp::now();
+        if self.clock.was_set(now, self.begun.elapsed()) {
+            let actions = self.control.handle(now, Event::ClockSet);
+            self.carry_out(actions);
+        }
+        let actions = self.control.handle(now, event);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
             match action {
                 Action::List { round } => self.list(round),
                 Action::Watch { round, start_revision } => self.open_watch(round, start_revision),
@@ -359,7 +376,8 @@ async fn next_change(
 struct Caller {
     peers: Peers,
     answers: mpsc::Sender<Message>,
-    slots: Arc<Semaphore>,
+    to_registry: Arc<Semaphore>,
+    to_vmhosts: Arc<Semaphore>,
     tasks: Tasks,
 }
 
@@ -375,7 +393,8 @@ impl Caller {
     fn call(&self, call: u64, to: Call) {
         let this = self.clone();
         self.spawn("call", async move {
-            let _slot = this.slots.acquire().await;
+            let slots = if to.node().is_some() { &this.to_vmhosts } else { &this.to_registry };
+            let _slot = slots.acquire().await;
             Event::Answered { call, result: this.perform(to).await }
         });
     }

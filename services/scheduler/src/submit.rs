@@ -83,6 +83,9 @@ pub(crate) fn plan_job(submission: Submission, defaults: Defaults, key: Option<&
     let spec = submission.spec.ok_or_else(|| invalid("spec", "", "required"))?;
     leave_to_the_server("spec", &spec)?;
     let spec = JobSpec::parse("spec", spec, defaults)?;
+    if let Some(at) = spec.depends_on.iter().position(|dependency| dependency.job_id == job_id) {
+        return Err(invalid(&format!("spec.depends_on[{at}].job_id"), job_id, "another job than this one"));
+    }
     let input = JobInput::parse("input", submission.input.unwrap_or_default())?;
     Planned::new("spec", job_id, spec, input, key)
 }
@@ -439,8 +442,12 @@ mod tests {
             plan_job(Submission { request_id, spec: Some(spec), input: None }, DEFAULTS, None)
         };
         let depends = submit(|spec| {
+            spec.depends_on = vec![common::Dependency { job_id: Uuid::from_u128(99).to_string(), condition: 2 }];
+        });
+        let itself = submit(|spec| {
             spec.depends_on = vec![common::Dependency { job_id: GROUP.to_string(), condition: 2 }];
         });
+        assert_eq!(refused_field(itself), "spec.depends_on[0].job_id");
         assert_eq!(depends.expect("valid").spec.depends_on.len(), 1);
         assert_eq!(refused_field(submit(|spec| spec.group_id = GROUP.to_string())), "spec.group_id");
         assert_eq!(refused_field(submit(|spec| spec.array_index = 2)), "spec.array_index");

@@ -55,6 +55,8 @@ pub(crate) struct Assignment {
     pub(crate) attempt: u32,
     /// `None`: it was begun by an earlier vmhost; only attach to it.
     pub(crate) spec: Option<common::JobSpec>,
+    /// The node's incarnation under which it was admitted: with the next one it may have been given to another node.
+    pub(crate) incarnation: u64,
     /// The boot of the guest that may run it.
     pub(crate) guest_boot: String,
     /// Files that are kept when its command has ended.
@@ -96,7 +98,19 @@ impl AttemptHandle {
         let ending = CancellationToken::new();
         let Lifelines { link, inputs, lease, events } = lifelines;
         let own = ending.clone();
-        let pump = Pump { assignment, log, link, inputs, input: None, lease, events, ending: own, asked, heard: false };
+        let pump = Pump {
+            assignment,
+            log,
+            link,
+            inputs,
+            input: None,
+            lease,
+            events,
+            ending: own,
+            asked,
+            heard: false,
+            started_at: None,
+        };
         (Self { close, closed, ending }, pump.run(close_receiver, closed_sender))
     }
 
@@ -126,6 +140,8 @@ struct Pump {
     asked: bool,
     /// Whether the guest has answered on the latest connection.
     heard: bool,
+    /// When the command started, once the guest has said so.
+    started_at: Option<Timestamp>,
 }
 
 /// Why a conversation ended.
@@ -153,7 +169,8 @@ impl Pump {
             Outcome::Lost { started, reason } => Outcome::Lost { started: started && self.asked, reason },
             result @ Outcome::Result { .. } => result,
         };
-        let end = EndRecord { outcome, end_offset: self.log.next_offset(), finished_at: Timestamp::now() };
+        let (end_offset, started_at) = (self.log.next_offset(), self.started_at);
+        let end = EndRecord { outcome, end_offset, finished_at: Timestamp::now(), started_at };
         self.log.finish(end).await
     }
 
@@ -195,7 +212,9 @@ impl Pump {
             self.tell(not_begun("it was ended before it began")).await;
             return Broken::Final;
         }
-        if self.lease.for_guest_ms().is_none() && !self.asked {
+        // A lease that was over and is had again may find it given to another node, if this one was held up in between.
+        let may_begin = self.lease.for_guest_ms().is_some() && self.lease.incarnation() == self.assignment.incarnation;
+        if !may_begin && !self.asked {
             self.tell(not_begun(LEASE_OVER)).await;
             return Broken::Final;
         }
@@ -270,7 +289,9 @@ impl Pump {
             if let Some(started) = batch.started {
                 // From now on it is attached to, never begun.
                 (self.assignment.spec, self.input) = (None, None);
-                let at = started.started_at.map_or_else(Timestamp::now, Timestamp::from);
+                let now = Timestamp::now();
+                let at = started.started_at.map_or(now, Timestamp::from).min(now);
+                self.started_at = Some(at);
                 self.tell(Input::Started { at }).await;
             }
             if let Err(error) = self.log.append(&batch.output) {

@@ -51,6 +51,8 @@ enum Command {
     Run {
         run: Run,
         spec: Box<JobSpec>,
+        /// The node's incarnation under which it was let in.
+        incarnation: u64,
         reply: Reply,
     },
     Cancel {
@@ -121,8 +123,8 @@ impl VmHandle {
     }
 
     /// Gives it an attempt; returns when that is written down.
-    pub(crate) async fn run(&self, run: Run, spec: JobSpec) -> Result<(), Error> {
-        self.ask(|reply| Command::Run { run, spec: Box::new(spec), reply }).await
+    pub(crate) async fn run(&self, run: Run, spec: JobSpec, incarnation: u64) -> Result<(), Error> {
+        self.ask(|reply| Command::Run { run, spec: Box::new(spec), incarnation, reply }).await
     }
 
     /// Ends an attempt.
@@ -304,7 +306,7 @@ impl Driver {
         if self.machine.is_some()
             && let Some(Attempt::Open(log)) = self.attempt.take()
         {
-            self.start_attempt(log, None);
+            self.start_attempt(log, None, 0);
         }
     }
 
@@ -351,13 +353,13 @@ impl Driver {
         // Whoever asked may have gone: then nobody wants the answer.
         match command {
             Command::Accepted { reply } => drop(reply.send(Ok(()))),
-            Command::Run { run, spec, reply } => {
+            Command::Run { run, spec, incarnation, reply } => {
                 let answer = self.admit(&run, &spec).await;
                 match answer {
                     Ok(Some(log)) => {
                         let _ = reply.send(Ok(()));
                         self.step(Input::Run(run)).await;
-                        self.start_attempt(log, Some(*spec));
+                        self.start_attempt(log, Some(*spec), incarnation);
                     }
                     Ok(None) => drop(reply.send(Ok(()))),
                     Err(error) => drop(reply.send(Err(error))),
@@ -529,12 +531,13 @@ impl Driver {
         });
     }
 
-    fn start_attempt(&mut self, log: LogWriter, spec: Option<JobSpec>) {
+    fn start_attempt(&mut self, log: LogWriter, spec: Option<JobSpec>, incarnation: u64) {
         let (Some((_, link)), Some(record)) = (&self.machine, &self.attempt_record) else { return };
         let assignment = Assignment {
             job: record.job,
             attempt: record.attempt,
             spec,
+            incarnation,
             guest_boot: self.record.guest_boot.clone().unwrap_or_default(),
             artifacts: record.artifacts.clone(),
             artifact_dir: self.host.logs.artifacts(record.job, record.attempt),
@@ -589,7 +592,8 @@ impl Driver {
             Some(Attempt::Running(handle)) => handle.close(outcome).await,
             Some(Attempt::Open(log)) => {
                 let end_offset = log.next_offset();
-                let end = crate::logs::EndRecord { outcome, end_offset, finished_at: Timestamp::now() };
+                let end =
+                    crate::logs::EndRecord { outcome, end_offset, finished_at: Timestamp::now(), started_at: None };
                 Some(log.finish(end).await)
             }
             None => None,

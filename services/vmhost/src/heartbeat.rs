@@ -15,9 +15,8 @@ const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Keeps the node registered; ends only when the registry refuses it.
 pub(crate) async fn keep_registered(host: &Arc<Host>) {
     while let Some(incarnation) = reconcile::register(host).await {
-        host.lease.registered(incarnation);
         let over = beat(host, incarnation).await;
-        tracing::warn!(incarnation, error = %over, "the registry has given this node up; it registers again");
+        tracing::warn!(incarnation, error = %over, "the registry has given this node up, or another vmhost has its name; it registers again");
         tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
     }
 }

@@ -422,11 +422,11 @@ impl Host {
         }
         let limits = Limits { run: spec.timeout, start: spec.start_timeout };
         let answer = match self.vm(vm_id) {
-            Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into()).await,
+            Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into(), current).await,
             None => Err(Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id)),
         };
         if let Err(error) = &answer
-            && matches!(error.reason, Reason::VmNotFound | Reason::VmNotAccepting)
+            && matches!(error.reason, Reason::VmNotFound | Reason::VmNotAccepting | Reason::Internal)
         {
             // The scheduler will give it to another: an order that comes again, late, must not begin it here.
             self.logs.refuse(job, attempt, &error.message).await;

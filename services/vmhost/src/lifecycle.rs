@@ -31,7 +31,7 @@ const KILL_AGAIN_AFTER: Duration = Duration::from_secs(5);
 const KILLS_BEFORE_VM: u8 = 3;
 
 /// Why an attempt is lost that the node had no right to any more.
-pub const LEASE_OVER: &str = "the registry did not answer its node: another may run it";
+pub const LEASE_OVER: &str = "its lease ran out (its node was out of touch, or it stood still): another may run it";
 
 /// SIGTERM's number on Linux.
 pub(crate) const SIGTERM: i32 = 15;

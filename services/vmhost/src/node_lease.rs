@@ -103,8 +103,9 @@ pub(crate) async fn keep(host: &Arc<Host>) {
                 "the registry has not answered for too long; what runs here is ended"
             );
         }
-        // All at once: a driver whose disk hangs holds up no other.
-        join_all(running.iter().map(|vm| vm.tell(Input::LeaseOver))).await;
+        // All at once, and whose queue is full is told by the next look: a driver whose disk hangs holds up no other.
+        let tell = join_all(running.iter().map(|vm| vm.tell(Input::LeaseOver)));
+        let _ = tokio::time::timeout(LOOK_EVERY, tell).await;
         // An attempt that was let in at the last moment is found by the next look.
         tokio::time::sleep(LOOK_EVERY).await;
     }

@@ -195,7 +195,7 @@ impl Registry {
                 reason: cut(reason, MAX_REASON_BYTES).to_owned(),
                 log_bytes: end.end_offset,
                 finished_at: Some(end.finished_at.into()),
-                started_at: None,
+                started_at: end.started_at.map(Into::into),
             }),
             Outcome::Lost { started, reason } => lost(*started, reason),
         };

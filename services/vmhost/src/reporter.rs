@@ -1,6 +1,6 @@
 //! Tells the registry what became of one VM: in order, each thing until it is answered.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use blixard::{
     error::{Error, Reason},
@@ -9,18 +9,21 @@ use blixard::{
     vm::VmState,
 };
 use blixard_chassis::Tasks;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
     driver::Event,
     lifecycle::{Input, Stop},
-    logs::EndRecord,
+    logs::{EndRecord, Outcome},
     registry::{Registry, until_answered},
 };
 
 /// Reports of one VM that wait for the registry. No VM gets another job before the last one's end is answered, so there are
 /// at most Ready, Started, Finished and End.
 const REPORTS_QUEUED: usize = 8;
+
+/// So long the start of a command waits for its end: what is over as soon is told in one. Nothing waits for the start.
+const START_WITH_END: Duration = Duration::from_millis(5);
 
 /// Something the registry is to know.
 #[derive(Debug)]
@@ -45,6 +48,18 @@ pub(crate) enum Report {
 }
 
 impl Report {
+    /// Whether it tells what another one would: an attempt's end says when it started.
+    fn tells(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Finished { job, attempt, end }, Self::Started { job: of, attempt: number, .. }) => {
+                (job, attempt) == (of, number)
+                    && end.started_at.is_some()
+                    && matches!(end.outcome, Outcome::Result { .. })
+            }
+            _ => false,
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Self::Ready => "VM is Ready",
@@ -82,14 +97,27 @@ impl Reporter {
     }
 
     async fn run(self, mut reports: mpsc::Receiver<Report>) {
-        while let Some(report) = reports.recv().await {
-            let what = report.name();
-            if let Err(error) = until_answered(what, || self.deliver(&report)).await {
-                self.refused(&report, &error).await;
+        let mut next = reports.recv().await;
+        while let Some(report) = next.take() {
+            if matches!(report, Report::Started { .. }) {
+                next = timeout(START_WITH_END, reports.recv()).await.unwrap_or_default();
             }
-            if matches!(report, Report::End { .. }) {
-                let _ = self.events.send(Event::Reported).await;
+            if !next.as_ref().is_some_and(|next| next.tells(&report)) {
+                self.tell(report).await;
             }
+            if next.is_none() {
+                next = reports.recv().await;
+            }
+        }
+    }
+
+    async fn tell(&self, report: Report) {
+        let what = report.name();
+        if let Err(error) = until_answered(what, || self.deliver(&report)).await {
+            self.refused(&report, &error).await;
+        }
+        if matches!(report, Report::End { .. }) {
+            let _ = self.events.send(Event::Reported).await;
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 use blixard::{
     id::{JobId, NodeId, VmId},
     job::{Job, JobState},
-    node::Node,
+    node::{Node, NodeState},
     vm::{Vm, VmState},
 };
 
@@ -34,6 +34,8 @@ struct Held {
 pub struct Checker {
     max_vms: u32,
     broken: Option<String>,
+    /// Of the lease by which one scheduler leads.
+    epoch: u64,
     acknowledged: BTreeSet<JobId>,
     /// Which wish of a user a job's id stands for, and the job that each wish became.
     wishes: BTreeMap<JobId, JobId>,
@@ -121,9 +123,29 @@ impl Checker {
         self.vms.values()
     }
 
+    /// A scheduler leads under this epoch.
+    pub fn leads(&mut self, epoch: u64) {
+        self.epoch = self.epoch.max(epoch);
+    }
+
+    /// Something was recorded that a scheduler decided when it led under this epoch; 0: nobody's decision.
+    pub fn wrote(&mut self, epoch: u64) {
+        let now = self.epoch;
+        self.require(epoch == 0 || epoch == now, || {
+            format!("a scheduler of epoch {epoch} wrote, and the epoch is {now}")
+        });
+    }
+
     /// A user asks for one job, under this id, because of this wish: however often, it is one job.
     pub fn asked(&mut self, wish: JobId, id: JobId) {
         self.wishes.insert(id, wish);
+    }
+
+    /// Nodes that take no work because a user wants it so.
+    #[must_use]
+    pub fn closed_nodes(&self) -> Vec<String> {
+        let closed = self.nodes.values().filter(|node| node.wanted != NodeState::Ready);
+        closed.map(|node| node.id.to_string()).collect()
     }
 
     /// A user was told that a job is queued.

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
     job::{ExitKind, ExitStatus, Isolation, JobSpec, Retry, RetryOn},
-    node::NodeState,
     time::Timestamp,
     vm::{VmConfig, VmKind},
 };
@@ -256,6 +255,19 @@ fn an_attempt_that_started_and_was_not_counted_is_seen() {
 #[test]
 fn a_job_that_is_acknowledged_and_not_on_record_is_seen() {
     assert!(told(|checker| checker.acknowledged(job(JobState::Queued, 0, 1).id)).unwrap().contains("not on record"));
+}
+
+#[test]
+fn what_a_scheduler_writes_that_was_replaced_is_seen() {
+    let wrote = |epoch| {
+        told(|checker| {
+            checker.leads(1);
+            checker.leads(2);
+            checker.wrote(epoch);
+        })
+    };
+    assert_eq!((wrote(2), wrote(0)), (None, None));
+    assert!(wrote(1).unwrap().contains("a scheduler of epoch 1 wrote"));
 }
 
 #[test]

@@ -80,13 +80,18 @@ impl User {
         }
     }
 
-    /// Stops the VMs that users have started: what they hold, jobs may wait for.
+    /// Stops the VMs that users have started and opens the nodes that they have closed: jobs may wait for what they hold.
     async fn give_back(&self) {
         loop {
             let mine = |vm: &&Vm| !vm.state.is_terminal() && !vm.config.labels.contains_key(OWNER_LABEL);
             let left: Vec<VmId> = self.world.checker.borrow().vms().filter(mine).map(|vm| vm.id).collect();
             for vm in left {
                 self.stop(vm, Some(0)).await;
+            }
+            // What was asked of a node may have come late, and twice.
+            let closed: Vec<String> = self.world.checker.borrow().closed_nodes();
+            for node in closed {
+                self.uncordon(&node).await;
             }
             self.kernel().sleep(Duration::from_secs(20)).await;
         }

@@ -22,6 +22,7 @@ use blixard_scheduler::control::Change;
 use crate::{
     kernel::{Instant, Kernel, ProcessId, Signal},
     network::unavailable,
+    settings::Protection,
     wire::{Answer, Call, RegistryCall},
     world::World,
 };
@@ -190,8 +191,17 @@ impl Registry {
     }
 
     /// Carries a call out, here and now.
-    fn apply(&self, call: RegistryCall) -> Result<Answer, Error> {
+    fn apply(&self, mut call: RegistryCall) -> Result<Answer, Error> {
+        let epoch = epoch_of(&mut call).map(|epoch| {
+            // Without this protection the registry does not look at it.
+            if self.world.protects(Protection::Epoch) { *epoch } else { std::mem::take(epoch) }
+        });
         let answer = answer(&mut self.store.borrow_mut(), self.wall(), call);
+        match (&answer, epoch) {
+            (Ok(Answer::Lease(lease)), _) => self.world.checker.borrow_mut().leads(lease.epoch),
+            (Ok(_), Some(epoch)) => self.world.checker.borrow_mut().wrote(epoch),
+            (Ok(_), None) | (Err(_), _) => {}
+        }
         self.publish();
         answer
     }
@@ -210,6 +220,18 @@ impl Registry {
             }
         }
         self.changed.notify();
+    }
+}
+
+/// The epoch under which a scheduler writes.
+fn epoch_of(call: &mut RegistryCall) -> Option<&mut u64> {
+    match call {
+        RegistryCall::CreateVm(request) => Some(&mut request.scheduler_epoch),
+        RegistryCall::TransitionVm(request) => Some(&mut request.scheduler_epoch),
+        RegistryCall::AssignJob(request) => Some(&mut request.scheduler_epoch),
+        RegistryCall::FinishAttempt(request) => Some(&mut request.scheduler_epoch),
+        RegistryCall::FailQueuedJob(request) => Some(&mut request.scheduler_epoch),
+        _ => None,
     }
 }
 

@@ -15,7 +15,7 @@ use blixard::{
     vm::{Defaults, Vm, VmConfig, VmState},
 };
 use blixard_scheduler::{
-    control::{self, Action, CallId, Change, Control, Event, Identity, Listing, Reply, Round},
+    control::{self, Action, CallId, Change, Clock, Control, Event, Identity, Listing, Reply, Round},
     engine,
 };
 use futures::{
@@ -25,6 +25,7 @@ use futures::{
 };
 
 use crate::{
+    host::monotonic,
     kernel::{Kernel, ProcessId},
     network::is_open,
     registry::Registry,
@@ -53,6 +54,7 @@ struct Scheduler {
     /// Users who wait for their VM.
     requested: RefCell<BTreeMap<VmId, VmReply>>,
     round: RefCell<Round>,
+    clock: RefCell<Clock>,
 }
 
 /// Starts one.
@@ -70,6 +72,7 @@ pub fn start(world: &World, registry: &Rc<Registry>, process: ProcessId) {
         events,
         requested: RefCell::default(),
         round: RefCell::default(),
+        clock: RefCell::default(),
     });
     let mut ids = kernel.random(crate::random::Random::fork);
     let mut settings = settings();
@@ -126,22 +129,30 @@ impl Scheduler {
         let mut turns = Watcher { turns: Turns::new(settings().ageing), covered: 0, assigning: BTreeMap::new() };
         let mut event = Event::Tick;
         for number in 0.. {
-            if self.is_news(&event) {
-                turns.before(&event);
+            if self.clock.borrow_mut().was_set(self.now(), monotonic(&self.world)) {
+                self.turn(&control, &mut turns, Event::ClockSet, false);
             }
-            let (actions, leads) = self.handle(&mut control.borrow_mut(), event, number % LOOK_EVERY == 0);
-            if !leads {
-                turns.turns.undone(None);
-            }
-            for action in actions {
-                if let Err(wrong) = turns.sees(self.now(), &action) {
-                    let name = self.kernel().name(self.process);
-                    self.world.checker.borrow_mut().fail(format!("{name}: {wrong}"));
-                }
-                self.carry_out(action);
-            }
+            self.turn(&control, &mut turns, event, number % LOOK_EVERY == 0);
             let wake = control.borrow().next_wake();
             event = self.next(&mut inbox, wake).await;
+        }
+    }
+
+    /// One event, and what is to be done about it.
+    fn turn(self: &Rc<Self>, control: &RefCell<Control>, turns: &mut Watcher, event: Event, look: bool) {
+        if self.is_news(&event) {
+            turns.before(&event);
+        }
+        let (actions, leads) = self.handle(&mut control.borrow_mut(), event, look);
+        if !leads {
+            turns.turns.undone(None);
+        }
+        for action in actions {
+            if let Err(wrong) = turns.sees(self.now(), &action) {
+                let name = self.kernel().name(self.process);
+                self.world.checker.borrow_mut().fail(format!("{name}: {wrong}"));
+            }
+            self.carry_out(action);
         }
     }
 
@@ -225,7 +236,7 @@ impl Scheduler {
     async fn call(&self, to: control::Call) -> Result<Reply, Error> {
         let node = to.node().map(ToString::to_string);
         let Some(node) = node else {
-            return match self.registry(self.registry_call(to)?).await? {
+            return match self.registry(registry_call(to)?).await? {
                 Answer::Vm(vm) => Ok(Reply::Vm(Box::new(vm))),
                 Answer::Job(job) => Ok(Reply::Job(job)),
                 _ => Ok(Reply::Done),
@@ -233,29 +244,6 @@ impl Scheduler {
         };
         let host = self.world.node(&node).ok_or_else(|| Error::new(Reason::NodeNotFound, "no such node"))?;
         self.world.network.call(self.process, host, host_call(to)?, CALL_TIMEOUT).await.map(|_| Reply::Done)
-    }
-
-    fn registry_call(&self, to: control::Call) -> Result<RegistryCall, Error> {
-        let mut call = match to {
-            control::Call::CreateVm(request) => RegistryCall::CreateVm(request),
-            control::Call::TransitionVm(request) => RegistryCall::TransitionVm(request),
-            control::Call::AssignJob(request) => RegistryCall::AssignJob(request),
-            control::Call::FinishAttempt(request) => RegistryCall::FinishAttempt(request),
-            control::Call::FailQueuedJob(request) => RegistryCall::FailQueuedJob(request),
-            control::Call::GetJob(request) => RegistryCall::GetJob(request),
-            other => return Err(Error::new(Reason::Unspecified, format!("{other:?} is no call to the registry"))),
-        };
-        if !self.world.protects(Protection::Epoch) {
-            match &mut call {
-                RegistryCall::CreateVm(request) => request.scheduler_epoch = 0,
-                RegistryCall::TransitionVm(request) => request.scheduler_epoch = 0,
-                RegistryCall::AssignJob(request) => request.scheduler_epoch = 0,
-                RegistryCall::FinishAttempt(request) => request.scheduler_epoch = 0,
-                RegistryCall::FailQueuedJob(request) => request.scheduler_epoch = 0,
-                _ => {}
-            }
-        }
-        Ok(call)
     }
 
     /// Everything that is live, jobs first.
@@ -507,6 +495,18 @@ impl Watcher {
 /// A spec with every default filled in.
 fn checked(spec: Option<common::JobSpec>) -> Result<common::JobSpec, Error> {
     JobSpec::parse("spec", spec.unwrap_or_default(), DEFAULTS).map(Into::into)
+}
+
+fn registry_call(to: control::Call) -> Result<RegistryCall, Error> {
+    Ok(match to {
+        control::Call::CreateVm(request) => RegistryCall::CreateVm(request),
+        control::Call::TransitionVm(request) => RegistryCall::TransitionVm(request),
+        control::Call::AssignJob(request) => RegistryCall::AssignJob(request),
+        control::Call::FinishAttempt(request) => RegistryCall::FinishAttempt(request),
+        control::Call::FailQueuedJob(request) => RegistryCall::FailQueuedJob(request),
+        control::Call::GetJob(request) => RegistryCall::GetJob(request),
+        other => return Err(Error::new(Reason::Unspecified, format!("{other:?} is no call to the registry"))),
+    })
 }
 
 fn host_call(to: control::Call) -> Result<HostCall, Error> {

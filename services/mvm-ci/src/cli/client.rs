@@ -25,6 +25,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a call that may be repeated is, over about half a minute: a control plane that restarts is back by then.
 const RETRIES: usize = 12;
 
+/// Whoever waits is told so before a pause of this length.
+const SAID_FROM: Duration = Duration::from_millis(400);
+
 type Stub = SchedulerServiceClient<Channel>;
 
 /// A client of the scheduler's contract, and of the registry's queries and backups.
@@ -56,7 +59,13 @@ impl Client {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         let attempt = || method(self.stub.clone(), blixard_chassis::client::request(message.clone(), CALL_TIMEOUT));
-        let answer = attempt.retry(backoff().with_max_times(RETRIES)).when(is_transient).await;
+        let mut told = false;
+        let say_so = |status: &Status, pause: Duration| {
+            if pause >= SAID_FROM && !std::mem::replace(&mut told, true) {
+                eprintln!("mvm-ci: {}; trying again", Error::from_status(status).message);
+            }
+        };
+        let answer = attempt.retry(backoff().with_max_times(RETRIES)).when(is_transient).notify(say_so).await;
         answer.map(Response::into_inner).map_err(|status| Error::from_status(&status))
     }
 

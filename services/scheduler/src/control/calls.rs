@@ -166,6 +166,11 @@ impl Calls {
         self.again.first().map(|(at, _)| *at)
     }
 
+    /// The clock was set: what is to be made again is made now.
+    pub(crate) fn clock_set(&mut self, now: Timestamp) {
+        self.again = std::mem::take(&mut self.again).into_iter().map(|(_, id)| (now, id)).collect();
+    }
+
     /// Gives up everything but what users wait for.
     pub(crate) fn give_up(&mut self) {
         self.pending.retain(|_, pending| match &pending.purpose {

@@ -100,6 +100,13 @@ impl Lease {
         }
     }
 
+    /// The clock was set: how long ago it was confirmed is not known any more.
+    pub(crate) fn clock_set(&mut self, now: Timestamp) -> Change {
+        self.ask_next = now;
+        self.asked_at = self.asked_at.map(|_| now);
+        if self.held.is_some() { self.lost() } else { Change::None }
+    }
+
     /// When it has something to do next; `None`: when the answer comes.
     pub(crate) fn next_wake(&self) -> Option<Timestamp> {
         let ask = self.asked_at.is_none().then_some(self.ask_next);

@@ -13,6 +13,7 @@
 //! refused for its epoch.
 
 mod calls;
+mod clock;
 mod lease;
 
 use std::{collections::BTreeSet, time::Duration};
@@ -28,10 +29,13 @@ use blixard::{
 };
 use uuid::Uuid;
 
-pub use self::calls::{Call, CallId, Reply};
 use self::{
     calls::{Answered, Calls, Purpose},
     lease::{Change as LeaseChange, Lease},
+};
+pub use self::{
+    calls::{Call, CallId, Reply},
+    clock::Clock,
 };
 use crate::engine::{Decision, Effect, Engine, Input, LostNode, Order, OrderKey, Settings};
 
@@ -94,6 +98,8 @@ pub enum Event {
     Submitted(Box<Job>),
     /// A user wants a VM.
     VmRequested { vm_id: VmId, config: VmConfig },
+    /// The clock that tells the time was set: see [`Clock`].
+    ClockSet,
     /// Time has passed.
     Tick,
 }
@@ -195,6 +201,7 @@ impl Control {
             Event::Submitted(job) if job.revision <= self.watched => {}
             Event::Submitted(job) => self.changed(now, job.revision, Change::Job(job)),
             Event::VmRequested { vm_id, config } => self.vm_requested(now, vm_id, config),
+            Event::ClockSet => self.clock_set(now),
             Event::Tick => {}
         }
         self.pass_time(now);
@@ -266,6 +273,16 @@ impl Control {
         }
     }
 
+    /// What was to come at a time would come much too early or too late, so all of it is set anew: it gives up its lead, takes it
+    /// back under another epoch, and counts from now what it finds.
+    fn clock_set(&mut self, now: Timestamp) {
+        tracing::warn!("the clock was set; everything that was timed by it begins again");
+        let change = self.lease.clock_set(now);
+        self.lead(now, change);
+        self.calls.clock_set(now);
+        self.list();
+    }
+
     fn list(&mut self) {
         self.round += 1;
         self.watched = 0;
@@ -315,6 +332,10 @@ impl Control {
             LeaseChange::None => {}
             LeaseChange::Won(epoch) => {
                 tracing::info!(epoch, "this scheduler leads");
+                if self.engine.leads() {
+                    let name = &self.identity.name;
+                    tracing::warn!(name, "the lease changed hands meanwhile; is there another scheduler of this name?");
+                }
                 // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
                 if self.engine.leads() {
                     self.calls.give_up();

@@ -158,3 +158,48 @@ fn who_leads_under_another_epoch_decides_nothing_before_it_has_listed() {
     control.handle(at(1000), listed(round, 30));
     assert!(control.engine().leads());
 }
+
+#[test]
+fn a_clock_that_is_set_forward_does_not_cut_the_grace_of_a_lost_node_short() {
+    let (mut control, watch) = leader();
+    let lost = |revision| Node { state: NodeState::Lost, revision, ..node() };
+    let vm = common::Vm {
+        id: Uuid::from_u128(5).to_string(),
+        config: Some(config().into()),
+        state: common::VmState::Idle.into(),
+        node_id: "n1".into(),
+        generation: 1,
+        revision: 11,
+        ..Default::default()
+    };
+    let vm = Vm::try_from(vm).unwrap();
+    control.handle(at(0), Event::Changed { round: watch, revision: 11, change: Change::Vm(Box::new(vm.clone())) });
+    control.handle(at(0), Event::Changed { round: watch, revision: 12, change: Change::Node(Box::new(lost(12))) });
+
+    let hour = 3_600_000;
+    let mut actions = control.handle(at(hour), Event::ClockSet);
+    actions.extend(control.handle(at(hour), Event::Tick));
+    actions.extend(control.handle(at(hour), lease(true, 2)));
+    let round = round(&actions[actions.len() - 1..]).expect("it lists once more");
+    let (job_revision, vm_revision, node_revision) = (20, 20, 20);
+    let listing = Listing {
+        nodes: vec![lost(12)],
+        vms: vec![vm],
+        job_revision,
+        vm_revision,
+        node_revision,
+        ..Listing::default()
+    };
+    actions.extend(control.handle(at(hour), Event::Listed { round, result: Ok(Box::new(listing)) }));
+    actions.extend(control.handle(at(hour + 1000), Event::Tick));
+    assert!(control.engine().leads());
+    assert_eq!(calls(actions), [], "the node was lost a second ago");
+
+    let grace = i64::try_from(Settings::from(&Config::default()).lost_node_grace.as_millis()).unwrap();
+    for ms in (2000..grace).step_by(2000) {
+        control.handle(at(hour + ms), Event::Tick);
+        control.handle(at(hour + ms), lease(true, 2));
+    }
+    let given_up = calls(control.handle(at(hour + grace), Event::Tick));
+    assert!(matches!(&given_up[..], [(_, Call::TransitionVm(_))]), "{given_up:?}");
+}

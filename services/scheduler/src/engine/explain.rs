@@ -92,6 +92,11 @@ impl Engine {
 
     /// What the node that comes nearest lacks.
     fn missing_room(&self, constraint: &Constraint, class: &Class) -> String {
+        if let Some(node) = constraint.node_id.as_ref().and_then(|id| self.nodes().get(id)).map(|entry| &entry.node)
+            && node.state != NodeState::Ready
+        {
+            return format!("{}, which is {}, to take VMs again", node.id, node.state);
+        }
         let mut lacks = "a node that is ready and has the image".to_owned();
         let questions = self.questions(constraint, class);
         for entry in self.nodes().values() {

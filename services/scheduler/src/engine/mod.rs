@@ -162,6 +162,8 @@ pub struct Engine {
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
     evictable: BTreeSet<Evictable>,
+    /// VMs whose nodes refused a job for them, until when.
+    distrusted: BTreeMap<VmId, Timestamp>,
     /// Nodes that start VMs for one shape only.
     kept: BTreeMap<ShapeId, NodeIx>,
     /// Shapes for which room is to be made, and what they wait for.
@@ -202,6 +204,7 @@ impl Engine {
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
             evictable: BTreeSet::new(),
+            distrusted: BTreeMap::new(),
             kept: BTreeMap::new(),
             in_need: BTreeMap::new(),
             watched_vms: 0,
@@ -294,6 +297,7 @@ impl Engine {
         self.wakes.clear();
         self.orders = Orders::default();
         self.in_need.clear();
+        self.distrusted.clear();
         for id in self.kept.keys().copied().collect::<Vec<_>>() {
             self.give_back_room(id);
         }
@@ -452,7 +456,9 @@ impl Engine {
             self.wakes.pop_first();
             match wake {
                 Wake::Order(key) => self.give_order(key, effects),
+                Wake::Trust(vm_id) if self.distrusted.get(&vm_id).is_some_and(|until| now < *until) => {}
                 Wake::Trust(vm_id) => {
+                    self.distrusted.remove(&vm_id);
                     self.change_vm(vm_id, |entry| entry.suspect = false);
                     self.vm_changed(now, vm_id, effects);
                 }

@@ -94,6 +94,9 @@ impl Engine {
                 let reason = format!("its node refused it: {}", error.message);
                 // A fault is no refusal: nobody knows how far the node came, and without a price it would be asked for ever.
                 let started = error.reason == Reason::Internal;
+                if let Some(vm_id) = self.vm_of(job_id) {
+                    self.distrust(now, vm_id);
+                }
                 effects.push(Effect::LoseAttempt { job_id, attempt, started, reason, lost: None });
             }
             OrderKey::Run(..) | OrderKey::Cancel(..) => {}

@@ -15,11 +15,15 @@ use blixard::{
 
 use super::{
     Decision, Effect, Engine, LostNode, OWNER, OWNER_LABEL, OrderKey, Ticket, Wake,
+    jobs::Phase,
     nodes::after,
     queue::Offer,
     shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, TenantId},
 };
 
+/// How long a VM is left alone after its node refused a job for it: a guest that is unwell is given up or well again by then, and
+/// the end of one that has died is recorded.
+const DISTRUST_FOR: Duration = Duration::from_secs(10);
 /// How long a VM is left alone after the registry refused to assign a job to it: news of it should arrive at once.
 const SUSPECT_FOR: Duration = Duration::from_secs(1);
 /// So many VMs in a row must fail to boot before a job that waits for one is failed.
@@ -184,7 +188,7 @@ impl Engine {
             jobs_assigned: vm.jobs_assigned,
             state: vm.state,
             ours: is_ours(&vm.config),
-            suspect: false,
+            suspect: self.distrusted.get(&id).is_some_and(|until| now < *until),
             evicted: false,
             reserved: None,
             made_for: None,
@@ -445,6 +449,21 @@ impl Engine {
         let vcpus = entry.class.vcpus;
         self.insert_vm(id, entry);
         self.end_boot(made_for, vcpus);
+    }
+
+    /// The VM that an Assigned or Running job has.
+    pub(super) fn vm_of(&self, job_id: JobId) -> Option<VmId> {
+        match self.jobs.get(&job_id)?.phase {
+            Phase::Given { vm_id, .. } => Some(vm_id),
+            Phase::Held | Phase::Waiting | Phase::Placing(_) | Phase::Ending => None,
+        }
+    }
+
+    /// Its node would not take a job for it, whatever the registry shows of it next.
+    pub(super) fn distrust(&mut self, now: Timestamp, vm_id: VmId) {
+        let until = after(now, DISTRUST_FOR);
+        self.distrusted.insert(vm_id, until);
+        self.arm(until, Wake::Trust(vm_id));
     }
 
     pub(super) fn suspect(&mut self, now: Timestamp, vm_id: VmId) {

@@ -93,6 +93,9 @@ pub(crate) struct EndRecord {
     pub(crate) end_offset: u64,
     /// When it ended.
     pub(crate) finished_at: Timestamp,
+    /// When its command started, if that was seen.
+    #[serde(default)]
+    pub(crate) started_at: Option<Timestamp>,
 }
 
 /// How far a log has come.
@@ -177,7 +180,7 @@ impl LogStore {
             Err(error) => return tracing::error!(job_id = %job, attempt, %error, "a refusal can't be written down"),
         };
         let outcome = Outcome::Lost { started: false, reason: reason.to_owned() };
-        log.finish(EndRecord { outcome, end_offset: 0, finished_at: Timestamp::now() }).await;
+        log.finish(EndRecord { outcome, end_offset: 0, finished_at: Timestamp::now(), started_at: None }).await;
         self.close(job, attempt);
     }
 

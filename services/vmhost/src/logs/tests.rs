@@ -18,7 +18,7 @@ fn chunk(offset: u64, stream: LogStream, data: &[u8]) -> LogChunk {
 }
 
 fn end(outcome: Outcome, end_offset: u64) -> EndRecord {
-    EndRecord { outcome, end_offset, finished_at: Timestamp(5) }
+    EndRecord { outcome, end_offset, finished_at: Timestamp(5), started_at: Some(Timestamp(4)) }
 }
 
 fn succeeded() -> Outcome {

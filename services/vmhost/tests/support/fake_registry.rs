@@ -128,6 +128,7 @@ impl State {
                 job.reason = result.reason;
                 job.log_bytes = result.log_bytes;
                 job.finished_at = result.finished_at;
+                job.started_at = job.started_at.take().or(result.started_at);
                 format!("attempt {} {:?}", request.attempt, job.state())
             }
             pb::finish_attempt_request::Outcome::Lost(lost) => {

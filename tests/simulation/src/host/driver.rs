@@ -445,6 +445,9 @@ impl Pump {
             if self.open.ending.get() && !self.open.asked.get() {
                 return self.lost(false, true, "it was ended before it began");
             }
+            if self.host.lease_for_guest().is_none() && !self.open.asked.get() {
+                return self.lost(false, true, LEASE_OVER);
+            }
             if Some(self.machine.boot_id) != self.guest_boot {
                 return self.lost(true, false, "the guest restarted under it");
             }

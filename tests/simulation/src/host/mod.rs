@@ -138,7 +138,7 @@ fn stale(job: JobId, attempt: u32, current: u32) -> Error {
 }
 
 /// The time of a clock that never jumps.
-fn monotonic(world: &World) -> Duration {
+pub(crate) fn monotonic(world: &World) -> Duration {
     world.kernel.now().since(Instant::default())
 }
 
@@ -422,6 +422,8 @@ impl Host {
                 self.registry.register(request.clone()).await
             });
             let Ok(incarnation) = registered.await else { return };
+            // What was given up in the moment before the node registered is only seen now.
+            let _ = self.registry.until_answered(|| self.reconcile()).await;
             if let Some(sent) = first_sent.get() {
                 self.lease.borrow_mut().answered(sent);
             }
@@ -465,11 +467,11 @@ impl Host {
     async fn reconcile(self: &Rc<Self>) -> Result<(), Error> {
         let recorded = self.registry.vms_of_this_node().await?;
         for (id, vm) in self.handles() {
-            self.end_superseded(id, &vm).await;
+            self.end_superseded(id, &vm).await?;
         }
         for (id, vm) in self.handles() {
             if !recorded.iter().any(|recorded| recorded.id == id.to_string()) {
-                self.end_unwanted(id, &vm).await;
+                self.end_unwanted(id, &vm).await?;
             }
         }
         for vm in recorded {
@@ -479,22 +481,24 @@ impl Host {
     }
 
     /// An attempt that runs here and that the registry takes for over: somebody else may run its job.
-    async fn end_superseded(&self, id: VmId, vm: &VmHandle) {
-        let Some((job, attempt)) = vm.run.get() else { return };
-        if let Ok(false) = self.registry.is_current(id, job, attempt).await {
+    async fn end_superseded(&self, id: VmId, vm: &VmHandle) -> Result<(), Error> {
+        let Some((job, attempt)) = vm.run.get() else { return Ok(()) };
+        if !self.registry.is_current(id, job, attempt).await? {
             let _ = vm.mail.unbounded_send(Mail::Input(Input::Superseded { job, attempt }));
         }
+        Ok(())
     }
 
-    async fn end_unwanted(&self, id: VmId, vm: &VmHandle) {
+    async fn end_unwanted(&self, id: VmId, vm: &VmHandle) -> Result<(), Error> {
         if vm.state.get().is_terminal() {
-            return;
+            return Ok(());
         }
-        let Ok(recorded) = self.registry.vm(id).await else { return };
+        let recorded = self.registry.vm(id).await?;
         let state = recorded.and_then(|vm| VmState::from_pb("vm.state", vm.state).ok());
         if state.is_none_or(VmState::is_terminal) {
             let _ = self.stop(vm, Duration::ZERO, "the registry takes it for ended".to_owned()).await;
         }
+        Ok(())
     }
 
     async fn bury_missing(&self, vm: common::Vm) {

@@ -497,3 +497,36 @@ fn a_vm_is_not_held_for_a_job_whose_attempt_is_over_in_whatever_order_that_is_he
     engine.step(at(0), idle());
     assert_eq!(assignments(&engine.step(at(0), again())), [(job_id(1), vm_id(7), 2)]);
 }
+
+#[test]
+fn a_vm_whose_node_refused_a_job_is_left_alone_for_a_while_whatever_is_heard_of_it() {
+    let mut engine = engine(no_scaling());
+    engine.step(at(0), free_vm(7));
+    engine.step(at(0), Input::Job(queued(1, 2000, minimal())));
+    let given = |state, attempt, revision| Job {
+        state,
+        attempt,
+        vm_id: Some(vm_id(7)),
+        node_id: Some(node_id()),
+        ..queued(1, revision, minimal())
+    };
+    engine.step(at(0), Input::Job(given(JobState::Assigned, 1, 2001)));
+    let refused = Err(Error::new(Reason::VmNotAccepting, "it is Failed"));
+    let effects = engine.step(at(0), Input::Told { order: OrderKey::Run(job_id(1), 1), result: refused });
+    assert!(matches!(effects[..], [Effect::LoseAttempt { started: false, .. }]), "{effects:?}");
+    let idle = |revision| Input::Vm(Vm { jobs_assigned: 1, ..vm(7, revision, VmKind::Service, VmState::Idle) });
+    engine.step(at(0), idle(2002));
+    assert_eq!(assignments(&engine.step(at(1), Input::Job(given(JobState::Queued, 1, 2003)))), []);
+    assert_eq!(assignments(&engine.step(at(9), idle(2004))), []);
+    assert_eq!(assignments(&engine.step(at(10), Input::Tick)), [(job_id(1), vm_id(7), 2)]);
+}
+
+#[test]
+fn a_job_for_a_node_that_is_cordoned_says_so() {
+    let mut engine = engine(settings());
+    engine.step(at(0), Input::Node(Node { state: NodeState::Cordoned, ..node(5, 1) }));
+    engine.step(at(0), Input::Job(queued(1, 10, spec(|s| s.node_id = Some(node_id())))));
+    assert_eq!(engine.waits_for(job_id(1)).as_deref(), Some("n1, which is Cordoned, to take VMs again"));
+    engine.step(at(0), Input::Job(queued(2, 11, spec(|_| {}))));
+    assert_eq!(engine.waits_for(job_id(2)).as_deref(), Some("a node that is ready and has the image"));
+}

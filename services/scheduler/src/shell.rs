@@ -138,7 +138,7 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
         to_vmhosts: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
         tasks: tasks.child(),
     };
-    let shell = Shell {
+    let mut shell = Shell {
         control,
         clock: Clock::default(),
         begun: Instant::now(),
@@ -153,14 +153,14 @@ pub(crate) fn start(config: &SchedulerConfig, peers: Peers, feed: Feed, tasks: &
         status: Arc::clone(&status),
     };
     let token = tasks.token().clone();
-    let (leaving, identity) = (shell.peers.clone(), shell.control.lease_request(true));
     tasks.spawn("scheduler", async move {
         tokio::select! {
             () = shell.run() => {}
             () = token.cancelled() => {}
         }
-        // Another one need not wait for the lease to run out.
-        let _ = leaving.registry().acquire_lease(request(identity, RELEASE_TIMEOUT)).await;
+        // Another one need not wait for the lease to run out. Which start of this one has it may have changed since the beginning.
+        let release = request(shell.control.lease_request(true), RELEASE_TIMEOUT);
+        let _ = shell.peers.registry().acquire_lease(release).await;
     });
     ShellHandle { inbox: sender, status }
 }
@@ -184,7 +184,7 @@ struct Shell {
 }
 
 impl Shell {
-    async fn run(mut self) {
+    async fn run(&mut self) {
         self.handle(Event::Tick);
         loop {
             let wake = self.control.next_wake().map_or(Duration::MAX, |at| at.since(Timestamp::now()));

@@ -335,9 +335,7 @@ impl Control {
                 if self.engine.leads() {
                     let name = &self.identity.name;
                     tracing::warn!(name, "the lease changed hands meanwhile; is there another scheduler of this name?");
-                }
-                // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
-                if self.engine.leads() {
+                    // What it decided under another epoch is refused now; and nothing is decided before everything has been listed.
                     self.calls.give_up();
                     self.step(now, Input::Lead(None));
                 }

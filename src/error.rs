@@ -168,7 +168,7 @@ impl From<Status> for Error {
 pub fn invalid(field: &str, value: impl fmt::Display, allowed: &str) -> Error {
     let mut value = value.to_string();
     if value.len() > SHOWN_VALUE_BYTES {
-        let end = (0..=SHOWN_VALUE_BYTES).rev().find(|&i| value.is_char_boundary(i)).unwrap_or(0);
+        let end = value.floor_char_boundary(SHOWN_VALUE_BYTES);
         value = format!("{}… ({} bytes)", &value[..end], value.len());
     }
     Error::new(Reason::InvalidField, format!("{field}: \"{value}\" is not allowed: {allowed}"))

@@ -57,6 +57,7 @@ use crate::{
             self as pb, scheduler_service_client::SchedulerServiceClient, stream_job_logs_response::Record,
         },
     },
+    time::millis,
     vm::{Vm, VmKind, VmState},
 };
 
@@ -308,10 +309,6 @@ impl Job {
         let input = (input != common::JobInput::default()).then_some(input);
         pb::SubmitJobRequest { request_id: self.id.to_string(), spec: Some(spec), input }
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Where a job went.

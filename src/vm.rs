@@ -7,7 +7,7 @@ use crate::{
     id::{JobId, NAME_ALLOWED, NodeId, VmId, is_name},
     limits,
     pb::common::v1 as pb,
-    time::Timestamp,
+    time::{Timestamp, millis},
 };
 
 /// How long a VM lives.
@@ -323,7 +323,7 @@ impl From<Vm> for pb::Vm {
             created_at: Some(vm.created_at.into()),
             updated_at: Some(vm.updated_at.into()),
             jobs_assigned: vm.jobs_assigned,
-            stop_grace_ms: vm.stop_grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
+            stop_grace_ms: vm.stop_grace.map(millis),
         }
     }
 }

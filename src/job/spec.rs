@@ -13,6 +13,7 @@ use crate::{
     id::{JobId, NodeId, VmId},
     limits,
     pb::common::v1 as pb,
+    time::millis,
     vm::{Defaults, parse_image, parse_labels, parse_memory, parse_node, parse_vcpus},
 };
 
@@ -354,10 +355,6 @@ impl From<JobSpec> for pb::JobSpec {
             input_digest: spec.input_digest,
         }
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl From<RetryOn> for pb::RetryOn {

@@ -549,8 +549,7 @@ impl NewJob {
         let Self { id, spec, .. } = self;
         let mut command = spec.command.join(" ");
         if command.len() > SHOWN_COMMAND_BYTES {
-            let end = (0..=SHOWN_COMMAND_BYTES).rev().find(|&at| command.is_char_boundary(at)).unwrap_or(0);
-            command.truncate(end);
+            command.truncate(command.floor_char_boundary(SHOWN_COMMAND_BYTES));
             command.push('…');
         }
         [

@@ -50,16 +50,12 @@ impl SchedulerApi {
             node_id: node_id.to_string(),
             wanted: wanted.to_pb().into(),
             reason: reason.to_owned(),
-            drain_deadline: deadline.map(|deadline| after(Timestamp::now(), deadline).into()),
+            drain_deadline: deadline.map(|deadline| Timestamp::now().plus(deadline).into()),
             request_id: String::new(),
         };
         let answer = self.peers.registry().update_node(forward(caller, update)).await.map_err(refused)?;
         Ok(answer.into_inner().node.ok_or_else(|| missing("node"))?)
     }
-}
-
-fn after(now: Timestamp, deadline: Duration) -> Timestamp {
-    Timestamp(now.0.saturating_add(i64::try_from(deadline.as_millis()).unwrap_or(i64::MAX)))
 }
 
 /// How long a drain may take.

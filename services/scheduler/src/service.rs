@@ -13,6 +13,7 @@ use blixard::{
         scheduler::v1::{self as pb, scheduler_service_server::SchedulerService},
         vmhost::v1 as vmhost,
     },
+    time::millis,
     vm::{Vm, VmConfig, VmKind, VmState},
 };
 use blixard_chassis::{Tasks, client::forward};
@@ -311,7 +312,7 @@ impl SchedulerService for SchedulerApi {
             to_state: VmState::Draining.to_pb().into(),
             expected_generation: 0,
             reason: if asked.reason.is_empty() { "stopped by a user".to_owned() } else { asked.reason.clone() },
-            grace_ms: Some(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
+            grace_ms: Some(millis(grace)),
             ..Default::default()
         };
         let vm = match self.peers.registry().transition_vm(forward(&request, drain)).await {

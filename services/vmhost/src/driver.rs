@@ -29,7 +29,7 @@ use crate::{
     health::{self, Health},
     host::Host,
     hypervisor::{Console, Launch, Machine, MachineExit},
-    lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop, after},
+    lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop},
     logs::{Fence, LogWriter, Outcome},
     records::{AttemptRecord, VmDir, VmRecord},
     registry::cut,
@@ -134,7 +134,7 @@ impl VmHandle {
 
     /// Ends the VM; returns when that is on disk, if the disk takes it.
     pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
-        let stop = Stop { deadline: after(Timestamp::now(), grace), reason };
+        let stop = Stop { deadline: Timestamp::now().plus(grace), reason };
         self.ask(|reply| Command::Stop { stop, reply }).await
     }
 
@@ -318,7 +318,7 @@ impl Driver {
                 let link = Arc::new(AgentLink::new(self.id, Arc::clone(&machine)));
                 self.machine = Some((Arc::clone(&machine), link));
                 self.watch_machine(machine);
-                let boot_deadline = after(Timestamp::now(), self.host.boot_patience());
+                let boot_deadline = Timestamp::now().plus(self.host.boot_patience());
                 self.step(Input::Launched { boot_deadline }).await;
             }
             Event::AgentUp { boot_id } => {
@@ -334,7 +334,7 @@ impl Driver {
             }
             Event::Checked(result) => self.checked(result).await,
             Event::Retired(reason) => {
-                let stop = Stop { deadline: after(Timestamp::now(), DEFAULT_STOP_GRACE), reason };
+                let stop = Stop { deadline: Timestamp::now().plus(DEFAULT_STOP_GRACE), reason };
                 self.intend_stop(&stop).await;
                 self.step(Input::Stop(stop)).await;
             }

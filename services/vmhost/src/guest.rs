@@ -13,7 +13,7 @@ use blixard::{
     id::{JobId, VmId},
     limits::MAX_MESSAGE_BYTES,
     pb::guest::v1 as pb,
-    time::Timestamp,
+    time::{Timestamp, millis},
 };
 use blixard_chassis::client;
 use hyper_util::rt::TokioIo;
@@ -159,7 +159,7 @@ impl AgentLink {
 
     /// Tells the guest to end.
     pub(crate) async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
-        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX).min(60_000);
+        let grace_ms = millis(grace).min(60_000);
         self.call(|mut client| {
             let request = client::request(pb::ShutdownRequest { grace_ms }, CALL_TIMEOUT);
             async move { client.shutdown(request).await.map(drop) }

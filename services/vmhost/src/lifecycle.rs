@@ -100,8 +100,8 @@ impl Run {
     fn timeout_at(&self) -> Option<Timestamp> {
         match self.started {
             _ if self.cause.is_some() || self.collecting => None,
-            Some(started) => Some(after(started, self.limits.run?)),
-            None => Some(after(self.arrived, self.limits.start?)),
+            Some(started) => Some(started.plus(self.limits.run?)),
+            None => Some(self.arrived.plus(self.limits.start?)),
         }
     }
 
@@ -353,7 +353,7 @@ impl Lifecycle {
             Input::Lost { started, usable, reason } => self.lost(now, started, usable, reason),
             Input::Resumed => match &mut self.phase {
                 Phase::Running(run) if run.cause.is_some() => {
-                    run.kill_at = Some(after(now, KILL_GRACE));
+                    run.kill_at = Some(now.plus(KILL_GRACE));
                     vec![Effect::Signal(SIGTERM)]
                 }
                 _ => vec![],
@@ -458,7 +458,7 @@ impl Lifecycle {
             (Some(stop), _) => self.shut_down_patiently(now, stop),
             // What a job left behind has no claim to patience.
             (None, VmKind::Ephemeral) => {
-                let deadline = after(now, POWER_OFF_GRACE);
+                let deadline = now.plus(POWER_OFF_GRACE);
                 self.shut_down(deadline, Duration::ZERO, "its job has ended".to_owned())
             }
             (None, VmKind::Service) => self.go(Phase::Free, vec![]),
@@ -578,14 +578,14 @@ impl Lifecycle {
 
 fn end_run(run: &mut Run, now: Timestamp, cause: Cause) -> Vec<Effect> {
     run.cause = Some(cause);
-    run.kill_at = Some(after(now, KILL_GRACE));
+    run.kill_at = Some(now.plus(KILL_GRACE));
     vec![Effect::SaveCause(cause), Effect::Signal(SIGTERM)]
 }
 
 /// Sends it SIGKILL, for the first time or again, after what else is to be done.
 fn kill_run(run: &mut Run, now: Timestamp, mut effects: Vec<Effect>) -> Vec<Effect> {
     run.kills += 1;
-    run.kill_at = Some(after(now, KILL_AGAIN_AFTER));
+    run.kill_at = Some(now.plus(KILL_AGAIN_AFTER));
     effects.push(Effect::Signal(SIGKILL));
     effects
 }
@@ -596,11 +596,6 @@ fn failed(exit: Option<ExitStatus>, reason: String) -> Outcome {
 
 fn stopped(stop: &Stop) -> String {
     format!("its VM was stopped: {}", stop.reason)
-}
-
-/// The time a while later.
-pub(crate) fn after(time: Timestamp, duration: Duration) -> Timestamp {
-    Timestamp(time.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
 }
 
 #[cfg(test)]

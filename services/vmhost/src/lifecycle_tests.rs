@@ -140,10 +140,10 @@ fn a_job_that_outlives_its_timeout_is_terminated_then_killed_and_its_state_says_
     );
     assert_eq!(vm.deadline(), None, "the clock starts with the command");
     vm.step(NOW, Input::Started { at: NOW });
-    assert_eq!(vm.deadline(), Some(after(NOW, timeout)));
-    let term = vm.step(after(NOW, timeout), Input::Tick);
+    assert_eq!(vm.deadline(), Some(NOW.plus(timeout)));
+    let term = vm.step(NOW.plus(timeout), Input::Tick);
     assert_eq!(term, [Effect::SaveCause(Cause::TimedOut), Effect::Signal(SIGTERM)]);
-    let kill_at = after(after(NOW, timeout), KILL_GRACE);
+    let kill_at = NOW.plus(timeout).plus(KILL_GRACE);
     assert_eq!(vm.deadline(), Some(kill_at));
     assert_eq!(vm.step(kill_at, Input::Tick), [Effect::Signal(SIGKILL)]);
     let exit = ExitStatus { kind: ExitKind::Signal(9), user_time_ms: 0, system_time_ms: 0, max_rss_kib: 0 };
@@ -157,11 +157,11 @@ fn a_job_that_outlives_its_timeout_is_terminated_then_killed_and_its_state_says_
 fn an_attempt_that_does_not_start_in_time_is_ended_and_its_state_says_so() {
     let limits = Limits { run: Some(Duration::from_secs(60)), start: Some(Duration::from_millis(1500)) };
     let mut vm = Lifecycle::adopted(VmKind::Service, Some(Run::new(job(), 1, limits, NOW)), false);
-    let late = after(NOW, Duration::from_millis(1500));
+    let late = NOW.plus(Duration::from_millis(1500));
     assert_eq!(vm.deadline(), Some(late));
     let mut started = vm.clone();
     started.step(NOW, Input::Started { at: NOW });
-    assert_eq!(started.deadline(), Some(after(NOW, Duration::from_secs(60))), "the other clock runs from here");
+    assert_eq!(started.deadline(), Some(NOW.plus(Duration::from_secs(60))), "the other clock runs from here");
     assert_eq!(vm.step(late, Input::Tick), [Effect::SaveCause(Cause::NotStarted), Effect::Signal(SIGTERM)]);
     let effects = vm.step(late, Input::Lost { started: false, usable: true, reason: "it was not asked".to_owned() });
     let reason = "it did not start within 1500 ms".to_owned();

@@ -60,7 +60,7 @@ impl NodeLease {
     /// How long a guest may go on, in milliseconds.
     pub(crate) fn for_guest_ms(&self) -> Option<u64> {
         let left = self.lease.borrow().for_guest(now())?;
-        Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1))
+        Some(blixard::time::millis(left).max(1))
     }
 
     /// Waits until a guest that was told `last` is to be told again how long it may go on, in milliseconds; one that was never told

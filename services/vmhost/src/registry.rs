@@ -304,6 +304,5 @@ fn lost(started: bool, reason: &str) -> pb::finish_attempt_request::Outcome {
 
 /// The beginning of a text, at most `bytes` long.
 pub(crate) fn cut(text: &str, bytes: usize) -> &str {
-    let end = (0..=bytes.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
-    &text[..end]
+    &text[..text.floor_char_boundary(bytes)]
 }

@@ -221,12 +221,6 @@ impl Kernel {
         self.with(process, |process| process.alive)
     }
 
-    /// Whether it is stopped.
-    #[must_use]
-    pub fn is_frozen(&self, process: ProcessId) -> bool {
-        self.with(process, |process| process.frozen)
-    }
-
     /// What a process reads from the clock on its wall.
     #[must_use]
     pub fn wall(&self, process: ProcessId) -> Timestamp {

@@ -14,7 +14,7 @@ use super::{
     client::{Client, parse_job},
     failure::Failure,
     output::{self, Printer},
-    submission::millis,
+    submission::millis_or_none,
 };
 
 /// The file.
@@ -111,7 +111,7 @@ fn job(entry: Entry) -> Result<pb::GroupJob, String> {
         memory_mib: entry.memory,
         isolation: isolation.into(),
         priority: entry.priority,
-        timeout_ms: millis(entry.timeout.as_deref().map(args::duration).transpose()?),
+        timeout_ms: millis_or_none(entry.timeout.as_deref().map(args::duration).transpose()?),
         max_attempts: entry.retries.saturating_add(1),
         retry_on: retry_on.collect::<Result<_, String>>()?,
         labels: entry.label,

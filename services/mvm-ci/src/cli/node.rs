@@ -9,7 +9,7 @@ use blixard::{
     error::{Error, Reason},
     node::Node,
     pb::{common::v1 as common, scheduler::v1 as pb},
-    time::Timestamp,
+    time::{Timestamp, millis},
 };
 use serde_json::{Value, json};
 
@@ -57,7 +57,7 @@ pub(crate) async fn node(client: Client, args: NodeArgs, printer: &Printer) -> R
             told(answer.node, printer)?;
         }
         NodeCommand::Drain { id, deadline, reason, wait } => {
-            let deadline_ms = deadline.map(|deadline| u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+            let deadline_ms = deadline.map(millis);
             let request = pb::DrainNodeRequest { node_id: id.clone(), reason, deadline_ms };
             let answer = client.call(request, async |mut stub, request| stub.drain_node(request).await).await?;
             if wait {

@@ -9,7 +9,7 @@ use blixard::{
     error::Error,
     job::{Dependency, DependencyCondition, ExitKind, ExitStatus, Isolation, Job, JobSpec, JobState, RetryOn},
     pb::common::v1 as pb,
-    time::Timestamp,
+    time::{Timestamp, millis},
     vm::{Vm, VmKind, VmState},
 };
 use serde_json::{Value, json};
@@ -167,10 +167,6 @@ fn retry_name(on: RetryOn) -> &'static str {
     }
 }
 
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
 fn dependency_json(dependency: &Dependency) -> Value {
     json!({ "job_id": dependency.job_id.to_string(), "condition": condition_name(dependency.condition) })
 }
@@ -219,14 +215,14 @@ fn spec_json(spec: &JobSpec) -> Value {
         "memory_mib": spec.memory_mib,
         "isolation": isolation_name(spec.isolation),
         "priority": spec.priority,
-        "timeout_ms": spec.timeout.map(ms),
-        "queue_timeout_ms": spec.queue_timeout.map(ms),
-        "start_timeout_ms": spec.start_timeout.map(ms),
-        "result_ttl_ms": spec.result_ttl.map(ms),
+        "timeout_ms": spec.timeout.map(millis),
+        "queue_timeout_ms": spec.queue_timeout.map(millis),
+        "start_timeout_ms": spec.start_timeout.map(millis),
+        "result_ttl_ms": spec.result_ttl.map(millis),
         "max_attempts": spec.max_attempts,
         "retry_on": spec.retry.on.iter().map(|on| retry_name(*on)).collect::<Vec<_>>(),
-        "backoff_ms": ms(spec.retry.backoff),
-        "max_backoff_ms": ms(spec.retry.max_backoff),
+        "backoff_ms": millis(spec.retry.backoff),
+        "max_backoff_ms": millis(spec.retry.max_backoff),
         "labels": spec.labels,
         "node_id": maybe(spec.node_id.as_ref()),
         "target_vm_id": maybe(spec.target_vm_id),
@@ -340,7 +336,7 @@ pub(crate) fn vm_json(vm: &Vm) -> Value {
         "generation": vm.generation,
         "revision": vm.revision,
         "jobs_assigned": vm.jobs_assigned,
-        "stop_grace_ms": vm.stop_grace.map(ms),
+        "stop_grace_ms": vm.stop_grace.map(millis),
     })
 }
 

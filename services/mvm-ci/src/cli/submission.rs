@@ -8,6 +8,7 @@ use blixard::{
     job::TENANT_LABEL,
     limits,
     pb::common::v1 as common,
+    time::millis,
 };
 use bytes::Bytes;
 
@@ -41,12 +42,12 @@ pub(crate) fn spec(args: &RunArgs) -> Result<common::JobSpec, Error> {
         memory_mib: args.memory,
         isolation: isolation.into(),
         priority: args.priority,
-        timeout_ms: millis(args.timeout),
+        timeout_ms: millis_or_none(args.timeout),
         max_attempts: args.retries.map_or(args.max_attempts.unwrap_or(1), |retries| retries.saturating_add(1)),
         retry_on: args.retry_on.iter().map(|&on| common::RetryOn::from(on).into()).collect(),
-        backoff_ms: millis(args.backoff),
-        queue_timeout_ms: millis(args.queue_timeout),
-        start_timeout_ms: millis(args.start_timeout),
+        backoff_ms: millis_or_none(args.backoff),
+        queue_timeout_ms: millis_or_none(args.queue_timeout),
+        start_timeout_ms: millis_or_none(args.start_timeout),
         labels: args.label.iter().cloned().chain(tenant).collect(),
         node_id: args.node.clone(),
         node_labels: map(&args.node_label),
@@ -54,7 +55,7 @@ pub(crate) fn spec(args: &RunArgs) -> Result<common::JobSpec, Error> {
         target_vm_id: vm.clone().unwrap_or_default(),
         depends_on: args.after.iter().map(after).collect::<Result<_, _>>()?,
         artifacts: args.artifact.clone(),
-        result_ttl_ms: millis(args.ttl),
+        result_ttl_ms: millis_or_none(args.ttl),
         ..Default::default()
     })
 }
@@ -64,8 +65,8 @@ fn map(pairs: &[(String, String)]) -> BTreeMap<String, String> {
 }
 
 /// 0 for none, as the contract has it.
-pub(crate) fn millis(duration: Option<Duration>) -> u64 {
-    duration.map_or(0, |duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+pub(crate) fn millis_or_none(duration: Option<Duration>) -> u64 {
+    duration.map_or(0, millis)
 }
 
 /// What it is given besides; `None`: nothing.

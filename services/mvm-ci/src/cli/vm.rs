@@ -11,7 +11,7 @@ use blixard::{
     error::{Error, Reason},
     id::VmId,
     pb::{common::v1 as common, scheduler::v1 as pb},
-    time::Timestamp,
+    time::{Timestamp, millis},
     vm::{Vm, VmKind, VmState},
 };
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -192,11 +192,8 @@ async fn stop(client: &Client, args: VmStopArgs, printer: &Printer) -> Result<()
     };
     let grace = if args.force { Duration::ZERO } else { args.grace };
     let stop_one = |vm_id: String| async move {
-        let request = pb::StopVmRequest {
-            vm_id,
-            grace_ms: Some(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
-            reason: "stopped by mvm-ci vm stop".to_owned(),
-        };
+        let request =
+            pb::StopVmRequest { vm_id, grace_ms: Some(millis(grace)), reason: "stopped by mvm-ci vm stop".to_owned() };
         let answer = client.call(request, async |mut stub, request| stub.stop_vm(request).await).await?;
         let vm = parse_vm(answer.vm)?;
         if args.wait { wait(client, vm, VmState::is_terminal).await } else { Ok(vm) }

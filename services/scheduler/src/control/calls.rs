@@ -139,7 +139,7 @@ impl Calls {
             let doublings = pending.failures.min(16);
             pending.failures += 1;
             let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(MAX_PAUSE);
-            self.again.insert((Timestamp(now.0 + i64::try_from(pause.as_millis()).unwrap_or(i64::MAX)), id));
+            self.again.insert((now.plus(pause), id));
             return Answered::Again;
         }
         match self.pending.remove(&id) {

@@ -64,7 +64,7 @@ impl Lease {
             self.ask_next = now;
             return Change::None;
         }
-        self.ask_next = after(now, EVERY);
+        self.ask_next = now.plus(EVERY);
         let Some(answer) = answer else { return Change::None };
         self.leader = answer.holder;
         match (answer.held, self.held) {
@@ -95,7 +95,7 @@ impl Lease {
     /// Time has passed.
     pub(crate) fn passed(&mut self, now: Timestamp) -> Change {
         match self.held {
-            Some((_, confirmed)) if now >= after(confirmed, TTL) => self.lost(),
+            Some((_, confirmed)) if now >= confirmed.plus(TTL) => self.lost(),
             Some(_) | None => Change::None,
         }
     }
@@ -110,7 +110,7 @@ impl Lease {
     /// When it has something to do next; `None`: when the answer comes.
     pub(crate) fn next_wake(&self) -> Option<Timestamp> {
         let ask = self.asked_at.is_none().then_some(self.ask_next);
-        let end = self.held.map(|(_, confirmed)| after(confirmed, TTL));
+        let end = self.held.map(|(_, confirmed)| confirmed.plus(TTL));
         ask.into_iter().chain(end).min()
     }
 
@@ -119,10 +119,6 @@ impl Lease {
         self.disowned = self.asked_at.is_some();
         Change::Lost
     }
-}
-
-fn after(time: Timestamp, duration: Duration) -> Timestamp {
-    Timestamp(time.0 + i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]

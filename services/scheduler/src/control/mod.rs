@@ -24,7 +24,7 @@ use blixard::{
     job::Job,
     node::Node,
     pb::{common::v1 as common, registry::v1 as registry, vmhost::v1 as vmhost},
-    time::Timestamp,
+    time::{Timestamp, millis},
     vm::{Vm, VmConfig, VmState},
 };
 use uuid::Uuid;
@@ -189,7 +189,7 @@ impl Control {
                 self.changed(now, revision, change);
             }
             Event::WatchEnded { round } if round == self.round => {
-                self.sync = Sync::Apart { list_at: after(now, LIST_AGAIN_AFTER) };
+                self.sync = Sync::Apart { list_at: now.plus(LIST_AGAIN_AFTER) };
             }
             Event::Listed { .. } | Event::Changed { .. } | Event::WatchEnded { .. } => {}
             Event::LeaseAnswered(answer) => {
@@ -293,7 +293,7 @@ impl Control {
 
     fn listed(&mut self, now: Timestamp, result: Result<Box<Listing>, Error>) {
         let Ok(listing) = result else {
-            self.sync = Sync::Apart { list_at: after(now, LIST_AGAIN_AFTER) };
+            self.sync = Sync::Apart { list_at: now.plus(LIST_AGAIN_AFTER) };
             return;
         };
         let Listing { mut jobs, mut vms, nodes, job_revision, vm_revision, node_revision } = *listing;
@@ -516,7 +516,7 @@ impl Control {
                 Call::StartVm(node_id, request)
             }
             Order::Stop { vm_id, grace, reason } => {
-                let grace_ms = grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
+                let grace_ms = grace.map(millis);
                 Call::StopVm(node_id, vmhost::StopVmRequest { vm_id: vm_id.to_string(), grace_ms, reason })
             }
             Order::Run(job) => {
@@ -578,15 +578,8 @@ fn expect_job(reply: Reply) -> Result<Job, Error> {
 
 /// Keeps a reason within what the registry takes.
 fn cut(mut reason: String) -> String {
-    if reason.len() > blixard::limits::MAX_REASON_BYTES {
-        let end = (0..=blixard::limits::MAX_REASON_BYTES).rev().find(|&at| reason.is_char_boundary(at)).unwrap_or(0);
-        reason.truncate(end);
-    }
+    reason.truncate(reason.floor_char_boundary(blixard::limits::MAX_REASON_BYTES));
     reason
-}
-
-fn after(time: Timestamp, duration: Duration) -> Timestamp {
-    Timestamp(time.0 + i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use blixard::{
     job::Isolation,
     node::{Node, NodeState},
     pb::common::v1 as pb,
-    time::Timestamp,
+    time::{Timestamp, millis},
     vm::VmKind,
 };
 
@@ -130,7 +130,7 @@ impl Engine {
             tenant: tenant.map(|tenant| tenant.name.to_string()).unwrap_or_default(),
             tenant_running: tenant.map_or(0, |tenant| tenant.jobs),
             tenant_limit: tenant.map_or(0, |tenant| tenant.limit),
-            waited_ms: u64::try_from(now.since(entry.queued_at).as_millis()).unwrap_or(u64::MAX),
+            waited_ms: millis(now.since(entry.queued_at)),
             scheduler_epoch: self.lead.unwrap_or(0),
             ..Decision::default()
         }

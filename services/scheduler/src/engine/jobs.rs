@@ -14,7 +14,6 @@ use blixard::{
 
 use super::{
     Effect, Engine, LOOKS_PER_STEP, OrderKey, Wake,
-    nodes::after,
     queue::Key,
     shape::{Constraint, ImageId, NodeIx, Shape, ShapeId, TenantId},
 };
@@ -223,7 +222,7 @@ impl Engine {
             None => {
                 entry.phase = Phase::Waiting;
                 let timeout = entry.queue_timeout_ms.map(|ms| Duration::from_millis(ms.into()));
-                timeout.map(|timeout| after(entry.ready_since, timeout))
+                timeout.map(|timeout| entry.ready_since.plus(timeout))
             }
         };
         let lane = (entry.shape, entry.tenant, entry.key, matches!(entry.phase, Phase::Waiting));

@@ -53,7 +53,7 @@ pub use settings::Settings;
 
 use self::{
     jobs::{Dependencies, JobEntry},
-    nodes::{Fleet, after},
+    nodes::Fleet,
     orders::Orders,
     queue::{Offer, Queue, Wait},
     shape::{ImageId, Names, NodeIx, ShapeId, SiteId},
@@ -397,7 +397,7 @@ impl Engine {
         }
         let (state, lost_since) = (place.state, place.lost_since.filter(|_| !place.given_up));
         let due = match state {
-            Some(NodeState::Lost) => lost_since.map(|since| after(since, self.settings.lost_node_grace)),
+            Some(NodeState::Lost) => lost_since.map(|since| since.plus(self.settings.lost_node_grace)),
             Some(NodeState::Draining) => self.fleet.node(ix).and_then(|node| node.drain_deadline),
             Some(NodeState::Ready | NodeState::Cordoned) | None => None,
         };

@@ -3,10 +3,7 @@
 //! A *site* is the set of nodes that some constraint allows. It keeps its Ready nodes in order of free memory, and those that
 //! have free VMs by the VMs' class, so that the best one is found without looking at the others.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
     config::PlacementChoice,
@@ -616,9 +613,4 @@ fn exceeds(field: &str, value: u32, allowed: &str) -> Error {
 
 fn join<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     names.into_iter().collect::<Vec<_>>().join(", ")
-}
-
-/// A point in time after another.
-pub(super) fn after(time: Timestamp, duration: Duration) -> Timestamp {
-    Timestamp(time.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
 }

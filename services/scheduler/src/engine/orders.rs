@@ -10,7 +10,7 @@ use blixard::{
     vm::{VmConfig, VmState},
 };
 
-use super::{Effect, Engine, Wake, jobs::Phase, nodes::after, shape::NodeIx};
+use super::{Effect, Engine, Wake, jobs::Phase, shape::NodeIx};
 
 /// Between two tries of an order that a vmhost could not be given.
 const ORDER_RETRY: Duration = Duration::from_millis(500);
@@ -74,7 +74,7 @@ impl Engine {
                 return self.after_told(now, key);
             }
             Err(error) if asked_again(key, error.reason) => {
-                self.arm(after(now, ORDER_RETRY), Wake::Order(key));
+                self.arm(now.plus(ORDER_RETRY), Wake::Order(key));
                 // Meanwhile the state may want only what waited for this answer.
                 return self.after_told(now, key);
             }

@@ -10,7 +10,6 @@ use blixard::{
 
 use super::{
     Effect, Engine, LOOKS_PER_STEP, OWNER, OWNER_LABEL, Wake,
-    nodes::after,
     queue::Wait,
     shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, SiteId},
     vms::VmEntry,
@@ -73,17 +72,15 @@ impl Engine {
         if service && limit > 0 && vm.jobs_assigned >= limit {
             return Duty::Drain(format!("replaced after {} jobs", vm.jobs_assigned));
         }
-        let old_at = self.settings.recycle_after.filter(|_| service).map(|age| after(vm.created_at, age));
+        let old_at = self.settings.recycle_after.filter(|_| service).map(|age| vm.created_at.plus(age));
         if old_at.is_some_and(|at| at <= now) {
             return Duty::Drain("replaced: it is old enough".to_owned());
         }
-        let idle_at = self.settings.auto_scaling.then(|| after(vm.since, self.settings.scale_down_after));
+        let idle_at = self.settings.auto_scaling.then(|| vm.since.plus(self.settings.scale_down_after));
         match idle_at {
             Some(at) if at > now => Duty::LookAgain(old_at.map_or(at, |old| old.min(at))),
             // Nobody has looked yet whether a job that waits can have it.
-            Some(_) if self.queue.anyone_takes(&vm.class) => {
-                Duty::LookAgain(after(now, self.settings.scale_down_after))
-            }
+            Some(_) if self.queue.anyone_takes(&vm.class) => Duty::LookAgain(now.plus(self.settings.scale_down_after)),
             Some(_) if !self.is_kept_warm(&vm.class) => Duty::Drain("idle, and nothing needed it".to_owned()),
             Some(_) | None => old_at.map_or(Duty::Keep, Duty::LookAgain),
         }

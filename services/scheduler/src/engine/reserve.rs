@@ -10,7 +10,6 @@ use blixard::{id::JobId, time::Timestamp};
 
 use super::{
     Engine, Wake,
-    nodes::after,
     queue::{Offer, Wait},
     shape::{Class, NodeIx, ShapeId, SiteId},
 };
@@ -24,7 +23,7 @@ impl Engine {
     /// The first job of a shape found no room.
     pub(super) fn keep_room(&mut self, now: Timestamp, id: ShapeId, job_id: JobId, site: SiteId, class: &Class) {
         let (Some(job), Some(waiting)) = (self.jobs.get(&job_id), self.queue.shapes.get(&id)) else { return };
-        let due = after(job.ready_since.max(waiting.started_at), PATIENCE);
+        let due = job.ready_since.max(waiting.started_at).plus(PATIENCE);
         if due > now {
             self.give_back_room(id);
             return self.arm(due, Wake::Starving(id));

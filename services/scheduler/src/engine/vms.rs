@@ -16,7 +16,6 @@ use blixard::{
 use super::{
     Decision, Effect, Engine, LostNode, OWNER, OWNER_LABEL, OrderKey, Ticket, Wake,
     jobs::Phase,
-    nodes::after,
     queue::Offer,
     shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, TenantId},
 };
@@ -461,14 +460,14 @@ impl Engine {
 
     /// Its node would not take a job for it, whatever the registry shows of it next.
     pub(super) fn distrust(&mut self, now: Timestamp, vm_id: VmId) {
-        let until = after(now, DISTRUST_FOR);
+        let until = now.plus(DISTRUST_FOR);
         self.distrusted.insert(vm_id, until);
         self.arm(until, Wake::Trust(vm_id));
     }
 
     pub(super) fn suspect(&mut self, now: Timestamp, vm_id: VmId) {
         self.change_vm(vm_id, |entry| (entry.reserved, entry.suspect) = (None, true));
-        self.arm(after(now, SUSPECT_FOR), Wake::Trust(vm_id));
+        self.arm(now.plus(SUSPECT_FOR), Wake::Trust(vm_id));
     }
 
     pub(super) fn change_vm(&mut self, vm_id: VmId, change: impl FnOnce(&mut VmEntry)) {

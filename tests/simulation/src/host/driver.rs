@@ -17,7 +17,7 @@ use futures::{
 };
 
 use super::{
-    Host, after,
+    Host,
     disk::{AttemptRecord, EndRecord, Fence, VmRecord},
     registry::Registry,
 };
@@ -230,7 +230,7 @@ impl Driver {
             Mail::Launched(machine) => {
                 self.machine = Some(Rc::clone(&machine));
                 self.watch_machine(machine);
-                let boot_deadline = after(self.host.wall(), BOOT_PATIENCE);
+                let boot_deadline = self.host.wall().plus(BOOT_PATIENCE);
                 self.step(Input::Launched { boot_deadline }).await;
             }
             Mail::AgentUp(boot_id) => {

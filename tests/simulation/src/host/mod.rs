@@ -142,11 +142,6 @@ pub(crate) fn monotonic(world: &World) -> Duration {
     world.kernel.now().since(Instant::default())
 }
 
-/// The time a while later.
-fn after(time: Timestamp, duration: Duration) -> Timestamp {
-    Timestamp(time.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
-}
-
 /// A vmhost, from its start to its end.
 pub struct Host {
     world: World,
@@ -302,7 +297,7 @@ impl Host {
     }
 
     async fn stop(&self, vm: &VmHandle, grace: Duration, reason: String) -> Result<(), Error> {
-        let stop = Stop { deadline: after(self.wall(), grace), reason };
+        let stop = Stop { deadline: self.wall().plus(grace), reason };
         vm.ask(|reply| Mail::Stop { stop, reply }).await
     }
 

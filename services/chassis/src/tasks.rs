@@ -41,6 +41,17 @@ impl Tasks {
         });
     }
 
+    /// Runs a task that has nothing to put in order: it is dropped when the token is cancelled.
+    pub fn spawn_until_end(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
+        let token = self.token.clone();
+        self.spawn(name, async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = future => {}
+            }
+        });
+    }
+
     /// Asks the tasks to end and waits for them; false when some had not ended after `grace`.
     pub async fn shutdown(&self, grace: Duration) -> bool {
         self.token.cancel();

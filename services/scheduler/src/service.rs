@@ -57,15 +57,7 @@ pub(crate) fn refused(status: Status) -> Status {
 impl SchedulerApi {
     pub(crate) fn new(config: SchedulerConfig, peers: Peers, feed: Feed, shell: ShellHandle, tasks: Tasks) -> Self {
         let hubs = Hubs::new(tasks.clone());
-        tasks.spawn("reasons for waiting", {
-            let (keep, token) = (follow::keep_reasons(shell.clone(), feed.clone()), tasks.token().clone());
-            async move {
-                tokio::select! {
-                    () = keep => {}
-                    () = token.cancelled() => {}
-                }
-            }
-        });
+        tasks.spawn_until_end("reasons for waiting", follow::keep_reasons(shell.clone(), feed.clone()));
         Self { config, peers, feed, shell, hubs, tasks }
     }
 

@@ -328,7 +328,7 @@ impl Shell {
         self.connection.token().cancel();
         self.connection = self.tasks.child();
         let (peers, answers) = (self.peers.clone(), self.caller.answers.clone());
-        self.connect("list", async move {
+        self.connection.spawn_until_end("list", async move {
             let result = list_everything(&peers).await;
             if let Err(error) = &result {
                 tracing::debug!(%error, "the registry does not answer yet");
@@ -340,23 +340,13 @@ impl Shell {
 
     fn open_watch(&mut self, round: Round, start_revision: u64) {
         let (peers, answers) = (self.peers.clone(), self.caller.answers.clone());
-        self.connect("watch", async move {
+        self.connection.spawn_until_end("watch", async move {
             let message = registry::WatchRequest { start_revision, ..Default::default() };
             let message = match peers.registry().watch(message).await {
                 Ok(watch) => Message::WatchOpened { round, watch: Box::new(watch.into_inner()) },
                 Err(_) => Message::Event(Box::new(Event::WatchEnded { round })),
             };
             let _ = answers.send(message).await;
-        });
-    }
-
-    fn connect(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        let token = self.connection.token().clone();
-        self.connection.spawn(name, async move {
-            tokio::select! {
-                () = work => {}
-                () = token.cancelled() => {}
-            }
         });
     }
 }
@@ -400,12 +390,9 @@ impl Caller {
     }
 
     fn spawn(&self, name: &'static str, work: impl Future<Output = Event> + Send + 'static) {
-        let (answers, token) = (self.answers.clone(), self.tasks.token().clone());
-        self.tasks.spawn(name, async move {
-            tokio::select! {
-                event = work => drop(answers.send(Message::Event(Box::new(event))).await),
-                () = token.cancelled() => {}
-            }
+        let answers = self.answers.clone();
+        self.tasks.spawn_until_end(name, async move {
+            let _ = answers.send(Message::Event(Box::new(work.await))).await;
         });
     }
 

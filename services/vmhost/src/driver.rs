@@ -462,14 +462,10 @@ impl Driver {
     fn await_agent(&self) {
         let Some((_, link)) = self.machine.clone() else { return };
         let events = self.event_sender.clone();
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("vm-boot", async move {
-            let event = tokio::select! {
-                () = token.cancelled() => return,
-                agent = link.introduce() => match agent {
-                    Ok(agent) => Event::AgentUp { boot_id: agent.hello.boot_id.clone() },
-                    Err(error) => Event::Input(Input::BootFailed { reason: error.to_string() }),
-                },
+        self.tasks.spawn_until_end("vm-boot", async move {
+            let event = match link.introduce().await {
+                Ok(agent) => Event::AgentUp { boot_id: agent.hello.boot_id.clone() },
+                Err(error) => Event::Input(Input::BootFailed { reason: error.to_string() }),
             };
             let _ = events.send(event).await;
         });
@@ -477,12 +473,8 @@ impl Driver {
 
     fn watch_machine(&self, machine: Arc<dyn Machine>) {
         let events = self.event_sender.clone();
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("vm-wait", async move {
-            tokio::select! {
-                () = token.cancelled() => {}
-                exit = machine.wait() => drop(events.send(Event::MachineExited(exit)).await),
-            }
+        self.tasks.spawn_until_end("vm-wait", async move {
+            let _ = events.send(Event::MachineExited(machine.wait().await)).await;
         });
     }
 
@@ -492,13 +484,7 @@ impl Driver {
         let guest_boot = self.record.guest_boot.clone().unwrap_or_default();
         let watching =
             health::watch(self.id, guest_boot, link, self.view.subscribe(), every, self.event_sender.clone());
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("vm-health", async move {
-            tokio::select! {
-                () = token.cancelled() => {}
-                () = watching => {}
-            }
-        });
+        self.tasks.spawn_until_end("vm-health", watching);
     }
 
     async fn checked(&mut self, result: Result<Health, String>) {
@@ -550,13 +536,7 @@ impl Driver {
         };
         let (handle, pump) = AttemptHandle::new(assignment, log, lifelines);
         self.attempt = Some(Attempt::Running(handle));
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("vm-attempt", async move {
-            tokio::select! {
-                () = token.cancelled() => {}
-                () = pump => {}
-            }
-        });
+        self.tasks.spawn_until_end("vm-attempt", pump);
     }
 
     fn signal(&self, signal: i32) {

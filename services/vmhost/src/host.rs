@@ -173,11 +173,11 @@ impl VmHost {
         let host = Arc::new(Host::open(config, hypervisor, tasks.clone())?);
         recovery::recover(&host).await.map_err(StartError::Recovery)?;
         let own = Arc::clone(&host);
-        spawn(tasks, "vmhost-register", async move { heartbeat::keep_registered(&own).await });
+        tasks.spawn_until_end("vmhost-register", async move { heartbeat::keep_registered(&own).await });
         let own = Arc::clone(&host);
-        spawn(tasks, "vmhost-lease", async move { node_lease::keep(&own).await });
+        tasks.spawn_until_end("vmhost-lease", async move { node_lease::keep(&own).await });
         let own = Arc::clone(&host);
-        spawn(tasks, "vmhost-clean", async move { cleaning::keep_clean(&own).await });
+        tasks.spawn_until_end("vmhost-clean", async move { cleaning::keep_clean(&own).await });
         let leaving = Arc::clone(&host);
         tasks.spawn("vmhost-leave", async move {
             leaving.tasks.token().cancelled().await;
@@ -200,17 +200,6 @@ impl VmHost {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
-}
-
-/// Runs a task that ends with the others.
-fn spawn(tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-    let token = tasks.token().clone();
-    tasks.spawn(name, async move {
-        tokio::select! {
-            () = token.cancelled() => {}
-            () = task => {}
-        }
-    });
 }
 
 /// What the drivers share.

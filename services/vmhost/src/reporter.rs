@@ -85,14 +85,8 @@ impl Reporter {
         tasks: &Tasks,
     ) -> mpsc::Sender<Report> {
         let (sender, reports) = mpsc::channel(REPORTS_QUEUED);
-        let token = tasks.token().clone();
         let reporter = Self { registry, vm_id, events };
-        tasks.spawn("vm-report", async move {
-            tokio::select! {
-                () = token.cancelled() => {}
-                () = reporter.run(reports) => {}
-            }
-        });
+        tasks.spawn_until_end("vm-report", reporter.run(reports));
         sender
     }
 

@@ -6,6 +6,7 @@ use blixard::{
     id::JobId,
     job::JobState,
     pb::scheduler::v1::{self as pb, run_job_response::Event},
+    time::Timestamp,
 };
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -34,7 +35,8 @@ pub(crate) async fn watch_job(
         let Some(job) = seen.job else { return };
         let waiting_for = match (job.state, seen.waits) {
             (JobState::Queued, Some((revision, reason))) if revision == job.revision => reason,
-            (JobState::Queued, _) => {
+            // Most jobs wait for a moment only; what the others wait for is told by [`keep_reasons`].
+            (JobState::Queued, _) if Timestamp::now().since(job.queued_at) >= WAIT_REASON_EVERY => {
                 let reason = waits_for(&shell, job_id).await;
                 feed.waits(job_id, job.revision, &reason);
                 reason

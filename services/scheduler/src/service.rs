@@ -141,10 +141,14 @@ fn parse_grace(grace_ms: Option<u64>) -> Result<Duration, Error> {
 #[tonic::async_trait]
 impl SchedulerService for SchedulerApi {
     async fn submit_job(&self, request: Request<pb::SubmitJobRequest>) -> Answer<pb::SubmitJobResponse> {
-        let submission = Submission::from(request.get_ref().clone());
+        let mut submission = Submission::from(request.get_ref().clone());
+        let job_id = JobId(request_id(&submission.request_id)?);
         let repeatable = !submission.request_id.is_empty();
+        submission.request_id = job_id.to_string();
+        let subscription = self.feed.subscribe(job_id);
         let job = self.submit(&request, submission, repeatable).await?;
-        Ok(Response::new(pb::SubmitJobResponse { job: Some(job) }))
+        self.feed.remember(&subscription, &job);
+        Ok(Response::new(pb::SubmitJobResponse { job: Some(job.into()) }))
     }
 
     async fn get_job(&self, request: Request<pb::GetJobRequest>) -> Answer<pb::GetJobResponse> {
@@ -192,7 +196,7 @@ impl SchedulerService for SchedulerApi {
         // Before the job is on record, so that its first change is seen and it need not be read.
         let subscriptions = (self.feed.subscribe(job_id), self.feed.subscribe(job_id));
         let job = self.submit(&request, submission, repeatable).await?;
-        self.feed.publish(&Job::try_from(job)?);
+        self.feed.publish(&job);
         let changes = self.follow_changes(job_id, subscriptions.0);
         let wanted = logs::Wanted { job_id, attempt: None, offset: 0, follow: true };
         let records = self.follow_log(wanted, subscriptions.1);
@@ -241,7 +245,10 @@ impl SchedulerService for SchedulerApi {
 
     async fn watch_job(&self, request: Request<pb::WatchJobRequest>) -> Answer<Self::WatchJobStream> {
         let job_id = JobId::parse("job_id", &request.get_ref().job_id)?;
-        let subscription = self.watch(job_id).await?;
+        let mut subscription = self.feed.subscribe(job_id);
+        if subscription.changes.borrow().job.is_none() {
+            subscription = self.watch(job_id).await?;
+        }
         let changes = self.follow_changes(job_id, subscription);
         Ok(Response::new(Box::pin(ReceiverStream::new(changes))))
     }

@@ -273,6 +273,7 @@ impl Shell {
         for job in &listing.jobs {
             self.feed.publish(job);
         }
+        self.feed.forget_recent();
         let live: std::collections::BTreeSet<JobId> = listing.jobs.iter().map(|job| job.id).collect();
         for job_id in self.feed.waited_for().into_iter().filter(|job_id| !live.contains(job_id)) {
             let (mut registry, feed) = (self.peers.registry(), self.feed.clone());

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use blixard::{
     error::{Error, Reason, invalid},
     id::{JobId, NAME_ALLOWED, is_name},
-    job::{JobInput, JobSpec},
+    job::{Job, JobInput, JobSpec},
     limits,
     pb::{common::v1 as common, registry::v1 as registry, scheduler::v1 as pb},
     vm::Defaults,
@@ -289,13 +289,13 @@ impl SchedulerApi {
         caller: &Request<T>,
         submission: Submission,
         repeatable: bool,
-    ) -> Result<common::Job, Status> {
+    ) -> Result<Job, Status> {
         let planned = plan_job(submission, self.config.settings.defaults, self.config.secret_key.as_ref())?;
         self.admit(&planned, repeatable, 1).await?;
         let request = forward(caller, planned.into_request());
         let answer = self.peers.registry().create_job(request).await.map_err(refused)?;
-        let job = answer.into_inner().job.ok_or_else(|| missing("job"))?;
-        self.shell.submitted(job.clone().try_into()?);
+        let job = Job::try_from(answer.into_inner().job.ok_or_else(|| missing("job"))?)?;
+        self.shell.submitted(job.clone());
         Ok(job)
     }
 

@@ -111,7 +111,7 @@ impl SchedulerApi {
             labels: BTreeMap::new(),
             node_id: spec.node_id.clone(),
         };
-        could_ever_fit(&self.peers.nodes(), field, &config)
+        could_ever_fit(&self.peers.nodes(), field, &config, &spec.node_labels)
     }
 }
 
@@ -290,7 +290,7 @@ impl SchedulerService for SchedulerApi {
                 self.peers.registry().create_vm(create).await.map_err(refused)?.into_inner().vm
             }
             None => {
-                could_ever_fit(&self.peers.nodes(), "config", &config)?;
+                could_ever_fit(&self.peers.nodes(), "config", &config, &BTreeMap::new())?;
                 Some(self.shell.start_vm(vm_id, config).await?.into())
             }
         };

@@ -25,6 +25,10 @@ fn each_request_that_cannot_be_served_has_its_own_reason() {
     let long = "x".repeat(100_000);
     let cases: &[(&[&str], &str)] = &[
         (&["run", "--image", "nope", "--", "true"], "IMAGE_NOT_FOUND: spec.image: no node has the image \"nope\""),
+        (
+            &["run", "--node-label", "gpu=yes", "--", "true"],
+            "NODE_NOT_FOUND: spec.node_labels: no node that would do has the label gpu=yes",
+        ),
         (&["run", "--vcpus", "0", "--", "true"], "INVALID_FIELD: spec.vcpus: \"0\" is not allowed: 1 to 64"),
         (&["run", "--memory", "1048576", "--", "true"], "EXCEEDS_CAPACITY: spec.memory_mib: \"1048576\""),
         (&["run", "--", &long, &long, &long], "INVALID_FIELD: spec.command: \"300000\" is not allowed: at most 262144"),

@@ -190,10 +190,11 @@ impl Pending {
             // A fault of the registry's is the user's to hear of; nobody else would.
             Purpose::Create { for_user: true, .. } | Purpose::CreateForUser { .. } => may_pass,
             // Such as a full disk: what the engine wants it wants once, and would wait for ever.
-            Purpose::Create { for_user: false, .. }
-            | Purpose::Assign { .. }
-            | Purpose::LookUp { .. }
-            | Purpose::Note => may_pass || reason == Reason::Internal,
+            Purpose::Create { for_user: false, .. } | Purpose::Assign { .. } | Purpose::Note => {
+                may_pass || reason == Reason::Internal
+            }
+            // Only this says that a job is gone.
+            Purpose::LookUp { .. } => reason != Reason::JobNotFound,
         }
     }
 }

@@ -405,7 +405,8 @@ impl Control {
             }
             Purpose::LookUp { job_id } => match result.and_then(expect_job) {
                 Ok(job) => self.step(now, Input::Job(job)),
-                Err(_) => self.step(now, Input::JobGone(job_id)),
+                Err(error) if error.reason == Reason::JobNotFound => self.step(now, Input::JobGone(job_id)),
+                Err(error) => tracing::error!(%job_id, %error, "the registry does not tell what became of a job"),
             },
             Purpose::Tell { order } => {
                 let result = result.map(drop);

@@ -47,7 +47,7 @@ use blixard::{
     vm::{Vm, VmConfig},
 };
 
-pub use nodes::{NodeEntry, Nodes, could_ever_fit, could_ever_fit_labelled};
+pub use nodes::{NodeEntry, Nodes, could_ever_fit};
 pub use orders::{Order, OrderKey};
 pub use settings::Settings;
 

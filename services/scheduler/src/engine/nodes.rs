@@ -538,19 +538,12 @@ fn likes(constraint: &Constraint, node: &Node) -> Option<u32> {
     allowed.then(|| u32::try_from(liked).unwrap_or(u32::MAX))
 }
 
-/// Whether any node could ever run this, were it empty. With no node at all everything may come.
+/// Whether any node that has these labels could ever run this, were it empty. With no node at all everything may come.
 ///
 /// # Errors
-/// NODE_NOT_FOUND, IMAGE_NOT_FOUND or EXCEEDS_CAPACITY, naming the field below `field`, its value and what is allowed.
-pub fn could_ever_fit(nodes: &Nodes, field: &str, config: &VmConfig) -> Result<(), Error> {
-    could_ever_fit_labelled(nodes, field, config, &BTreeMap::new())
-}
-
-/// The same for a job that also asks for labels of its node.
-///
-/// # Errors
-/// The same; NODE_NOT_FOUND when no node has the labels.
-pub fn could_ever_fit_labelled(
+/// NODE_NOT_FOUND (also when no node has the labels), IMAGE_NOT_FOUND or EXCEEDS_CAPACITY, naming the field below `field`, its
+/// value and what is allowed.
+pub fn could_ever_fit(
     nodes: &Nodes,
     field: &str,
     config: &VmConfig,

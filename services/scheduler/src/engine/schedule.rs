@@ -1,6 +1,7 @@
 //! Which waiting job is next, and what it is given: a free VM, or one that is started for it.
 
 use blixard::{
+    error::Reason,
     id::{JobId, VmId},
     job::Isolation,
     time::Timestamp,
@@ -10,7 +11,7 @@ use blixard::{
 use super::{
     Decision, Effect, Engine, LOOKS_PER_PLACEMENT, LOOKS_PER_STEP,
     jobs::Phase,
-    nodes::could_ever_fit_labelled,
+    nodes::could_ever_fit,
     queue::Wait,
     shape::{Class, NodeIx, Shape, ShapeId, SiteId},
 };
@@ -157,14 +158,14 @@ impl Engine {
         }
         let constraint = self.fleet.constraint(site);
         let config = self.config_of(class, &constraint);
-        let error = could_ever_fit_labelled(self.nodes(), "spec", &config, &constraint.labels).err();
-        // A service VM that lives, wherever its image came from, is as good as a node.
+        let error = could_ever_fit(self.nodes(), "spec", &config, &constraint.labels).err();
+        // A service VM that lives, wherever its image came from, is as good as a node; but none lives on a node that is not there.
         let service = |other: &Class| other.vcpus >= class.vcpus && other.memory_mib >= class.memory_mib;
         let from = Class { kind: VmKind::Service, vcpus: 0, ..*class };
         let to = Class { kind: VmKind::Service, vcpus: u32::MAX, memory_mib: u32::MAX, ..*class };
         let lives = isolation != Isolation::Maximum && self.counts.services.range(from..=to).any(|(c, _)| service(c));
         match error {
-            Some(error) if !lives => Some(error.message),
+            Some(error) if !lives || error.reason == Reason::NodeNotFound => Some(error.message),
             Some(_) | None => {
                 if let Some(waiting) = self.queue.shapes.get_mut(&id) {
                     // Such a VM may end without a node's changing: then look again.

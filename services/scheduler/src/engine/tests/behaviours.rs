@@ -241,6 +241,8 @@ fn required_labels_filter_preferred_ones_decide_and_else_the_placement_that_was_
 #[test]
 fn what_no_node_could_ever_run_fails_with_the_reason_and_a_lost_node_could() {
     let mut engine = engine(settings());
+    // It would do, were it elsewhere.
+    engine.step(at(0), Input::Vm(vm(7, 5, VmKind::Service, VmState::Busy)));
     let labels = BTreeMap::from([("gpu".to_owned(), "yes".to_owned())]);
     let effects = engine.step(at(0), Input::Job(queued(1, 10, spec(|s| s.node_labels = labels.clone()))));
     assert_eq!(reasons(&effects), ["false: spec.node_labels: no node that would do has the label gpu=yes"]);

@@ -62,6 +62,12 @@ impl VmHostService for Stubborn {
     ) -> Result<Response<Self::GetArtifactStream>, Status> {
         std::future::pending().await
     }
+    async fn check_invariants(
+        &self,
+        _: Request<pb::CheckInvariantsRequest>,
+    ) -> Result<Response<pb::CheckInvariantsResponse>, Status> {
+        std::future::pending().await
+    }
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Result<Response<pb::GetConsoleResponse>, Status> {
         std::future::pending().await
     }

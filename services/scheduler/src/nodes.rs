@@ -3,18 +3,18 @@
 use std::time::Duration;
 
 use blixard::{
-    error::{Error, invalid},
+    error::{Error, Reason, invalid},
     id::NodeId,
     limits,
     node::NodeState,
-    pb::{common::v1 as common, registry::v1 as registry, scheduler::v1 as pb},
+    pb::{common::v1 as common, registry::v1 as registry, scheduler::v1 as pb, vmhost::v1 as vmhost},
     time::Timestamp,
 };
 use blixard_chassis::client::forward;
 use tonic::{Request, Status};
 
 use crate::{
-    peers::missing,
+    peers::{missing, peer_error},
     service::{SchedulerApi, check_reason, refused},
 };
 
@@ -55,6 +55,23 @@ impl SchedulerApi {
         };
         let answer = self.peers.registry().update_node(forward(caller, update)).await.map_err(refused)?;
         Ok(answer.into_inner().node.ok_or_else(|| missing("node"))?)
+    }
+
+    /// Has a node look at itself.
+    pub(crate) async fn check(&self, caller: &Request<pb::CheckNodeRequest>) -> Result<pb::CheckNodeResponse, Status> {
+        let asked = caller.get_ref();
+        let node_id = NodeId::parse("node_id", &asked.node_id)?;
+        let nodes = self.peers.nodes();
+        if !nodes.contains_key(&node_id) {
+            let known = nodes.keys().map(NodeId::as_str).collect::<Vec<_>>().join(", ");
+            let message = format!("there is no node \"{node_id}\"; there are: {known}");
+            return Err(Error::new(Reason::NodeNotFound, message).with("node_id", node_id).into());
+        }
+        let check = vmhost::CheckInvariantsRequest { repair: asked.repair };
+        let answer = self.peers.vmhost(&node_id)?.check_invariants(forward(caller, check)).await;
+        let vmhost::CheckInvariantsResponse { violations, vms, processes, directories } =
+            answer.map_err(|status| peer_error("vmhost", &status))?.into_inner();
+        Ok(pb::CheckNodeResponse { violations, vms, processes, directories })
     }
 }
 

@@ -241,6 +241,10 @@ impl SchedulerService for SchedulerApi {
         Ok(Response::new(pb::DrainNodeResponse { node: Some(node) }))
     }
 
+    async fn check_node(&self, request: Request<pb::CheckNodeRequest>) -> Answer<pb::CheckNodeResponse> {
+        Ok(Response::new(self.check(&request).await?))
+    }
+
     type WatchJobStream = Streamed<pb::WatchJobResponse>;
 
     async fn watch_job(&self, request: Request<pb::WatchJobRequest>) -> Answer<Self::WatchJobStream> {

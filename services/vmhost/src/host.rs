@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    io,
-    path::PathBuf,
+    fs, io,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -31,11 +31,12 @@ use crate::{
     heartbeat,
     hypervisor::{self, ChooseError, Hypervisor, HypervisorSettings, Launch},
     input::InputSource,
+    invariants,
     lease::LEASE,
     lifecycle::{Limits, Run},
     logs::{Fence, LogStore},
     node_lease::{self, NodeLease},
-    records::{self, StateDir, VmRecord},
+    records::{self, DELETED, StateDir, VmRecord},
     recovery,
     registry::Registry,
     service::Service,
@@ -178,6 +179,8 @@ impl VmHost {
         tasks.spawn_until_end("vmhost-lease", async move { node_lease::keep(&own).await });
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-clean", async move { cleaning::keep_clean(&own).await });
+        let own = Arc::clone(&host);
+        tasks.spawn_until_end("vmhost-invariants", async move { invariants::keep(&own).await });
         let leaving = Arc::clone(&host);
         tasks.spawn("vmhost-leave", async move {
             leaving.tasks.token().cancelled().await;
@@ -293,6 +296,20 @@ impl Host {
     /// A VM that has ended and is reported, or that never came to be.
     pub(crate) fn forget(&self, vm_id: VmId) {
         self.vms().remove(&vm_id);
+    }
+
+    /// Deletes what is left of a VM that is not here. Blocking.
+    pub(crate) fn delete_leftover(&self, vm_id: VmId, path: &Path) -> io::Result<()> {
+        let deleted = path.with_extension(DELETED);
+        if path != deleted {
+            // Renamed under the lock, so that no VM of this id begins in what is being deleted.
+            let vms = self.vms();
+            if vms.contains_key(&vm_id) {
+                return Err(io::Error::other(format!("VM {vm_id} is here again")));
+            }
+            fs::rename(path, &deleted)?;
+        }
+        fs::remove_dir_all(&deleted)
     }
 
     /// Starts a VM, unless it is here already; returns when that is on disk.

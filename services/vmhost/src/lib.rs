@@ -8,7 +8,7 @@
 //!                                           └── reporter ──► registry
 //! ```
 //! `node_lease` ends what runs here when the registry is silent for too long, `health` what does not answer, `cleaning` deletes what
-//! the registry has forgotten. What a VM holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
+//! the registry has forgotten, `invariants` finds and ends what nothing here accounts for. What a VM holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
 //! does not find (`recovery`). VMs outlive this process.
 //!
 //! This crate must not know how jobs are placed or queued: it is told, and it reports to the registry.
@@ -29,6 +29,7 @@ mod health;
 mod heartbeat;
 mod host;
 mod input;
+mod invariants;
 mod logs;
 mod node_lease;
 mod reconcile;

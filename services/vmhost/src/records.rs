@@ -30,6 +30,9 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::lifecycle::{Cause, Stop};
 
+/// Ends the name of a directory that is being deleted though no VM of its id is here: one may begin meanwhile.
+pub(crate) const DELETED: &str = "deleted";
+
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct VmRecord {
@@ -211,8 +214,6 @@ impl VmDir {
 
 /// The kernel copies so much in one step, which no signal interrupts.
 const PAGE: usize = 4096;
-/// Ends the name of a directory that is being deleted though no VM of its id is here: one may begin meanwhile.
-pub(crate) const DELETED: &str = "deleted";
 const VM: &str = "vm.json";
 const ATTEMPT: &str = "attempt.json";
 

@@ -17,7 +17,7 @@ use futures::stream::BoxStream;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use crate::{driver::VmHandle, host::Host};
+use crate::{driver::VmHandle, host::Host, invariants};
 
 /// Answers for one node's VMs.
 pub struct Service {
@@ -123,6 +123,20 @@ impl pb::vm_host_service_server::VmHostService for Service {
         let job = JobId::parse("job_id", &request.job_id)?;
         let artifacts = artifacts::list(&self.host, job, parse_attempt(request.attempt)?).await?;
         Ok(Response::new(pb::ListArtifactsResponse { artifacts }))
+    }
+
+    async fn check_invariants(
+        &self,
+        request: Request<pb::CheckInvariantsRequest>,
+    ) -> Result<Response<pb::CheckInvariantsResponse>, Status> {
+        let findings = invariants::check(&self.host, request.into_inner().repair).await?;
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(pb::CheckInvariantsResponse {
+            violations: findings.violations,
+            vms: count(findings.vms),
+            processes: count(findings.processes),
+            directories: count(findings.directories),
+        }))
     }
 
     async fn get_console(

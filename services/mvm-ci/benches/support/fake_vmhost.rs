@@ -193,6 +193,10 @@ impl VmHostService for Service {
         Err(Status::not_found("there are none"))
     }
 
+    async fn check_invariants(&self, _: Request<pb::CheckInvariantsRequest>) -> Answer<pb::CheckInvariantsResponse> {
+        Ok(Response::new(pb::CheckInvariantsResponse::default()))
+    }
+
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Answer<pb::GetConsoleResponse> {
         Ok(Response::new(pb::GetConsoleResponse::default()))
     }

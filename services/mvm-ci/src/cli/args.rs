@@ -316,6 +316,14 @@ pub(crate) enum NodeCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Compare what nodes have on record with their processes and directories; status 1 when something is left that differs.
+    Check {
+        /// The nodes; none: every node that is not Lost.
+        ids: Vec<String>,
+        /// End and delete what belongs to no VM.
+        #[arg(long)]
+        repair: bool,
+    },
 }
 
 #[derive(clap::Args)]

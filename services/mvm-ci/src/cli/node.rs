@@ -7,7 +7,7 @@ use std::{
 
 use blixard::{
     error::{Error, Reason},
-    node::Node,
+    node::{Node, NodeState},
     pb::{common::v1 as common, scheduler::v1 as pb},
     time::{Timestamp, millis},
 };
@@ -67,8 +67,80 @@ pub(crate) async fn node(client: Client, args: NodeArgs, printer: &Printer) -> R
                 told(answer.node, printer)?;
             }
         }
+        NodeCommand::Check { ids, repair } => return check(&client, ids, repair, printer).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A node's look at itself.
+struct Checked {
+    node_id: String,
+    found: pb::CheckNodeResponse,
+}
+
+async fn check(client: &Client, ids: Vec<String>, repair: bool, printer: &Printer) -> Result<ExitCode, Failure> {
+    let ids = if ids.is_empty() {
+        let nodes = list(client).await?.into_iter().map(|seen| seen.node);
+        nodes.filter(|node| node.state != NodeState::Lost).map(|node| node.id.to_string()).collect()
+    } else {
+        ids
+    };
+    let mut checked = Vec::new();
+    for node_id in ids {
+        let request = pb::CheckNodeRequest { node_id: node_id.clone(), repair };
+        let found = client.call(request, async |mut stub, request| stub.check_node(request).await).await?;
+        checked.push(Checked { node_id, found });
+    }
+    let json = || Value::Array(checked.iter().map(checked_json).collect());
+    printer.print(json, || checked.iter().map(checked_text).collect::<Vec<_>>().join("\n"))?;
+    let left = checked.iter().flat_map(|checked| &checked.found.violations).any(|violation| !violation.repaired);
+    Ok(if left { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn kind(violation: &common::Violation) -> &'static str {
+    match violation.kind() {
+        common::ViolationKind::Unspecified => "unknown",
+        common::ViolationKind::Process => "process",
+        common::ViolationKind::Directory => "directory",
+        common::ViolationKind::Record => "record",
+        common::ViolationKind::Machine => "machine",
+    }
+}
+
+fn checked_json(checked: &Checked) -> Value {
+    let violation = |violation: &common::Violation| {
+        json!({
+            "kind": kind(violation),
+            "vm_id": violation.vm_id,
+            "subject": violation.subject,
+            "problem": violation.problem,
+            "repaired": violation.repaired,
+        })
+    };
+    json!({
+        "node_id": checked.node_id,
+        "vms": checked.found.vms,
+        "processes": checked.found.processes,
+        "directories": checked.found.directories,
+        "violations": checked.found.violations.iter().map(violation).collect::<Vec<_>>(),
+    })
+}
+
+/// `node-1: 3 VMs, 6 processes, 3 directories: all as on record`, or a line for each difference.
+fn checked_text(checked: &Checked) -> String {
+    let pb::CheckNodeResponse { violations, vms, processes, directories } = &checked.found;
+    let mut text = format!("{}: {vms} VMs, {processes} processes, {directories} directories: ", checked.node_id);
+    text += &match violations.len() {
+        0 => "all as on record".to_owned(),
+        1 => "1 difference".to_owned(),
+        many => format!("{many} differences"),
+    };
+    for violation in violations {
+        let repaired = if violation.repaired { "; repaired" } else { "" };
+        let line = format!("{} {}: {}{repaired}", kind(violation), violation.subject, violation.problem);
+        text += &format!("\n  {}", output::printable(&line));
+    }
+    text
 }
 
 /// What the node is after a change.
@@ -205,7 +277,7 @@ fn text(seen: &NodeUse) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
-    use blixard::{id::NodeId, node::NodeState};
+    use blixard::id::NodeId;
 
     use super::*;
 
@@ -244,6 +316,20 @@ mod tests {
         let mut lost = ready();
         lost.node.state = NodeState::Lost;
         lost.node.wanted = NodeState::Cordoned;
+        let stray = common::Violation {
+            kind: common::ViolationKind::Process.into(),
+            vm_id: "11111111-1111-4111-8111-111111111111".into(),
+            subject: "4711 (qemu-system-x86)".into(),
+            problem: "a process of a VM that this node does not hold".into(),
+            repaired: true,
+        };
+        let found = |violations| pb::CheckNodeResponse { violations, vms: 3, processes: 6, directories: 3 };
+        let clean = Checked { node_id: "node-1".into(), found: found(vec![]) };
+        let checked = Checked { node_id: "node-2".into(), found: found(vec![stray]) };
+        insta::assert_snapshot!(
+            "checked",
+            format!("{}\n{}\n\n{:#}", checked_text(&clean), checked_text(&checked), checked_json(&checked))
+        );
         let nodes = [ready(), draining];
         let now = Timestamp(REGISTERED.0 + 90_000);
         insta::assert_snapshot!(format!(

@@ -293,6 +293,9 @@ impl SchedulerService for Service {
     async fn list_jobs(&self, _: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
         unimplemented()
     }
+    async fn check_node(&self, _: Request<CheckNodeRequest>) -> Result<Response<CheckNodeResponse>, Status> {
+        unimplemented()
+    }
     async fn start_vm(&self, _: Request<StartVmRequest>) -> Result<Response<StartVmResponse>, Status> {
         unimplemented()
     }

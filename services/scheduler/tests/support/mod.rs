@@ -508,6 +508,12 @@ impl VmHostService for FakeVmHost {
     async fn list_vms(&self, _: Request<vmhost::ListVmsRequest>) -> Answer<vmhost::ListVmsResponse> {
         not_here()
     }
+    async fn check_invariants(
+        &self,
+        _: Request<vmhost::CheckInvariantsRequest>,
+    ) -> Answer<vmhost::CheckInvariantsResponse> {
+        not_here()
+    }
     async fn get_console(&self, _: Request<vmhost::GetConsoleRequest>) -> Answer<vmhost::GetConsoleResponse> {
         not_here()
     }

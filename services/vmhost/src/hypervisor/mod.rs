@@ -38,6 +38,7 @@ use tokio::net::UnixStream;
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub use doctor::{Check, diagnose};
 pub use process::Process;
+pub use procfs::{MarkedProcess, end_marked, marked_below};
 pub use qemu::Qemu;
 
 /// The guest agent's vsock port. The agent also connects to the host's port of this number once it serves: it knocks.

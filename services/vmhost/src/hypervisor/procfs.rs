@@ -5,9 +5,10 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    ffi::OsStr,
+    fmt, fs, io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -113,6 +114,45 @@ impl Marks {
         }
         found
     }
+}
+
+/// A running process that was started for some VM.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MarkedProcess {
+    pub(super) id: ProcessId,
+    /// The directory of its machine.
+    pub dir: PathBuf,
+}
+
+impl fmt::Display for MarkedProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = fs::read_to_string(format!("/proc/{}/comm", self.id.pid)).unwrap_or_default();
+        write!(f, "{} ({})", self.id.pid, name.trim_end())
+    }
+}
+
+/// Every running process that was started for a machine below `state_dir`, whether or not that is still there. Blocking: reads
+/// all of `/proc`.
+#[must_use]
+pub fn marked_below(state_dir: &Path) -> Vec<MarkedProcess> {
+    let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
+    let own = std::process::id();
+    let dir_of = |pid: u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let mut entries = environment.split(|&byte| byte == 0);
+        let dir = entries.find_map(|entry| entry.strip_prefix(mark.as_slice()))?;
+        Some(PathBuf::from(OsStr::from_bytes(dir))).filter(|dir| dir.starts_with(state_dir))
+    };
+    let processes = running().into_iter().filter(|stat| stat.id.pid != own);
+    processes.filter_map(|stat| Some(MarkedProcess { id: stat.id, dir: dir_of(stat.id.pid)? })).collect()
+}
+
+/// Ends exactly these processes; one that has ended, and one that has got the pid since, is left alone.
+///
+/// # Errors
+/// Some did not end, or could not be taken hold of.
+pub async fn end_marked(processes: &[MarkedProcess]) -> Result<(), LaunchError> {
+    end(&processes.iter().map(|process| process.id).collect::<Vec<_>>()).await
 }
 
 /// A process that can be waited for and signalled, whoever's child it is.

@@ -1,0 +1,239 @@
+//! Whether this node is as it has it on record: every process and directory belongs to a VM that it holds, and every VM that it
+//! holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
+//! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory.
+//!
+//! VMs begin and end while this looks. So processes and directories are listed first and what should be there afterwards, and
+//! only a difference that several looks find is one.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
+
+use crate::{
+    driver::with_sources,
+    host::Host,
+    hypervisor::{MarkedProcess, end_marked, marked_below},
+};
+
+/// How often the node looks by itself. Reading the environment of every process costs about 10 µs each.
+const EVERY: Duration = Duration::from_secs(60);
+/// A difference counts when so many looks have found it.
+const LOOKS: usize = 3;
+/// Between two of them: an event that has happened is handled by then.
+const APART: Duration = Duration::from_millis(500);
+/// How many differences are told.
+const MOST_TOLD: usize = 1000;
+
+/// Something is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Violation {
+    /// A process of a VM that is not held, or that has ended.
+    Process(VmId, MarkedProcess),
+    /// A directory of a VM that is not held, or what is left of one that was being deleted.
+    Directory(VmId, PathBuf),
+    /// A held VM is not on disk.
+    Record(VmId),
+    /// The machine of a VM that takes jobs does not run.
+    Machine(VmId, VmState),
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) violations: Vec<pb::Violation>,
+    pub(crate) vms: usize,
+    pub(crate) processes: usize,
+    pub(crate) directories: usize,
+}
+
+/// What a look saw.
+#[derive(Debug, Default)]
+struct Seen {
+    processes: Vec<(VmId, MarkedProcess)>,
+    directories: Vec<(VmId, PathBuf)>,
+    vms: BTreeMap<VmId, Held>,
+}
+
+/// A VM that this node holds.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    state: VmState,
+    recorded: bool,
+    /// Whether its machine runs; `None`: it has none.
+    runs: Option<bool>,
+}
+
+/// What does not fit. Pure.
+fn differences(seen: &Seen) -> BTreeSet<Violation> {
+    let lives = |id: &VmId| seen.vms.get(id).is_some_and(|held| !held.state.is_terminal());
+    let processes = seen.processes.iter().filter(|(id, _)| !lives(id));
+    let processes = processes.map(|(id, process)| Violation::Process(*id, process.clone()));
+    // One whose end the registry does not know yet keeps its directory.
+    let directories = seen.directories.iter().filter(|(id, path)| !seen.vms.contains_key(id) || is_deleted(path));
+    let directories = directories.map(|(id, path)| Violation::Directory(*id, path.clone()));
+    let records = seen.vms.iter().filter(|(_, held)| !held.recorded).map(|(id, _)| Violation::Record(*id));
+    let works = |state| matches!(state, VmState::Ready | VmState::Busy | VmState::Idle);
+    let machines = seen.vms.iter().filter(|(_, held)| works(held.state) && held.runs != Some(true));
+    let machines = machines.map(|(id, held)| Violation::Machine(*id, held.state));
+    processes.chain(directories).chain(records).chain(machines).collect()
+}
+
+fn is_deleted(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == crate::records::DELETED)
+}
+
+impl Violation {
+    fn describe(&self, repaired: bool) -> pb::Violation {
+        let (kind, vm_id, subject, problem) = match self {
+            Self::Process(vm_id, process) => (
+                pb::ViolationKind::Process,
+                vm_id,
+                process.to_string(),
+                "a process of a VM that this node does not hold",
+            ),
+            Self::Directory(vm_id, path) => {
+                let path = path.display().to_string();
+                (pb::ViolationKind::Directory, vm_id, path, "the directory of a VM that this node does not hold")
+            }
+            Self::Record(vm_id) => (
+                pb::ViolationKind::Record,
+                vm_id,
+                vm_id.to_string(),
+                "this node holds it and has no record of it on disk",
+            ),
+            Self::Machine(vm_id, state) => {
+                let problem = match state {
+                    VmState::Busy => "it is Busy and its machine does not run",
+                    _ => "it waits for jobs and its machine does not run",
+                };
+                (pb::ViolationKind::Machine, vm_id, vm_id.to_string(), problem)
+            }
+        };
+        pb::Violation { kind: kind.into(), vm_id: vm_id.to_string(), subject, problem: problem.to_owned(), repaired }
+    }
+}
+
+/// Checks now and then, for ever, and repairs what it finds.
+pub(crate) async fn keep(host: &Arc<Host>) {
+    loop {
+        tokio::time::sleep(EVERY).await;
+        match check(host, true).await {
+            Ok(findings) => {
+                for found in findings.violations {
+                    let (vm_id, subject, repaired) = (found.vm_id, found.subject, found.repaired);
+                    tracing::error!(
+                        vm_id,
+                        subject,
+                        repaired,
+                        problem = found.problem,
+                        "this node is not as it is on record"
+                    );
+                }
+            }
+            Err(error) => tracing::error!(%error, "this node can't be compared with its records"),
+        }
+    }
+}
+
+/// Compares what is on record with what is there, and puts right what can be, if so asked.
+pub(crate) async fn check(host: &Arc<Host>, repair: bool) -> Result<Findings, Error> {
+    let (mut findings, mut violations) = look(host).await?;
+    for _ in 1..LOOKS {
+        if violations.is_empty() {
+            return Ok(findings);
+        }
+        tokio::time::sleep(APART).await;
+        let (latest, again) = look(host).await?;
+        findings = latest;
+        violations.retain(|violation| again.contains(violation));
+    }
+    for violation in violations.iter().take(MOST_TOLD) {
+        let repaired = repair && put_right(host, violation).await;
+        findings.violations.push(violation.describe(repaired));
+    }
+    Ok(findings)
+}
+
+async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error> {
+    let from = Arc::clone(host);
+    let seen = tokio::task::spawn_blocking(move || see(&from)).await.map_err(io::Error::other).flatten();
+    let seen = seen.map_err(|error| {
+        Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory can't be read"))
+    })?;
+    let (vms, processes, directories) = (seen.vms.len(), seen.processes.len(), seen.directories.len());
+    Ok((Findings { violations: vec![], vms, processes, directories }, differences(&seen)))
+}
+
+fn see(host: &Host) -> io::Result<Seen> {
+    let state_dir = host.state.path();
+    let owner = |process: MarkedProcess| Some((host.state.owner(&process.dir)?, process));
+    let processes = marked_below(state_dir).into_iter().filter_map(owner).collect();
+    let directories = host.state.entries()?;
+    // Afterwards: what it holds now it may have begun since, what it does not hold it has not held since.
+    let vms: Vec<_> = host.vms().iter().map(|(id, vm)| (*id, vm.view.borrow().clone())).collect();
+    let held = |(id, view): (VmId, crate::driver::VmView)| {
+        let recorded = matches!(host.state.vm(id).vm(), Ok(Some(_)));
+        (id, Held { state: view.state, recorded, runs: view.machine.map(|machine| !machine.pids().is_empty()) })
+    };
+    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect() })
+}
+
+/// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
+async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
+    match violation {
+        Violation::Process(_, process) => {
+            let ended = end_marked(std::slice::from_ref(process)).await;
+            ended.inspect_err(|error| tracing::error!(error = with_sources(error), "a process does not end")).is_ok()
+        }
+        Violation::Directory(vm_id, path) => {
+            let (host, vm_id, path) = (Arc::clone(host), *vm_id, path.clone());
+            let deleted = tokio::task::spawn_blocking(move || host.delete_leftover(vm_id, &path)).await;
+            let deleted = deleted.map_err(io::Error::other).flatten();
+            deleted.inspect_err(|error| tracing::error!(%error, "a VM's directory can't be deleted")).is_ok()
+        }
+        // Its driver has it in hand: it notices, or it is the next vmhost that makes an end of it.
+        Violation::Record(_) | Violation::Machine(..) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(state: VmState, recorded: bool, runs: Option<bool>) -> Vec<Violation> {
+        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs })]);
+        differences(&Seen { vms, ..Seen::default() }).into_iter().collect()
+    }
+
+    #[test]
+    fn a_vm_that_takes_jobs_needs_a_machine_and_each_a_record() {
+        let vm = VmId(uuid::Uuid::nil());
+        for state in VmState::ALL {
+            let works = matches!(state, VmState::Ready | VmState::Busy | VmState::Idle);
+            assert_eq!(found(state, true, Some(true)), []);
+            for dead in [None, Some(false)] {
+                let expected = if works { vec![Violation::Machine(vm, state)] } else { vec![] };
+                assert_eq!(found(state, true, dead), expected, "{state} {dead:?}");
+            }
+            assert_eq!(found(state, false, Some(true)), [Violation::Record(vm)], "{state}");
+        }
+    }
+
+    #[test]
+    fn the_directory_of_a_held_vm_may_stay_until_its_end_is_known_but_not_half_deleted() {
+        let vm = VmId(uuid::Uuid::nil());
+        let held = Held { state: VmState::Terminated, recorded: true, runs: None };
+        let (whole, half) = (PathBuf::from(format!("/s/{vm}")), PathBuf::from(format!("/s/{vm}.deleted")));
+        let directories = vec![(vm, whole.clone()), (vm, half.clone())];
+        let mut seen = Seen { directories, vms: BTreeMap::from([(vm, held)]), ..Seen::default() };
+        assert_eq!(differences(&seen), BTreeSet::from([Violation::Directory(vm, half.clone())]));
+        seen.vms.clear();
+        assert_eq!(differences(&seen), [whole, half].map(|path| Violation::Directory(vm, path)).into());
+    }
+}

@@ -101,6 +101,10 @@ impl SchedulerApi {
                 let message = format!("{field}.target_vm_id: VM {vm_id} is {} and takes no more jobs", vm.state);
                 return Err(Error::new(Reason::VmNotAccepting, message).with("vm_id", vm_id).with("state", vm.state));
             }
+            if let Some(egress) = spec.egress.as_ref().filter(|egress| **egress != vm.config.egress) {
+                let allowed = format!("{}, which its VM has, or nothing", vm.config.egress);
+                return Err(invalid(&format!("{field}.egress"), egress, &allowed));
+            }
             return Ok(());
         }
         let config = VmConfig {
@@ -110,6 +114,7 @@ impl SchedulerApi {
             memory_mib: spec.memory_mib,
             labels: BTreeMap::new(),
             node_id: spec.node_id.clone(),
+            egress: spec.egress.clone().unwrap_or_default(),
         };
         could_ever_fit(&self.peers.nodes(), field, &config)
     }

@@ -27,7 +27,10 @@ use blixard::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::lifecycle::{Cause, Stop};
+use crate::{
+    lifecycle::{Cause, Stop},
+    net::Lease,
+};
 
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -42,6 +45,9 @@ pub(crate) struct VmRecord {
     pub(crate) guest_boot: Option<String>,
     /// Its end is wanted.
     pub(crate) stop: Option<Stop>,
+    /// Its addresses; `None`: it has no network.
+    #[serde(default)]
+    pub(crate) lease: Option<Lease>,
     /// What it came to: all that is left is to report it.
     pub(crate) end: Option<(VmState, String)>,
 }
@@ -113,6 +119,11 @@ impl StateDir {
         lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
         writeln!(lock, "{}", std::process::id()).map_err(failed)?;
         Ok(Self { path, _lock: lock })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The VMs that have a directory.

@@ -17,7 +17,7 @@ use futures::stream::BoxStream;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use crate::{driver::VmHandle, host::Host};
+use crate::{driver::VmHandle, host::Host, net::Lease};
 
 /// Answers for one node's VMs.
 pub struct Service {
@@ -174,5 +174,6 @@ fn hosted(id: VmId, vm: &VmHandle) -> pb::HostedVm {
         job_id: view.run.map(|(job, _)| job.to_string()).unwrap_or_default(),
         attempt: view.run.map_or(0, |(_, attempt)| attempt),
         accepted_at: Some(vm.accepted_at.into()),
+        addresses: vm.lease.as_ref().map(Lease::addresses).unwrap_or_default(),
     }
 }

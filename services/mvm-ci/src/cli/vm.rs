@@ -77,6 +77,7 @@ async fn create(client: &Client, args: VmCreateArgs, printer: &Printer) -> Resul
             memory_mib: args.memory,
             labels: args.label.into_iter().collect(),
             node_id: args.node,
+            egress: Some(args.egress.into()),
         }),
     };
     let answer = client.call(request, async |mut stub, request| stub.start_vm(request).await).await?;

@@ -17,7 +17,7 @@ use std::{
 };
 
 use blixard::{
-    config::DriverChoice,
+    config::{Config, DriverChoice, NetworkConfig},
     error::{Error, Reason},
     id::{JobId, NodeId, VmId},
     pb::{
@@ -46,6 +46,7 @@ pub struct World {
     pub agent: Vec<std::ffi::OsString>,
     pub max_vms: u32,
     pub secret_key: Option<SecretKey>,
+    pub network: NetworkConfig,
     pub health: HealthConfig,
     pub pace: Pace,
 }
@@ -70,6 +71,7 @@ impl World {
             agent: vec![agent().into()],
             max_vms: 10,
             secret_key: SecretKey::from_bytes(&[7; 32]),
+            network: Config::default().network,
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
             pace: Pace::default(),
         }
@@ -100,6 +102,7 @@ impl World {
             advertise_endpoint,
             secret_key: self.secret_key.clone(),
             node_labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+            network: self.network.clone(),
             health: self.health,
             pace: self.pace,
         }
@@ -385,6 +388,7 @@ pub fn vm_config(kind: common::VmKind) -> common::VmConfig {
         memory_mib: Some(128),
         labels: BTreeMap::new(),
         node_id: String::new(),
+        egress: None,
     }
 }
 

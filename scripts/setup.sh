@@ -6,6 +6,8 @@
 # Debian packages need root or sudo; without either it prints the command and stops. Everything else goes below target/tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Where nft and others are, for those whose PATH has none of it.
+PATH=$PATH:/usr/sbin:/sbin
 tools=$PWD/target/tools
 
 VHOST_DEVICE_VSOCK=0.3.0

@@ -5,6 +5,7 @@
 pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
+pub mod frames;
 
 use std::{
     collections::BTreeMap,

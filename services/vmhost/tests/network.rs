@@ -138,13 +138,23 @@ impl Bed {
         id
     }
 
-    /// What takes the place of a VM's guest.
+    /// What takes the place of a VM's guest; the way outside is open for it.
     async fn guest(&self, node: &Node, vm: VmId) -> Guest {
         let address = address(node, vm).await.expect("it has one");
-        Guest::attach(&tap(address), address, GATEWAY)
+        let mut guest = Guest::attach(&tap(address), address, GATEWAY);
+        // The kernel takes a moment to see that somebody is at the TAP, and loses what is sent before.
+        guest.converse(guest.packet(PUBLIC, 7000), "hello");
+        guest
     }
 
+    /// Whether it is there, of all that was on its way by now.
     fn arrived(&self, payload: &str) -> bool {
+        let socket = UdpSocket::bind((NODE, 0)).expect("a free port");
+        socket.set_read_timeout(Some(support::SOON)).expect("set");
+        for (address, port) in [PUBLIC, PRIVATE].into_iter().flat_map(|address| PORTS.map(|port| (address, port))) {
+            socket.send_to(b"the last", (address, port)).expect("sent");
+            socket.recv(&mut [0; 64]).expect("answered");
+        }
         self.arrived.lock().expect("whole").iter().any(|(other, ..)| other == payload)
     }
 }
@@ -262,9 +272,6 @@ fn two_guests_do_not_reach_each_other() {
         let node = bed.node().await;
         let (one, two) = (bed.start(&node, "internet").await, bed.start(&node, "allow=10.0.0.0/8,1.2.3.4").await);
         let (mut one, mut two) = (bed.guest(&node, one).await, bed.guest(&node, two).await);
-        // So that the bridge knows where each of them is.
-        one.converse(one.packet(PUBLIC, 7000), "here I am");
-        two.converse(two.packet(PUBLIC, 7000), "here am I");
         for to_mac in [one.mac, [0xff; 6], mac(GATEWAY)] {
             let packet = support::frames::Packet { to_mac, ..two.packet(one.address, 7000) };
             two.send(packet, "hello neighbour");

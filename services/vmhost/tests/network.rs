@@ -269,6 +269,8 @@ fn what_bears_anothers_address_is_dropped() {
 #[test]
 fn two_guests_do_not_reach_each_other() {
     bed("10.180.0.0/24", |bed| async move {
+        // Where it is loaded, br_netfilter shows bridged packets to the forward chain, which drops them too: it is to be the bridge.
+        let _ = std::fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
         let node = bed.node().await;
         let (one, two) = (bed.start(&node, "internet").await, bed.start(&node, "allow=10.0.0.0/8,1.2.3.4").await);
         let (mut one, mut two) = (bed.guest(&node, one).await, bed.guest(&node, two).await);

@@ -29,7 +29,7 @@ use blixard::{
 };
 use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
-    HealthConfig, Pace, VmHost, VmHostConfig,
+    HealthConfig, Pace, StartError, VmHost, VmHostConfig,
     hypervisor::{Hypervisor, HypervisorSettings, choose},
 };
 use fake_registry::FakeRegistry;
@@ -124,7 +124,18 @@ impl World {
         let server = in_runtime(&guard, server).await.expect("a free port");
         let endpoint = server.local_endpoint();
         let config = config(endpoint.clone());
-        let starting = async move { VmHost::start_with(config, hypervisor, &owned).await };
+        let starting = async move {
+            let since = Instant::now();
+            loop {
+                match VmHost::start_with(config.clone(), Arc::clone(&hypervisor), &owned).await {
+                    // A crash in this process leaves the lock for a moment with whatever another test is just forking.
+                    Err(StartError::StateDir(_)) if since.elapsed() < SOON => {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                    result => break result,
+                }
+            }
+        };
         let vmhost = in_runtime(&guard, starting).await.expect("it starts");
         let serving = tasks.clone();
         let server = server.add_service(vmhost.service());

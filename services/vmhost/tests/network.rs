@@ -11,20 +11,24 @@ mod support;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket},
     path::Path,
     process::Command,
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use blixard::{
+    config::DriverChoice,
+    egress::Egress,
     error::{Error, Reason},
     id::VmId,
     pb::{common::v1 as common, vmhost::v1 as pb},
     vm::VmState,
 };
 use blixard_chaos_kit::{Network, run_in};
-use blixard_vmhost::hypervisor::{Hypervisor, Launch, LaunchError, Machine, choose};
+use blixard_vmhost::hypervisor::{Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, choose};
 use support::{Node, World, frames::Guest, frames::mac, vm_config, wait_for};
 
 const PUBLIC: Ipv4Addr = Ipv4Addr::new(1, 2, 3, 4);
@@ -70,6 +74,15 @@ struct Bed {
 
 /// Runs a test in the node's namespace, if there can be one.
 fn bed<F: Future<Output = ()>>(subnet: &'static str, test: impl FnOnce(Bed) -> F + Send) {
+    bed_with(subnet, |_| (), test);
+}
+
+/// The same; `prepare` adds to what is outside.
+fn bed_with<F: Future<Output = ()>>(
+    subnet: &'static str,
+    prepare: impl FnOnce(&Network),
+    test: impl FnOnce(Bed) -> F + Send,
+) {
     let network = Network::new(1);
     let lacks = [
         (!network.partitions).then_some("namespaces"),
@@ -83,12 +96,9 @@ fn bed<F: Future<Output = ()>>(subnet: &'static str, test: impl FnOnce(Bed) -> F
         eprintln!("SKIPPED: no network of guests is tried: there is no {}", lacks.join(", "));
         return;
     }
-    let ip = |id: u64, line: &str| {
-        let done = network.command(id, Path::new("ip")).args(line.split(' ')).status();
-        assert!(done.expect("ip runs").success(), "ip {line}");
-    };
-    ip(1, &format!("address add {PUBLIC}/32 dev lo"));
-    ip(0, &format!("route add {PUBLIC}/32 via {PRIVATE}"));
+    ip(&network, 1, &format!("address add {PUBLIC}/32 dev lo"));
+    ip(&network, 0, &format!("route add {PUBLIC}/32 via {PRIVATE}"));
+    prepare(&network);
     let arrived = Arrived::default();
     for address in [PUBLIC, PRIVATE] {
         PORTS.into_iter().for_each(|port| echo(network.entry_of(1), address, port, Arc::clone(&arrived)));
@@ -98,6 +108,23 @@ fn bed<F: Future<Output = ()>>(subnet: &'static str, test: impl FnOnce(Bed) -> F
         world.network.subnet = subnet.parse().ok();
         test(Bed { world, arrived }).await;
     });
+}
+
+fn ip(network: &Network, id: u64, line: &str) {
+    let done = network.command(id, Path::new("ip")).args(line.split(' ')).status();
+    assert!(done.expect("ip runs").success(), "ip {line}");
+}
+
+/// Says welcome to everybody who connects, over TCP.
+fn welcome(enter: impl Fn() + Send + 'static, address: IpAddr) {
+    let (bound, ready) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        enter();
+        let listener = TcpListener::bind((address, 7001)).expect("a free port");
+        bound.send(()).expect("waited for");
+        listener.incoming().flatten().for_each(|mut stream| drop(stream.write_all(b"welcome\n")));
+    });
+    ready.recv().expect("it is bound");
 }
 
 /// Answers everybody who asks there, and remembers it. Ends with the test.
@@ -119,14 +146,18 @@ fn echo(enter: impl Fn() + Send + 'static, address: Ipv4Addr, port: u16, arrived
 
 impl Bed {
     async fn node(&self) -> Node {
-        let process = choose(blixard::config::DriverChoice::Process, &self.world.settings()).expect("an agent").0;
+        let process = choose(DriverChoice::Process, &self.world.settings()).expect("an agent").0;
         self.world.node_with(Arc::new(Tapped(process))).await
     }
 
     async fn try_start(&self, node: &Node, id: VmId, egress: &str) -> Result<(), Error> {
         self.world.record_vm(id, common::VmKind::Service, VmState::Starting);
-        let egress: blixard::egress::Egress = egress.parse().expect("a policy");
-        let config = common::VmConfig { egress: Some(egress.into()), ..vm_config(common::VmKind::Service) };
+        let egress: Egress = egress.parse().expect("a policy");
+        let config = common::VmConfig {
+            egress: Some(egress.into()),
+            memory_mib: Some(256),
+            ..vm_config(common::VmKind::Service)
+        };
         let request = pb::StartVmRequest { vm_id: id.to_string(), config: Some(config) };
         node.client.clone().start_vm(request).await.map(drop).map_err(Error::from)
     }
@@ -136,6 +167,26 @@ impl Bed {
         self.try_start(node, id, egress).await.expect("accepted");
         self.world.wait_vm(id, VmState::Ready).await;
         id
+    }
+
+    async fn wait_booted(&self, vm: VmId) {
+        let since = Instant::now();
+        loop {
+            let seen = self.world.registry.state().vms.get(&vm.to_string()).cloned().expect("recorded");
+            match seen.state() {
+                common::VmState::Starting => assert!(since.elapsed() < BOOT, "not booted within {BOOT:?}"),
+                common::VmState::Ready => return,
+                other => panic!("{other:?}: {}", seen.reason),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// What a job printed.
+    async fn job(&self, node: &Node, vm: VmId, script: &str) -> String {
+        let job = self.world.run(node, vm, support::shell(script)).await;
+        self.world.wait_job(job).await;
+        String::from_utf8(node.follow(job, 0).await.stdout).expect("text")
     }
 
     /// What takes the place of a VM's guest; the way outside is open for it.
@@ -302,10 +353,10 @@ fn addresses_return_and_none_is_left() {
         node.stop_vm(vm, Some(0)).await.expect("stopped");
         wait_for("its TAP to be gone", || if taps().len() == 4 { Ok(()) } else { Err(taps().join(" ")) }).await;
         let vm = VmId::random();
-        let since = std::time::Instant::now();
+        let since = Instant::now();
         while let Err(error) = bed.try_start(&node, vm, "internet").await {
             assert!(error.reason == Reason::Overloaded && since.elapsed() < support::SOON, "{error}");
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
         bed.world.wait_vm(vm, VmState::Ready).await;
         assert_eq!(address(&node, vm).await, Some(given_back));
@@ -368,7 +419,7 @@ fn a_kill_at_any_moment_leaves_nothing() {
                 node.stop_vm(vm, Some(0)).await.expect("stopped");
             }
             // Not a wait for anything: the moments are what is tried.
-            tokio::time::sleep(std::time::Duration::from_micros(pause_us)).await;
+            tokio::time::sleep(Duration::from_micros(pause_us)).await;
             node.crash().await;
         }
         let node = bed.node().await;
@@ -378,6 +429,74 @@ fn a_kill_at_any_moment_leaves_nothing() {
         bed.world.assert_nothing_left().await;
         assert_eq!(taps(), Vec::<String>::new());
         assert_eq!(run("nft list tables").matches("blixard_").count(), 2);
+    });
+}
+
+const PUBLIC6: Ipv6Addr = Ipv6Addr::new(0x2600, 0, 0, 0, 0, 0, 0, 1);
+/// For a guest under emulation on a loaded machine.
+const BOOT: Duration = Duration::from_secs(240);
+
+/// QEMU, if it can boot a guest here.
+fn qemu() -> Option<Arc<dyn Hypervisor>> {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two deep");
+    let image_dir = std::env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project.join("images"), Into::into);
+    let chosen = choose(DriverChoice::Qemu, &HypervisorSettings { image_dir, agent_command: Vec::new() });
+    let missing = match chosen {
+        Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => return Some(driver),
+        Ok((_, why)) => why,
+        Err(error) => error.to_string(),
+    };
+    let required = std::env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
+    assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
+    eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
+    None
+}
+
+/// The whole way: a job in a real guest, over virtio-net, TAP, bridge and NAT, to somebody who listens in another namespace.
+#[test]
+fn a_job_in_a_real_guest_reaches_what_its_policy_allows() {
+    let Some(driver) = qemu() else { return };
+    let prepare = |network: &Network| {
+        ip(network, 1, "address add fd99::1/64 dev eth0 nodad");
+        ip(network, 1, &format!("address add {PUBLIC6}/128 dev lo nodad"));
+        ip(network, 0, "address add fd99::254/64 dev bridge nodad");
+        ip(network, 0, &format!("route add {PUBLIC6}/128 via fd99::1"));
+        for address in [PUBLIC.into(), PRIVATE.into(), PUBLIC6.into()] {
+            welcome(network.entry_of(1), address);
+        }
+    };
+    bed_with("10.180.0.0/24", prepare, |mut bed| async move {
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").expect("a namespace of our own");
+        bed.world.network.subnet6 = "fd00:180::/64".parse().ok();
+        bed.world.network.mtu = 1400;
+        let node = bed.world.node_with(Arc::clone(&driver)).await;
+        let mut vms = Vec::new();
+        for egress in ["internet", "allow=10.99.0.1:7001", "none"] {
+            let vm = VmId::random();
+            bed.try_start(&node, vm, egress).await.expect("accepted");
+            vms.push(vm);
+        }
+        for vm in &vms {
+            bed.wait_booted(*vm).await;
+        }
+        let reach =
+            "for to in 1.2.3.4 10.99.0.1 2600::1; do echo $to: $(nc -w 3 $to 7001 < /dev/null 2> /dev/null); done";
+        assert_eq!(bed.job(&node, vms[0], reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
+        assert_eq!(bed.job(&node, vms[1], reach).await, "1.2.3.4:\n10.99.0.1: welcome\n2600::1:\n");
+        assert_eq!(bed.job(&node, vms[2], reach).await, "1.2.3.4:\n10.99.0.1:\n2600::1:\n");
+        let seen = "cat /etc/resolv.conf /sys/class/net/eth0/mtu; ls /sys/class/net";
+        assert_eq!(bed.job(&node, vms[0], seen).await, "nameserver 1.1.1.1\nnameserver 9.9.9.9\n1400\neth0\nlo\n");
+        assert_eq!(bed.job(&node, vms[2], "ls /sys/class/net").await, "lo\n");
+
+        node.crash().await;
+        let node = bed.world.node_with(driver).await;
+        assert_eq!(node.hosted().await.len(), 3);
+        assert_eq!(bed.job(&node, vms[0], reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
+        for vm in vms {
+            node.stop_vm(vm, Some(0)).await.expect("stopped");
+        }
+        bed.world.assert_nothing_left().await;
+        assert_eq!(taps(), Vec::<String>::new());
     });
 }
 

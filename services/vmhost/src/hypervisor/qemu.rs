@@ -189,7 +189,8 @@ fn listens(pid: u32, name: &str) -> bool {
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
     let own: Vec<String> =
         links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
-    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // Its own view: it may be in another network namespace.
+    let sockets = fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
     // Num RefCount Protocol Flags Type St Inode Path
     sockets.lines().any(|line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();

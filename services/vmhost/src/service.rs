@@ -86,7 +86,13 @@ impl pb::vm_host_service_server::VmHostService for Service {
             "" => None,
             token => Some(VmId::parse("page_token", token)?),
         };
-        let vms: Vec<(VmId, VmHandle)> = self.host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
+        let only = match request.vm_id.as_str() {
+            "" => None,
+            id => Some(VmId::parse("vm_id", id)?),
+        };
+        let wanted = |id: &VmId| only.is_none_or(|only| only == *id);
+        let vms: Vec<(VmId, VmHandle)> =
+            self.host.vms().iter().filter(|(id, _)| wanted(id)).map(|(id, vm)| (*id, vm.clone())).collect();
         Ok(Response::new(page(vms.into_iter().filter(|(id, _)| after.is_none_or(|after| *id > after)), size as usize)))
     }
 

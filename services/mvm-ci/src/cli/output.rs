@@ -291,6 +291,7 @@ pub(crate) fn job_text(job: &Job, now: Timestamp) -> String {
         ("image", spec.image.clone()),
         ("vcpus", spec.vcpus.to_string()),
         ("memory", format!("{} MiB", spec.memory_mib)),
+        ("egress", optional(spec.egress.as_ref())),
         ("isolation", isolation_name(spec.isolation).to_owned()),
         ("priority", if spec.priority == 0 { String::new() } else { spec.priority.to_string() }),
         ("timeout", spec.timeout.map(took).unwrap_or_default()),
@@ -362,7 +363,7 @@ pub(crate) fn vm_table(vms: &[Vm], now: Timestamp) -> String {
 }
 
 /// One VM in full.
-pub(crate) fn vm_text(vm: &Vm) -> String {
+pub(crate) fn vm_text(vm: &Vm, addresses: &[String]) -> String {
     let labels = vm.config.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ");
     fields(&[
         ("id", vm.id.to_string()),
@@ -376,6 +377,7 @@ pub(crate) fn vm_text(vm: &Vm) -> String {
         ("vcpus", vm.config.vcpus.to_string()),
         ("memory", format!("{} MiB", vm.config.memory_mib)),
         ("egress", vm.config.egress.to_string()),
+        ("addresses", addresses.join(" ")),
         ("labels", labels),
         ("created", rfc3339(vm.created_at)),
         ("updated", rfc3339(vm.updated_at)),
@@ -609,7 +611,7 @@ pub(crate) mod tests {
         insta::assert_snapshot!(format!(
             "{}\n{}\n{}\n{json:#}",
             vm_table(&[vm()], NOW),
-            vm_text(&vm()),
+            vm_text(&vm(), &["10.180.0.5".to_owned()]),
             event_table(&events)
         ));
     }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::*;
 
 mod behaviours;
+mod egress;
 mod tables;
 mod world;
 

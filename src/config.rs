@@ -3,7 +3,14 @@
 //! Order: defaults < TOML file < environment < flags. All four go through the same [`SETTINGS`] table, so a bad value is the
 //! same error wherever it stands: it names the setting as its user wrote it, the value and what is allowed.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     id::{NAME_ALLOWED, NodeId},
@@ -23,6 +30,8 @@ pub struct Config {
     pub storage: StorageConfig,
     /// Whether the registry is alone or one of several replicas.
     pub registry: RegistryConfig,
+    /// The network of guests.
+    pub network: NetworkConfig,
     /// How VMs are managed.
     pub vm_manager: VmManagerConfig,
     /// How jobs are queued and shared out.
@@ -83,6 +92,21 @@ pub struct RegistryConfig {
     pub secret_file: PathBuf,
 }
 
+/// The network of guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// What guests' addresses are taken from; none: guests have no network.
+    pub subnet: Option<Ipv4Net>,
+    /// What their IPv6 addresses are taken from besides; none: they have none.
+    pub subnet6: Option<Ipv6Net>,
+    /// The longest packet, in bytes.
+    pub mtu: u32,
+    /// Those who resolve names for guests.
+    pub resolvers: List<IpAddr>,
+    /// Networks that no guest reaches, whatever its job asks for.
+    pub denied: List<IpNet>,
+}
+
 /// How VMs are managed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmManagerConfig {
@@ -130,6 +154,31 @@ pub struct SchedulerConfig {
     pub ageing_seconds: u32,
     /// How long a Lost node may come back before its jobs are taken for lost.
     pub lost_node_grace_seconds: u32,
+}
+
+/// `value,…`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List<T>(pub Vec<T>);
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: fmt::Display> fmt::Display for List<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let values: Vec<_> = self.0.iter().map(T::to_string).collect();
+        f.write_str(&values.join(","))
+    }
+}
+
+impl<T> List<T> {
+    fn parse(text: &str, most: usize, value: impl Fn(&str) -> Option<T>) -> Option<Self> {
+        let values = text.split(',').map(str::trim).filter(|value| !value.is_empty());
+        let values: Vec<T> = values.map(value).collect::<Option<_>>()?;
+        (values.len() <= most).then_some(Self(values))
+    }
 }
 
 /// `name=value,…`, each name once.
@@ -211,6 +260,15 @@ impl Default for Config {
                 replicas: Replicas::default(),
                 replica_id: 0,
                 secret_file: "./registry.secret".into(),
+            },
+            // Off: nobody wants bridges, NAT and forwarding on a machine because a program was tried there. Public resolvers, because
+            // a machine's own are often on its loopback or in a network that guests don't reach.
+            network: NetworkConfig {
+                subnet: None,
+                subnet6: None,
+                mtu: 1500,
+                resolvers: List(vec![IpAddr::from([1, 1, 1, 1]), IpAddr::from([9, 9, 9, 9])]),
+                denied: List::default(),
             },
             vm_manager: VmManagerConfig {
                 auto_scaling: true,
@@ -521,6 +579,65 @@ pub const SETTINGS: &[Setting] = &[
         get: |config| config.registry.secret_file.display().to_string(),
     },
     Setting {
+        key: "network.subnet",
+        env: "BLIXARD_NETWORK_SUBNET",
+        flag: "network-subnet",
+        help: "What guests' addresses are taken from, by NAT reaching the outside; empty: guests have no network",
+        allowed: "empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20",
+        set: |config, value| {
+            let fits = |net: &Ipv4Net| *net == net.trunc() && (16..=29).contains(&net.prefix_len());
+            config.network.subnet = if value.is_empty() { None } else { Some(value.parse().ok().filter(fits)?) };
+            Some(())
+        },
+        get: |config| config.network.subnet.map_or_else(String::new, |net| net.to_string()),
+    },
+    Setting {
+        key: "network.subnet6",
+        env: "BLIXARD_NETWORK_SUBNET6",
+        flag: "network-subnet6",
+        help: "What guests' IPv6 addresses are taken from besides; empty: they have none",
+        allowed: "empty, or an IPv6 network of this node alone with a prefix of 48 to 112 bits, such as fd00:180::/64",
+        set: |config, value| {
+            let fits = |net: &Ipv6Net| *net == net.trunc() && (48..=112).contains(&net.prefix_len());
+            config.network.subnet6 = if value.is_empty() { None } else { Some(value.parse().ok().filter(fits)?) };
+            Some(())
+        },
+        get: |config| config.network.subnet6.map_or_else(String::new, |net| net.to_string()),
+    },
+    Setting {
+        key: "network.mtu",
+        env: "BLIXARD_NETWORK_MTU",
+        flag: "network-mtu",
+        help: "The longest packet of guests, in bytes",
+        allowed: "a whole number from 1280 to 9000",
+        set: |config, value| number(value, 1280, 9000).map(|mtu| config.network.mtu = mtu),
+        get: |config| config.network.mtu.to_string(),
+    },
+    Setting {
+        key: "network.resolvers",
+        env: "BLIXARD_NETWORK_RESOLVERS",
+        flag: "network-resolvers",
+        help: "Who resolves names for guests",
+        allowed: "empty, or at most 3 addresses with commas between them; not of loopback",
+        set: |config, value| {
+            let address = |text: &str| text.parse().ok().filter(|address: &IpAddr| !address.is_loopback());
+            List::parse(value, 3, address).map(|all| config.network.resolvers = all)
+        },
+        get: |config| config.network.resolvers.to_string(),
+    },
+    Setting {
+        key: "network.denied",
+        env: "BLIXARD_NETWORK_DENIED",
+        flag: "network-denied",
+        help: "Networks that no guest reaches, whatever its job asks for",
+        allowed: "empty, or at most 64 networks with commas between them, such as 10.0.0.0/8",
+        set: |config, value| {
+            let net = |text: &str| text.parse().ok().filter(|net: &IpNet| *net == net.trunc());
+            List::parse(value, 64, net).map(|all| config.network.denied = all)
+        },
+        get: |config| config.network.denied.to_string(),
+    },
+    Setting {
         key: "vm_manager.auto_scaling",
         env: "BLIXARD_AUTO_SCALING",
         flag: "auto-scaling",
@@ -787,6 +904,8 @@ mod tests {
             load(Some("[vm_manager]\npre_warm = 1\n"), &[], &[]),
             load(None, &[], &[("tenant-limits", "a=1,a=2")]),
             load(None, &[], &[("placement", "random")]),
+            load(None, &[("BLIXARD_NETWORK_SUBNET", "10.0.0.1/24")], &[]),
+            load(None, &[], &[("network-resolvers", "127.0.0.53")]),
         ];
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"
@@ -797,9 +916,11 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
+        environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20
+        flag --network-resolvers: "127.0.0.53" is not allowed: empty, or at most 3 addresses with commas between them; not of loopback
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

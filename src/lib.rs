@@ -9,6 +9,7 @@
 //! This crate must not know how any service works: it depends on nothing else of ours.
 
 pub mod config;
+pub mod egress;
 pub mod error;
 pub mod id;
 pub mod job;

@@ -77,5 +77,8 @@ pub const KILL_GRACE: Duration = Duration::from_secs(10);
 /// Most bytes in one log chunk.
 pub const MAX_LOG_CHUNK: usize = 64 * 1024;
 
+/// Most destinations of an egress allow-list.
+pub const MAX_EGRESS_RULES: usize = 64;
+
 /// The image that is meant when none is named.
 pub const DEFAULT_IMAGE: &str = "default";

@@ -385,6 +385,7 @@ impl VmManager {
                 memory_mib: config.memory_mib,
                 labels: config.labels,
                 node_id: String::new(),
+                egress: None,
             }),
         };
         let vm = self.client.clone().start_vm(message).await?.into_inner().vm;

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use crate::{
+    egress::Egress,
     error::{Error, invalid},
     id::{JobId, NAME_ALLOWED, NodeId, VmId, is_name},
     limits,
@@ -193,6 +194,14 @@ pub struct VmConfig {
     pub labels: BTreeMap<String, String>,
     /// The node that must run it; `None`: the scheduler chooses.
     pub node_id: Option<NodeId>,
+    /// Whom it may talk to. Not in what is stored of a VM without a network, so that an id that is used again after an upgrade
+    /// still finds its request.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub egress: Egress,
+}
+
+fn is_none(egress: &Egress) -> bool {
+    !egress.needs_network()
 }
 
 impl VmConfig {
@@ -205,6 +214,7 @@ impl VmConfig {
             memory_mib: parse_memory(field, config.memory_mib, defaults)?,
             labels: parse_labels(&format!("{field}.labels"), config.labels)?,
             node_id: parse_node(field, &config.node_id)?,
+            egress: Egress::from_pb(&format!("{field}.egress"), config.egress)?,
         })
     }
 
@@ -225,6 +235,7 @@ impl From<VmConfig> for pb::VmConfig {
             memory_mib: Some(config.memory_mib),
             labels: config.labels,
             node_id: config.node_id.map(|id| id.to_string()).unwrap_or_default(),
+            egress: config.egress.needs_network().then(|| config.egress.into()),
         }
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::{
+    egress::Egress,
     error::{Error, invalid},
     id::{JobId, NodeId, VmId},
     limits,
@@ -80,6 +81,8 @@ pub struct JobSpec {
     pub result_ttl: Option<Duration>,
     /// Identifies its input; empty: it has none.
     pub input_digest: Bytes,
+    /// Whom its VM may talk to; `None`: nobody, or whatever the VM has that it names.
+    pub egress: Option<Egress>,
 }
 
 /// The label that says whose a job is.
@@ -179,6 +182,7 @@ impl JobSpec {
                 0 | 32 => spec.input_digest,
                 length => return Err(invalid(&at("input_digest"), length, "32 bytes, or none")),
             },
+            egress: spec.egress.map(|egress| Egress::from_pb(&at("egress"), Some(egress))).transpose()?,
             node_id: parse_node(field, &spec.node_id)?,
             target_vm_id: match spec.target_vm_id.as_str() {
                 "" => None,
@@ -353,6 +357,7 @@ impl From<JobSpec> for pb::JobSpec {
             artifacts: spec.artifacts,
             result_ttl_ms: spec.result_ttl.map_or(0, millis),
             input_digest: spec.input_digest,
+            egress: spec.egress.map(Into::into),
         }
     }
 }
@@ -433,6 +438,7 @@ mod tests {
             ("spec.artifacts[1]", |s| s.artifacts = vec!["/out".into(), "/tmp/..".into()]),
             ("spec.result_ttl_ms", |s| s.result_ttl_ms = u64::MAX),
             ("spec.input_digest", |s| s.input_digest = vec![1].into()),
+            ("spec.egress.policy", |s| s.egress = Some(pb::Egress { policy: 9, allow: vec![] })),
             ("spec.labels", |s| drop(s.labels.insert(String::new(), String::new()))),
             ("spec.node_id", |s| s.node_id = "a b".into()),
             ("spec.target_vm_id", |s| s.target_vm_id = "nonsense".into()),

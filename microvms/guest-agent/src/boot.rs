@@ -11,11 +11,12 @@ use std::{
 
 use rustix::{
     mount::{MountFlags, mount},
-    net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with},
     process::{Resource, Rlimit, setrlimit},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     system::{RebootCommand, finit_module, reboot},
 };
+
+use crate::network;
 
 /// The kernel modules to insert, one path below `/lib/modules` a line, in order. A line `--` ends those that are needed
 /// to serve; the rest are inserted afterwards.
@@ -63,7 +64,7 @@ pub(crate) fn prepare() -> Vec<String> {
 /// Sets up what serving did not need: the other modules and the loopback interface.
 pub(crate) fn finish(modules: &[String]) {
     insert_modules(modules.iter().map(String::as_str));
-    report("bring up the loopback interface", loopback_up());
+    report("bring up the loopback interface", network::loopback_up());
 }
 
 /// Switches the machine off. Returns only when the kernel refuses.
@@ -99,24 +100,4 @@ fn insert_module(path: &Path) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(error) => Err(error.into()),
     }
-}
-
-/// `ip link set lo up`: one netlink message (an interface of index 1, flag UP).
-fn loopback_up() -> io::Result<()> {
-    const RTM_NEWLINK: u16 = 16;
-    const NLM_F_REQUEST: u16 = 1;
-    const LOOPBACK_INDEX: i32 = 1;
-    const IFF_UP: u32 = 1;
-    let mut message = Vec::with_capacity(32);
-    message.extend(32_u32.to_ne_bytes()); // nlmsghdr: length,
-    message.extend(RTM_NEWLINK.to_ne_bytes()); // type,
-    message.extend(NLM_F_REQUEST.to_ne_bytes()); // flags,
-    message.extend([0; 8]); // sequence number, port;
-    message.extend([0; 4]); // ifinfomsg: family, padding, device type,
-    message.extend(LOOPBACK_INDEX.to_ne_bytes()); // index,
-    message.extend(IFF_UP.to_ne_bytes()); // flags,
-    message.extend(IFF_UP.to_ne_bytes()); // which of them to change.
-    let route = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    send(&route, &message, SendFlags::empty())?;
-    Ok(())
 }

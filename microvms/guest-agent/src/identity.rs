@@ -13,6 +13,8 @@ use rustix::{
     time::{ClockId, Timespec, clock_settime},
 };
 
+use crate::network::Network;
+
 /// What stays the same until the guest restarts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -76,6 +78,7 @@ pub(crate) struct Configuration {
     hostname: String,
     time: Timestamp,
     entropy: Vec<u8>,
+    network: Option<Network>,
 }
 
 impl Configuration {
@@ -97,6 +100,7 @@ impl Configuration {
             hostname,
             time: request.time.map(Timestamp::from).ok_or_else(|| invalid("time", "", "required"))?,
             entropy: request.entropy.into(),
+            network: request.network.map(Network::parse).transpose()?,
         })
     }
 
@@ -107,7 +111,9 @@ impl Configuration {
     pub(crate) fn apply(&self, owns_guest: bool) -> Result<Vec<String>, Error> {
         if !owns_guest {
             let why = "the agent is not PID 1 of a guest";
-            return Ok(["hostname", "time", "entropy"].map(|step| format!("{step}: {why}")).into());
+            let network = self.network.as_ref().map(|_| "network");
+            let steps = ["hostname", "time", "entropy"].into_iter().chain(network);
+            return Ok(steps.map(|step| format!("{step}: {why}")).collect());
         }
         let failed = |step: &'static str| {
             move |error: io::Error| {
@@ -117,6 +123,9 @@ impl Configuration {
         sethostname(self.hostname.as_bytes()).map_err(|error| failed("hostname")(error.into()))?;
         set_clock(self.time).map_err(failed("clock"))?;
         add_entropy(&self.entropy).map_err(failed("entropy"))?;
+        if let Some(network) = &self.network {
+            network.apply().map_err(failed("network"))?;
+        }
         Ok(Vec::new())
     }
 }
@@ -164,6 +173,7 @@ mod tests {
             hostname: "vm-1".into(),
             time: Some(Timestamp(1).into()),
             entropy: vec![1; 32].into(),
+            network: None,
         };
         change(&mut request);
         Configuration::parse(request)
@@ -190,6 +200,7 @@ mod tests {
             ("time", |r| r.time = None),
             ("entropy", |r| r.entropy = vec![1; 31].into()),
             ("entropy", |r| r.entropy = vec![1; 513].into()),
+            ("network.mtu", |r| r.network = Some(pb::GuestNetwork::default())),
         ];
         for (field, change) in cases {
             let error = request(change).expect_err(field);

@@ -24,6 +24,7 @@ mod identity;
 mod input;
 mod lease;
 mod listener;
+mod network;
 mod output;
 mod processes;
 mod redact;

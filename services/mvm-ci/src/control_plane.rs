@@ -149,6 +149,7 @@ impl Parts {
             advertise_endpoint: endpoint.clone(),
             secret_key: Some(secret_key.clone()),
             node_labels: config.server.node_labels.0.clone(),
+            network: config.network.clone(),
             health: HealthConfig::from(&config.vm_manager),
             pace: Pace::default(),
         };

@@ -264,7 +264,15 @@ mod tests {
 
     fn create_vm(vm: u128, kind: VmKind) -> Mutation {
         let labels = [("\"a\"".to_owned(), "é\u{1}".to_owned())].into();
-        let config = VmConfig { kind, image: "default".into(), vcpus: 1, memory_mib: 512, labels, node_id: None };
+        let config = VmConfig {
+            kind,
+            image: "default".into(),
+            vcpus: 1,
+            memory_mib: 512,
+            labels,
+            node_id: None,
+            egress: Default::default(),
+        };
         let node_id = NodeId::parse("", "n").unwrap();
         Mutation::CreateVm { id: VmId(Uuid::from_u128(vm)), config, node_id, scheduler_epoch: 0 }
     }

@@ -267,7 +267,15 @@ impl Cluster {
         self.next_vm += 1;
         let vm_id = VmId(Uuid::from_u128(self.next_vm));
         let labels = BTreeMap::from([(OWNER_LABEL.to_owned(), OWNER.to_owned())]);
-        let config = VmConfig { kind, image: "default".to_owned(), vcpus: 1, memory_mib, labels, node_id: None };
+        let config = VmConfig {
+            kind,
+            image: "default".to_owned(),
+            vcpus: 1,
+            memory_mib,
+            labels,
+            node_id: None,
+            egress: Default::default(),
+        };
         self.vms.insert(vm_id, (config, node_id));
         vm_id
     }

@@ -16,7 +16,10 @@ use blixard::{
     time::millis,
     vm::{Vm, VmConfig, VmKind, VmState},
 };
-use blixard_chassis::{Tasks, client::forward};
+use blixard_chassis::{
+    Tasks,
+    client::{forward, request as timed},
+};
 use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -45,6 +48,9 @@ pub struct SchedulerApi {
     hubs: Hubs,
     tasks: Tasks,
 }
+
+/// How long a node has to tell a VM's addresses: who asks for a VM gets it without them from a node that is slow.
+const ADDRESS_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Answer<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -87,6 +93,18 @@ impl SchedulerApi {
         Ok(subscription)
     }
 
+    /// What addresses a VM has now; none when its node does not tell.
+    async fn addresses(&self, vm: &Vm) -> Vec<String> {
+        if !vm.config.egress.needs_network() || vm.state.is_terminal() {
+            return Vec::new();
+        }
+        let Ok(mut vmhost) = self.peers.vmhost(&vm.node_id) else { return Vec::new() };
+        let list = vmhost::ListVmsRequest { vm_id: vm.id.to_string(), ..Default::default() };
+        let listed = vmhost.list_vms(timed(list, ADDRESS_TIMEOUT)).await;
+        let hosted = listed.map(|listed| listed.into_inner().vms).unwrap_or_default();
+        hosted.into_iter().flat_map(|hosted| hosted.addresses).collect()
+    }
+
     async fn find_vm(&self, vm_id: VmId) -> Result<Vm, Error> {
         let message = registry::GetVmRequest { vm_id: vm_id.to_string() };
         let answer = self.peers.registry().get_vm(message).await.map_err(|status| peer_error("registry", &status))?;
@@ -101,6 +119,10 @@ impl SchedulerApi {
                 let message = format!("{field}.target_vm_id: VM {vm_id} is {} and takes no more jobs", vm.state);
                 return Err(Error::new(Reason::VmNotAccepting, message).with("vm_id", vm_id).with("state", vm.state));
             }
+            if let Some(egress) = spec.egress.as_ref().filter(|egress| **egress != vm.config.egress) {
+                let allowed = format!("{}, which its VM has, or nothing", vm.config.egress);
+                return Err(invalid(&format!("{field}.egress"), egress, &allowed));
+            }
             return Ok(());
         }
         let config = VmConfig {
@@ -110,6 +132,7 @@ impl SchedulerApi {
             memory_mib: spec.memory_mib,
             labels: BTreeMap::new(),
             node_id: spec.node_id.clone(),
+            egress: spec.egress.clone().unwrap_or_default(),
         };
         could_ever_fit(&self.peers.nodes(), field, &config, &spec.node_labels)
     }
@@ -332,7 +355,12 @@ impl SchedulerService for SchedulerApi {
     async fn get_vm(&self, request: Request<pb::GetVmRequest>) -> Answer<pb::GetVmResponse> {
         let get = registry::GetVmRequest { vm_id: request.get_ref().vm_id.clone() };
         let answer = self.peers.registry().get_vm(forward(&request, get)).await.map_err(refused)?;
-        Ok(Response::new(pb::GetVmResponse { vm: answer.into_inner().vm }))
+        let vm = answer.into_inner().vm;
+        let addresses = match vm.clone().map(Vm::try_from) {
+            Some(Ok(vm)) => self.addresses(&vm).await,
+            Some(Err(_)) | None => Vec::new(),
+        };
+        Ok(Response::new(pb::GetVmResponse { vm, addresses }))
     }
 
     async fn list_vms(&self, request: Request<pb::ListVmsRequest>) -> Answer<pb::ListVmsResponse> {

@@ -31,6 +31,7 @@ use crate::{
     hypervisor::{Console, Launch, Machine, MachineExit},
     lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop},
     logs::{Fence, LogWriter, Outcome},
+    net::Lease,
     records::{AttemptRecord, VmDir, VmRecord},
     registry::cut,
     reporter::{Report, Reporter},
@@ -112,6 +113,7 @@ pub(crate) struct VmHandle {
     id: VmId,
     pub(crate) config: VmConfig,
     pub(crate) accepted_at: Timestamp,
+    pub(crate) lease: Option<Lease>,
     pub(crate) view: watch::Receiver<VmView>,
     commands: mpsc::Sender<Command>,
 }
@@ -209,11 +211,12 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
     let (attempt_record, log) = attempt.map_or((None, None), |(record, log)| (Some(record), log));
     let view = watch::Sender::new(VmView { state: life.state(), run: None, machine: None });
     let dir = host.state.vm(id);
-    let launch = host.launch(id, &record.config);
+    let launch = Launch { nic: record.lease.as_ref().map(Lease::nic), ..host.launch(id, &record.config) };
     let handle = VmHandle {
         id,
         config: record.config.clone(),
         accepted_at: record.accepted_at,
+        lease: record.lease.clone(),
         view: view.subscribe(),
         commands: command_sender,
     };
@@ -281,13 +284,17 @@ impl Driver {
     async fn begin(&mut self) -> std::io::Result<()> {
         self.dir.create()?;
         self.dir.intend_vm(&self.record).await?;
-        let (hypervisor, launch) = (Arc::clone(&self.host.hypervisor), self.launch.clone());
+        let (host, launch) = (Arc::clone(&self.host), self.launch.clone());
         let events = self.event_sender.clone();
         // Not among the VM's own tasks: a launch that vmhost's end cuts in half leaves what recovery has to sweep.
         self.host.tasks.spawn("vm-launch", async move {
-            let event = match hypervisor.launch(&launch).await {
+            let launched = match host.attach(&launch).await {
+                Ok(()) => host.hypervisor.launch(&launch).await.map_err(|error| with_sources(&error)),
+                Err(error) => Err(error),
+            };
+            let event = match launched {
                 Ok(machine) => Event::Launched(machine),
-                Err(error) => Event::Input(Input::LaunchFailed { reason: with_sources(&error) }),
+                Err(reason) => Event::Input(Input::LaunchFailed { reason }),
             };
             let _ = events.send(event).await;
         });
@@ -315,7 +322,8 @@ impl Driver {
         match event {
             Event::Input(input) => self.step(input).await,
             Event::Launched(machine) => {
-                let link = Arc::new(AgentLink::new(self.id, Arc::clone(&machine)));
+                let network = self.host.guest_network(&self.record);
+                let link = Arc::new(AgentLink::new(self.id, Arc::clone(&machine), network));
                 self.machine = Some((Arc::clone(&machine), link));
                 self.watch_machine(machine);
                 let boot_deadline = Timestamp::now().plus(self.host.boot_patience());
@@ -597,6 +605,10 @@ impl Driver {
         }
         if let Err(error) = self.host.hypervisor.sweep(&self.launch).await {
             tracing::error!(vm_id = %self.id, error = with_sources(&error), "processes of an ended VM are left");
+        }
+        // After its processes, before its record.
+        if let Ok(network) = &self.host.network {
+            network.detach(self.id).await;
         }
         if let (VmState::Failed, Some(console)) = (state, console) {
             self.host.consoles.keep(self.id, &console);

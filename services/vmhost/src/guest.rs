@@ -65,7 +65,7 @@ impl Agent {
     }
 
     /// Gives the guest its identity, if it has none yet.
-    async fn configure(&self, vm_id: VmId) -> Result<(), Error> {
+    async fn configure(&self, vm_id: VmId, network: Option<&pb::GuestNetwork>) -> Result<(), Error> {
         if self.hello.configured {
             return if self.hello.vm_id == vm_id.to_string() {
                 Ok(())
@@ -81,6 +81,7 @@ impl Agent {
             hostname: format!("vm-{}", &vm_id.to_string()[..8]),
             time: Some(Timestamp::now().into()),
             entropy: entropy.into(),
+            network: network.cloned(),
         };
         let answer = self.client.clone().configure(client::request(request, CALL_TIMEOUT)).await?.into_inner();
         tracing::debug!(%vm_id, skipped = ?answer.skipped, kernel = self.hello.kernel_release, "guest configured");
@@ -96,20 +97,21 @@ fn refused(vm_id: VmId, problem: &str) -> Error {
 pub(crate) struct AgentLink {
     vm_id: VmId,
     machine: Arc<dyn Machine>,
+    network: Option<pb::GuestNetwork>,
     current: Mutex<Option<Agent>>,
 }
 
 impl AgentLink {
     /// A way to the agent of `machine`; nothing is connected yet.
-    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>) -> Self {
-        Self { vm_id, machine, current: Mutex::default() }
+    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>, network: Option<pb::GuestNetwork>) -> Self {
+        Self { vm_id, machine, network, current: Mutex::default() }
     }
 
     /// Waits until the agent answers, and gives it its identity. Tries for ever: the caller has the deadline. An error is final.
     pub(crate) async fn introduce(&self) -> Result<Agent, Error> {
         loop {
             let agent = match self.agent().await {
-                Ok(agent) => agent.configure(self.vm_id).await.map(|()| agent),
+                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref()).await.map(|()| agent),
                 Err(error) => Err(error),
             };
             match agent {

@@ -10,12 +10,13 @@ use std::{
 };
 
 use blixard::{
-    config::{DriverChoice, VmManagerConfig},
-    error::{Error, Reason},
+    config::{DriverChoice, NetworkConfig, VmManagerConfig},
+    egress::{NETWORK_LABEL, NETWORK_LABEL_ON},
+    error::{Error, Reason, invalid},
     id::{JobId, NodeId, VmId},
     job::JobSpec,
     limits::MAX_MESSAGE_BYTES,
-    pb::{common::v1 as common, vmhost::v1 as pb},
+    pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
     vm::{VmConfig, VmState},
 };
@@ -35,6 +36,7 @@ use crate::{
     lease::LEASE,
     lifecycle::{Limits, Run},
     logs::{Fence, LogStore},
+    net::{Network, Unavailable},
     node_lease::{self, NodeLease},
     records::{self, DELETED, StateDir, VmRecord},
     recovery,
@@ -72,6 +74,8 @@ pub struct VmHostConfig {
     pub secret_key: Option<SecretKey>,
     /// Labels that jobs can ask for.
     pub node_labels: BTreeMap<String, String>,
+    /// The guests' network.
+    pub network: NetworkConfig,
     /// How VMs are watched.
     pub health: HealthConfig,
     /// Times that only tests change.
@@ -171,8 +175,14 @@ impl VmHost {
         hypervisor: Arc<dyn Hypervisor>,
         tasks: &Tasks,
     ) -> Result<Self, StartError> {
-        let host = Arc::new(Host::open(config, hypervisor, tasks.clone())?);
+        let host = Arc::new(Host::open(config, hypervisor, tasks.clone()).await?);
         recovery::recover(&host).await.map_err(StartError::Recovery)?;
+        if let Ok(network) = &host.network {
+            if let Err(error) = network.settle().await {
+                tracing::error!(error = with_sources(&error), "the guests' network can't be set up; it is tried again");
+            }
+            tasks.spawn_until_end("vmhost-network", Arc::clone(network).keep());
+        }
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-register", async move { heartbeat::keep_registered(&own).await });
         let own = Arc::clone(&host);
@@ -211,6 +221,8 @@ pub(crate) struct Host {
     pub(crate) logs: LogStore,
     pub(crate) consoles: Consoles,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    /// The guests' network, or why there is none.
+    pub(crate) network: Result<Arc<Network>, Unavailable>,
     pub(crate) registry: Registry,
     pub(crate) lease: Arc<NodeLease>,
     pub(crate) health: HealthConfig,
@@ -227,10 +239,18 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    fn open(config: VmHostConfig, hypervisor: Arc<dyn Hypervisor>, tasks: Tasks) -> Result<Self, StartError> {
+    async fn open(config: VmHostConfig, hypervisor: Arc<dyn Hypervisor>, tasks: Tasks) -> Result<Self, StartError> {
         let log_dir = |source| StartError::LogDir { path: config.log_dir.clone(), source };
+        let state = StateDir::open(&config.vm_state_dir).map_err(|error| StartError::StateDir(error.into()))?;
+        let network = Network::open(&config.network, &config.node_id, state.path(), &*hypervisor, &tasks).await;
+        match &network {
+            Ok(network) => tracing::info!(network = network.describe(), "guests can have a network"),
+            Err(Unavailable::Off) => tracing::info!("guests have no network: network.subnet is not set"),
+            Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
+        }
         Ok(Self {
-            state: StateDir::open(&config.vm_state_dir).map_err(|error| StartError::StateDir(error.into()))?,
+            state,
+            network: network.map(Arc::new),
             logs: LogStore::open(&config.log_dir).map_err(log_dir)?,
             consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
             hypervisor,
@@ -251,6 +271,12 @@ impl Host {
 
     /// The node, as it registers.
     pub(crate) fn node(&self) -> common::Node {
+        let mut labels = self.labels.clone();
+        // Whether it has a network is not for settings to say.
+        labels.remove(NETWORK_LABEL);
+        if self.network.is_ok() {
+            labels.insert(NETWORK_LABEL.to_owned(), NETWORK_LABEL_ON.to_owned());
+        }
         common::Node {
             id: self.registry.node_id().to_string(),
             endpoint: self.advertise_endpoint.clone(),
@@ -259,7 +285,7 @@ impl Host {
             memory_mib: self.capacity.memory_mib,
             max_vms: self.max_vms,
             images: self.hypervisor.images(),
-            labels: self.labels.clone(),
+            labels,
             ..Default::default()
         }
     }
@@ -277,7 +303,23 @@ impl Host {
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             dir: self.state.vm(vm_id).machine(),
+            nic: None,
         }
+    }
+
+    /// Makes the interface that a machine is to be launched with, if any.
+    pub(crate) async fn attach(&self, launch: &Launch) -> Result<(), String> {
+        match (&launch.nic, &self.network) {
+            (None, _) => Ok(()),
+            (Some(_), Ok(network)) => network.attach(launch.vm_id).await.map_err(|error| with_sources(&error)),
+            (Some(_), Err(why)) => Err(format!("this node has no network for its guests: {why}")),
+        }
+    }
+
+    /// What a VM's guest is told of its network.
+    pub(crate) fn guest_network(&self, record: &VmRecord) -> Option<GuestNetwork> {
+        let (lease, network) = (record.lease.as_ref()?, self.network.as_ref().ok()?);
+        Some(network.configuration(lease, &record.config.egress))
     }
 
     pub(crate) fn boot_patience(&self) -> Duration {
@@ -296,6 +338,9 @@ impl Host {
     /// A VM that has ended and is reported, or that never came to be.
     pub(crate) fn forget(&self, vm_id: VmId) {
         self.vms().remove(&vm_id);
+        if let Ok(network) = &self.network {
+            network.give_back(vm_id);
+        }
     }
 
     /// Deletes what is left of a VM that is not here. Blocking.
@@ -335,6 +380,11 @@ impl Host {
         if u64::from(config.memory_mib) > self.capacity.memory_mib {
             return Err(too_large("config.memory_mib", config.memory_mib.into(), self.capacity.memory_mib));
         }
+        if let (true, Err(why)) = (config.egress.needs_network(), &self.network) {
+            let allowed = format!("none: this node has no network for its guests ({why})");
+            let error = invalid("config.egress", &config.egress, &allowed);
+            return Err(Error { reason: Reason::ExceedsCapacity, ..error });
+        }
         let known = self.hypervisor.images();
         if known.contains(&config.image) {
             return Ok(());
@@ -356,7 +406,12 @@ impl Host {
         }
         let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
         self.capacity.room_for(config.memory_mib, alive.map(|vm| vm.config.memory_mib), self.max_vms)?;
+        let lease = match &self.network {
+            Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),
+            Ok(_) | Err(_) => None,
+        };
         let record = VmRecord {
+            lease,
             config,
             accepted_at: Timestamp::now(),
             host_boot: self.boot.clone(),

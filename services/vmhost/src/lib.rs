@@ -8,7 +8,8 @@
 //!                                           └── reporter ──► registry
 //! ```
 //! `node_lease` ends what runs here when the registry is silent for too long, `health` what does not answer, `cleaning` deletes what
-//! the registry has forgotten, `invariants` finds and ends what nothing here accounts for. What a VM holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
+//! the registry has forgotten, `invariants` finds and ends what nothing here accounts for, `net` is what guests reach. What a VM
+//! holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
 //! does not find (`recovery`). VMs outlive this process.
 //!
 //! This crate must not know how jobs are placed or queued: it is told, and it reports to the registry.
@@ -16,6 +17,7 @@
 pub mod hypervisor;
 pub mod lease;
 pub mod lifecycle;
+pub mod net;
 
 mod artifacts;
 mod attempt;

@@ -78,6 +78,7 @@ fn host_config(
         registry_endpoint: registry.unwrap_or_default(),
         advertise_endpoint: advertise,
         secret_key,
+        network: config.network,
         health: HealthConfig::from(&config.vm_manager),
         node_labels: config.server.node_labels.0,
         pace: Pace::default(),

@@ -28,7 +28,10 @@ use blixard::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::lifecycle::{Cause, Stop};
+use crate::{
+    lifecycle::{Cause, Stop},
+    net::Lease,
+};
 
 /// Ends the name of a directory that is being deleted though no VM of its id is here: one may begin meanwhile.
 pub(crate) const DELETED: &str = "deleted";
@@ -46,6 +49,9 @@ pub(crate) struct VmRecord {
     pub(crate) guest_boot: Option<String>,
     /// Its end is wanted.
     pub(crate) stop: Option<Stop>,
+    /// Its addresses; `None`: it has no network.
+    #[serde(default)]
+    pub(crate) lease: Option<Lease>,
     /// What it came to: all that is left is to report it.
     pub(crate) end: Option<(VmState, String)>,
 }
@@ -119,6 +125,11 @@ impl StateDir {
         Ok(Self { path, _lock: lock })
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The VMs that have a directory.
     pub(crate) fn list(&self) -> io::Result<Vec<VmId>> {
         let mut ids = Vec::new();
@@ -126,10 +137,6 @@ impl StateDir {
             ids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()));
         }
         Ok(ids)
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Whose what lies at or below `path` is.

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | StartVm arrived | no `vm.json` | removes the directory; the registry still says Starting and the scheduler sends StartVm again |
 //! | `vm.json` written | no machine | the same |
+//! | a TAP made, whole or half | a TAP that no record owns any more | the same; deletes the TAP |
 //! | processes started | processes, perhaps without a record of theirs | ends them (by their environment), then the same |
 //! | the agent answered | `guest_boot` | adopts; reports Ready (again) |
 //! | Ready reported | `guest_boot` | the same; the report changes nothing |
@@ -102,11 +103,15 @@ fn unknown_config() -> VmConfig {
         memory_mib: 1,
         labels: std::collections::BTreeMap::new(),
         node_id: None,
+        egress: Default::default(),
     }
 }
 
 /// Puts a driver back in charge of a VM, alive or dead.
 async fn revive(host: &Arc<Host>, id: VmId, dir: &VmDir, record: VmRecord) {
+    if let (Ok(network), Some(lease)) = (&host.network, &record.lease) {
+        network.restore(id, lease.clone(), record.config.egress.clone());
+    }
     let attempt = dir.attempt().unwrap_or_else(|error| {
         tracing::error!(vm_id = %id, %error, "an attempt's record is damaged");
         None
@@ -140,7 +145,7 @@ async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopte
     };
     let adopted = host.hypervisor.adopt(&host.launch(id, &record.config)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
-    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine)));
+    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record)));
     let problem = match tokio::time::timeout(ADOPT_PATIENCE, link.introduce()).await {
         Ok(Ok(agent)) if agent.hello.boot_id == *guest_boot => return Ok(Some((machine, link))),
         Ok(Ok(_)) => "its guest restarted".to_owned(),

@@ -17,7 +17,7 @@ use futures::stream::BoxStream;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use crate::{driver::VmHandle, host::Host, invariants};
+use crate::{driver::VmHandle, host::Host, invariants, net::Lease};
 
 /// Answers for one node's VMs.
 pub struct Service {
@@ -86,7 +86,13 @@ impl pb::vm_host_service_server::VmHostService for Service {
             "" => None,
             token => Some(VmId::parse("page_token", token)?),
         };
-        let vms: Vec<(VmId, VmHandle)> = self.host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
+        let only = match request.vm_id.as_str() {
+            "" => None,
+            id => Some(VmId::parse("vm_id", id)?),
+        };
+        let wanted = |id: &VmId| only.is_none_or(|only| only == *id);
+        let vms: Vec<(VmId, VmHandle)> =
+            self.host.vms().iter().filter(|(id, _)| wanted(id)).map(|(id, vm)| (*id, vm.clone())).collect();
         Ok(Response::new(page(vms.into_iter().filter(|(id, _)| after.is_none_or(|after| *id > after)), size as usize)))
     }
 
@@ -188,5 +194,6 @@ fn hosted(id: VmId, vm: &VmHandle) -> pb::HostedVm {
         job_id: view.run.map(|(job, _)| job.to_string()).unwrap_or_default(),
         attempt: view.run.map_or(0, |(_, attempt)| attempt),
         accepted_at: Some(vm.accepted_at.into()),
+        addresses: vm.lease.as_ref().map(Lease::addresses).unwrap_or_default(),
     }
 }

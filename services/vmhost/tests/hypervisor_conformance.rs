@@ -89,7 +89,7 @@ impl Bed {
     fn launch_in(&self, dir: &str) -> Launch {
         let dir = self.root.path().join(dir);
         fs::create_dir_all(&dir).expect("mkdir");
-        Launch { vm_id: VmId::random(), image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir }
+        Launch { vm_id: VmId::random(), image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir, nic: None }
     }
 }
 

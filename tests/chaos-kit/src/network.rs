@@ -132,7 +132,12 @@ impl Network {
 
     /// What makes a thread one of the callers'.
     pub fn entry(&self) -> impl Fn() + Clone + Send + Sync + 'static {
-        let path = self.partitions.then(|| Path::new("/run/netns").join(self.namespace(0)));
+        self.entry_of(0)
+    }
+
+    /// What makes a thread one of a host's; 0: of the callers'.
+    pub fn entry_of(&self, id: u64) -> impl Fn() + Clone + Send + Sync + 'static {
+        let path = self.partitions.then(|| Path::new("/run/netns").join(self.namespace(id)));
         move || {
             let Some(path) = &path else { return };
             let namespace = fs::File::open(path).unwrap();

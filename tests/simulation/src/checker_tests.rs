@@ -38,6 +38,7 @@ fn job(state: JobState, attempt: u32, generation: u64) -> Job {
         artifacts: vec![],
         result_ttl: None,
         input_digest: Bytes::new(),
+        egress: None,
     };
     Job {
         id: JobId(Uuid::from_u128(1)),
@@ -73,6 +74,7 @@ fn vm(number: u128, memory_mib: u32) -> Vm {
             memory_mib,
             labels: BTreeMap::from([(OWNER_LABEL.to_owned(), "scheduler".to_owned())]),
             node_id: None,
+            egress: Default::default(),
         },
         state: VmState::Starting,
         node_id: node().id,

@@ -70,6 +70,7 @@ impl Agent {
             hostname: "vm".into(),
             time: Some(Timestamp::now().into()),
             entropy: vec![7; 64].into(),
+            network: None,
         }
     }
 

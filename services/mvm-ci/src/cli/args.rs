@@ -5,6 +5,7 @@
 use std::{ffi::OsString, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use blixard::{
+    egress::Egress,
     job::{JobState, RetryOn},
     limits,
     vm::{VmKind, VmState},
@@ -96,6 +97,9 @@ pub(crate) struct RunArgs {
     /// Memory in MiB.
     #[arg(long, value_name = "MIB")]
     pub(crate) memory: Option<u32>,
+    /// Whom it may talk to over the network: none (the default), internet (public addresses), or what is listed.
+    #[arg(long, value_name = "none|internet|allow=CIDR[:PORT],...")]
+    pub(crate) egress: Option<Egress>,
     /// Environment variable; may be repeated.
     #[arg(long, value_parser = key_value, value_name = "NAME=VALUE")]
     pub(crate) env: Vec<(String, String)>,
@@ -399,6 +403,9 @@ pub(crate) struct VmCreateArgs {
     /// Memory in MiB.
     #[arg(long, value_name = "MIB")]
     pub(crate) memory: Option<u32>,
+    /// Whom it may talk to over the network: none, internet (public addresses), or what is listed.
+    #[arg(long, default_value = "none", value_name = "none|internet|allow=CIDR[:PORT],...")]
+    pub(crate) egress: Egress,
     /// Label; may be repeated.
     #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<(String, String)>,

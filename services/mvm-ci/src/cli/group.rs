@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use blixard::{
+    egress::Egress,
     id::JobId,
     pb::{common::v1 as common, scheduler::v1 as pb},
 };
@@ -42,6 +43,7 @@ struct Entry {
     image: String,
     vcpus: Option<u32>,
     memory: Option<u32>,
+    egress: Option<Egress>,
     #[serde(default)]
     env: BTreeMap<String, String>,
     #[serde(default)]
@@ -110,6 +112,7 @@ fn job(entry: Entry) -> Result<pb::GroupJob, String> {
         vcpus: entry.vcpus,
         memory_mib: entry.memory,
         isolation: isolation.into(),
+        egress: entry.egress.map(Into::into),
         priority: entry.priority,
         timeout_ms: millis_or_none(entry.timeout.as_deref().map(args::duration).transpose()?),
         max_attempts: entry.retries.saturating_add(1),

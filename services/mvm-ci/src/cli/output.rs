@@ -214,6 +214,7 @@ fn spec_json(spec: &JobSpec) -> Value {
         "vcpus": spec.vcpus,
         "memory_mib": spec.memory_mib,
         "isolation": isolation_name(spec.isolation),
+        "egress": spec.egress,
         "priority": spec.priority,
         "timeout_ms": spec.timeout.map(millis),
         "queue_timeout_ms": spec.queue_timeout.map(millis),
@@ -290,6 +291,7 @@ pub(crate) fn job_text(job: &Job, now: Timestamp) -> String {
         ("image", spec.image.clone()),
         ("vcpus", spec.vcpus.to_string()),
         ("memory", format!("{} MiB", spec.memory_mib)),
+        ("egress", optional(spec.egress.as_ref())),
         ("isolation", isolation_name(spec.isolation).to_owned()),
         ("priority", if spec.priority == 0 { String::new() } else { spec.priority.to_string() }),
         ("timeout", spec.timeout.map(took).unwrap_or_default()),
@@ -330,6 +332,7 @@ pub(crate) fn vm_json(vm: &Vm) -> Value {
         "image": config.image,
         "vcpus": config.vcpus,
         "memory_mib": config.memory_mib,
+        "egress": config.egress,
         "labels": config.labels,
         "created_at": rfc3339(vm.created_at),
         "updated_at": rfc3339(vm.updated_at),
@@ -360,7 +363,7 @@ pub(crate) fn vm_table(vms: &[Vm], now: Timestamp) -> String {
 }
 
 /// One VM in full.
-pub(crate) fn vm_text(vm: &Vm) -> String {
+pub(crate) fn vm_text(vm: &Vm, addresses: &[String]) -> String {
     let labels = vm.config.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ");
     fields(&[
         ("id", vm.id.to_string()),
@@ -373,6 +376,8 @@ pub(crate) fn vm_text(vm: &Vm) -> String {
         ("image", vm.config.image.clone()),
         ("vcpus", vm.config.vcpus.to_string()),
         ("memory", format!("{} MiB", vm.config.memory_mib)),
+        ("egress", vm.config.egress.to_string()),
+        ("addresses", addresses.join(" ")),
         ("labels", labels),
         ("created", rfc3339(vm.created_at)),
         ("updated", rfc3339(vm.updated_at)),
@@ -498,6 +503,7 @@ pub(crate) mod tests {
             artifacts: vec!["/out/report.html".into()],
             result_ttl: Some(Duration::from_secs(86_400)),
             input_digest: Default::default(),
+            egress: None,
         };
         Job {
             id: JobId(Uuid::from_u128(0x17)),
@@ -553,6 +559,7 @@ pub(crate) mod tests {
                 memory_mib: 512,
                 labels: BTreeMap::from([("team".into(), "ci".into())]),
                 node_id: None,
+                egress: Default::default(),
             },
             state: VmState::Busy,
             node_id: node(),
@@ -604,7 +611,7 @@ pub(crate) mod tests {
         insta::assert_snapshot!(format!(
             "{}\n{}\n{}\n{json:#}",
             vm_table(&[vm()], NOW),
-            vm_text(&vm()),
+            vm_text(&vm(), &["10.180.0.5".to_owned()]),
             event_table(&events)
         ));
     }

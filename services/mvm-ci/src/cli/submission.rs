@@ -50,6 +50,7 @@ pub(crate) fn spec(args: &RunArgs) -> Result<common::JobSpec, Error> {
         start_timeout_ms: millis_or_none(args.start_timeout),
         labels: args.label.iter().cloned().chain(tenant).collect(),
         node_id: args.node.clone(),
+        egress: args.egress.clone().map(Into::into),
         node_labels: map(&args.node_label),
         preferred_node_labels: map(&args.prefer_node_label),
         target_vm_id: vm.clone().unwrap_or_default(),
@@ -136,7 +137,7 @@ mod tests {
     fn every_flag_reaches_the_spec() {
         let id = "00000000-0000-0000-0000-000000000017";
         let line = format!(
-            "--service --image i --vcpus 3 --memory 256 --env A=1 --timeout 2s --workdir /w --priority -5 --retries 2 \
+            "--service --image i --vcpus 3 --memory 256 --egress allow=10.0.0.0/8:443 --env A=1 --timeout 2s --workdir /w --priority -5 --retries 2 \
              --retry-on lost,failed --backoff 1s --queue-timeout 1m --start-timeout 30s --label a=b --tenant ci --node n \
              --node-label disk=ssd --prefer-node-label rack=1 --after {id} --artifact /out --ttl 1d -- make test"
         );
@@ -154,6 +155,10 @@ mod tests {
             max_attempts: 3,
             labels: BTreeMap::from([("a".into(), "b".into()), ("tenant".into(), "ci".into())]),
             node_id: "n".into(),
+            egress: Some(common::Egress {
+                policy: common::EgressPolicy::AllowList.into(),
+                allow: vec![common::EgressRule { cidr: "10.0.0.0/8".into(), port: 443 }],
+            }),
             retry_on: vec![common::RetryOn::Lost.into(), common::RetryOn::Failed.into()],
             backoff_ms: 1000,
             queue_timeout_ms: 60_000,

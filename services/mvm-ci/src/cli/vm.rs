@@ -41,8 +41,13 @@ pub(crate) async fn vm(client: Client, args: VmArgs, printer: &Printer) -> Resul
             print_list(&vms, printer)?;
         }
         VmCommand::Get { id } => {
-            let vm = get(&client, &parse(&id)?).await?;
-            printer.print(|| output::vm_json(&vm), || output::vm_text(&vm))?;
+            let (vm, addresses) = get_with_addresses(&client, &parse(&id)?).await?;
+            let json = || {
+                let mut json = output::vm_json(&vm);
+                json["addresses"] = json!(addresses);
+                json
+            };
+            printer.print(json, || output::vm_text(&vm, &addresses))?;
         }
         VmCommand::Events { id, limit } => events(&client, id, limit, printer).await?,
         VmCommand::Console { id } => console(&client, &parse(&id)?, printer).await?,
@@ -77,6 +82,7 @@ async fn create(client: &Client, args: VmCreateArgs, printer: &Printer) -> Resul
             memory_mib: args.memory,
             labels: args.label.into_iter().collect(),
             node_id: args.node,
+            egress: Some(args.egress.into()),
         }),
     };
     let answer = client.call(request, async |mut stub, request| stub.start_vm(request).await).await?;
@@ -108,9 +114,13 @@ async fn wait(client: &Client, mut vm: Vm, done: impl Fn(VmState) -> bool) -> Re
 }
 
 async fn get(client: &Client, vm_id: &str) -> Result<Vm, Error> {
+    Ok(get_with_addresses(client, vm_id).await?.0)
+}
+
+async fn get_with_addresses(client: &Client, vm_id: &str) -> Result<(Vm, Vec<String>), Error> {
     let request = pb::GetVmRequest { vm_id: vm_id.to_owned() };
     let answer = client.call(request, async |mut stub, request| stub.get_vm(request).await).await?;
-    parse_vm(answer.vm)
+    Ok((parse_vm(answer.vm)?, answer.addresses))
 }
 
 /// Without `--state` and `--all`: what has not ended.

@@ -146,6 +146,7 @@ pub(crate) fn config(kind: VmKind) -> pb::VmConfig {
         memory_mib: Some(512),
         labels: BTreeMap::new(),
         node_id: String::new(),
+        egress: None,
     }
 }
 

@@ -34,7 +34,15 @@ fn node() -> Node {
 
 fn config() -> VmConfig {
     let (labels, image) = (BTreeMap::new(), "default".to_owned());
-    VmConfig { kind: VmKind::Service, image, vcpus: 1, memory_mib: 256, labels, node_id: None }
+    VmConfig {
+        kind: VmKind::Service,
+        image,
+        vcpus: 1,
+        memory_mib: 256,
+        labels,
+        node_id: None,
+        egress: Default::default(),
+    }
 }
 
 fn job(state: common::JobState, revision: u64) -> Job {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use blixard::{
+    egress::Egress,
     error::Error,
     id::{JobId, VmId},
     job::{Dependency, DependencyCondition, Job, JobSpec, JobState, TENANT_LABEL},
@@ -192,8 +193,9 @@ impl Engine {
         }
         let site = self.fleet.use_site(&Constraint::of(spec));
         let image = ImageId(self.images.number(&spec.image));
+        let egress = self.egress_id(spec.egress.as_ref().unwrap_or(&Egress::None));
         let (vcpus, memory_mib, isolation) = (spec.vcpus, spec.memory_mib, spec.isolation);
-        let (id, new) = self.queue.enter(Shape::Like { image, vcpus, memory_mib, isolation, site }, tenant);
+        let (id, new) = self.queue.enter(Shape::Like { image, egress, vcpus, memory_mib, isolation, site }, tenant);
         if !new {
             self.fleet.leave_site(site);
         }

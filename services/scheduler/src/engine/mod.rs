@@ -38,6 +38,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
+    egress::Egress,
     error::Error,
     id::{JobId, NodeId, VmId},
     job::Job,
@@ -158,6 +159,8 @@ pub struct Engine {
     lead: Option<u64>,
     now: Timestamp,
     images: Names,
+    /// The first one is [`Egress::None`].
+    egresses: Names,
     fleet: Fleet,
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
@@ -194,12 +197,14 @@ impl Engine {
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let mut images = Names::default();
+        let egresses = Names::beginning_with(&Egress::None.to_string());
         let pre_warm = settings.pre_warm.iter().map(|(image, count)| (ImageId(images.number(image)), *count)).collect();
         Self {
             settings,
             lead: None,
             now: Timestamp(0),
             images,
+            egresses,
             fleet: Fleet::default(),
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
@@ -347,8 +352,7 @@ impl Engine {
         }
         // VMs being created are still being created: until their answers come they count, or there could be too many.
         for (ticket, node_id, creation) in creations {
-            let (node, image) = (self.fleet.ix(&node_id), ImageId(self.images.number(&creation.config.image)));
-            let class = shape::Class::of(&creation.config, image);
+            let (node, class) = (self.fleet.ix(&node_id), self.class_of(&creation.config));
             let creation = Creation { node, class, made_for: None, ..creation };
             self.fleet.occupy(node, class.memory_mib);
             self.counts.creation(&creation, 1);

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use blixard::{
     config::PlacementChoice,
+    egress::{NETWORK_LABEL, NETWORK_LABEL_ON},
     error::{Error, Reason, invalid},
     id::{NodeId, VmId},
     node::{Node, NodeState},
@@ -397,9 +398,9 @@ impl Fleet {
     /// A free VM for this shape: a service VM first (it is warm), on a node that is liked, the smallest that fits; else one
     /// that was started for a job like it.
     pub(super) fn warm(&self, shape: &Shape) -> Option<Warm> {
-        let Shape::Like { image, vcpus, memory_mib, site, .. } = *shape else { return None };
+        let Shape::Like { image, egress, vcpus, memory_mib, site, .. } = *shape else { return None };
         let site = self.sites.get(&site)?;
-        let class = |kind, memory_mib, vcpus| Class { image, kind, memory_mib, vcpus };
+        let class = |kind, memory_mib, vcpus| Class { image, egress, kind, memory_mib, vcpus };
         let services = class(VmKind::Service, memory_mib, 0)..=class(VmKind::Service, u32::MAX, u32::MAX);
         let mut best: Option<Warm> = None;
         let mut classes = 0;
@@ -561,6 +562,13 @@ pub fn could_ever_fit(
             return Err(Error::new(Reason::NodeNotFound, message).with("node_id", wanted));
         }
     }
+    let has_network = |node: &&Node| node.labels.get(NETWORK_LABEL).is_some_and(|value| value == NETWORK_LABEL_ON);
+    if config.egress.needs_network() && !candidates.iter().any(has_network) {
+        let allowed = "none: no node that would do gives its guests a network (network.subnet)";
+        let error = invalid(&format!("{field}.egress"), &config.egress, allowed);
+        return Err(Error { reason: Reason::ExceedsCapacity, ..error });
+    }
+    candidates.retain(|node| !config.egress.needs_network() || has_network(node));
     for (key, value) in node_labels {
         candidates.retain(|node| node.labels.get(key) == Some(value));
         if candidates.is_empty() {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use blixard::{
+    egress::Egress,
     id::VmId,
     time::Timestamp,
     vm::{VmConfig, VmKind, VmState},
@@ -11,7 +12,7 @@ use blixard::{
 use super::{
     Effect, Engine, LOOKS_PER_STEP, OWNER, OWNER_LABEL, Wake,
     queue::Wait,
-    shape::{Class, Constraint, ImageId, NodeIx, Shape, ShapeId, SiteId},
+    shape::{Class, Constraint, EgressId, ImageId, NO_EGRESS, NodeIx, Shape, ShapeId, SiteId},
     vms::VmEntry,
 };
 
@@ -90,15 +91,16 @@ impl Engine {
     fn is_kept_warm(&self, class: &Class) -> bool {
         let wanted = self.pre_warm.iter().find(|(image, _)| *image == class.image).map_or(0, |(_, count)| *count);
         let defaults = self.settings.defaults;
-        let counts =
-            class.kind == VmKind::Service && class.memory_mib >= defaults.memory_mib && class.vcpus >= defaults.vcpus;
+        let counts = (class.kind, class.egress) == (VmKind::Service, NO_EGRESS)
+            && class.memory_mib >= defaults.memory_mib
+            && class.vcpus >= defaults.vcpus;
         counts && self.warm_of(class.image) <= wanted
     }
 
     /// VMs of ours of at least the default size that are free or being started for no job in particular.
     fn warm_of(&self, image: ImageId) -> u32 {
         let defaults = self.settings.defaults;
-        let class = |memory_mib, vcpus| Class { image, kind: VmKind::Service, memory_mib, vcpus };
+        let class = |memory_mib, vcpus| Class { memory_mib, vcpus, ..self.pre_warmed(image) };
         let large = self.counts.warm.range(class(defaults.memory_mib, 0)..=class(u32::MAX, u32::MAX));
         large.filter(|(class, _)| class.vcpus >= defaults.vcpus).map(|(_, count)| count).sum()
     }
@@ -130,7 +132,8 @@ impl Engine {
 
     fn pre_warmed(&self, image: ImageId) -> Class {
         let defaults = self.settings.defaults;
-        Class { image, kind: VmKind::Service, memory_mib: defaults.memory_mib, vcpus: defaults.vcpus }
+        let (memory_mib, vcpus) = (defaults.memory_mib, defaults.vcpus);
+        Class { image, egress: NO_EGRESS, kind: VmKind::Service, memory_mib, vcpus }
     }
 
     pub(super) fn our_services(&self, image: ImageId) -> u32 {
@@ -139,6 +142,17 @@ impl Engine {
 
     pub(super) fn boot_pause(&self, now: Timestamp, image: ImageId) -> bool {
         self.boot_failures.get(&image).is_some_and(|failures| failures.not_before > now)
+    }
+
+    /// The number of a policy.
+    pub(super) fn egress_id(&mut self, egress: &Egress) -> EgressId {
+        EgressId(self.egresses.number(&egress.to_string()))
+    }
+
+    /// The policy of a class's VMs.
+    fn egress_of(&self, class: &Class) -> Egress {
+        // Whatever has a number is the text of one.
+        self.egresses.name(class.egress.0).parse().unwrap_or_default()
     }
 
     /// The VM of ours to start.
@@ -150,6 +164,7 @@ impl Engine {
             memory_mib: class.memory_mib,
             labels: BTreeMap::from([(OWNER_LABEL.to_owned(), OWNER.to_owned())]),
             node_id: constraint.node_id.clone(),
+            egress: self.egress_of(class),
         }
     }
 

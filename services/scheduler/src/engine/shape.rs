@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use blixard::{
+    egress::{Egress, NETWORK_LABEL, NETWORK_LABEL_ON},
     id::{NodeId, VmId},
     job::{Isolation, JobSpec},
     vm::{VmConfig, VmKind},
@@ -21,6 +22,10 @@ number!(
     ImageId
 );
 number!(
+    /// An egress policy, by its text.
+    EgressId
+);
+number!(
     /// A node, in the order in which the engine heard of them.
     NodeIx
 );
@@ -37,7 +42,10 @@ number!(
     TenantId
 );
 
-/// Numbers for names. None is ever given back: there are as many as there are images or nodes.
+/// [`Egress::None`].
+pub(super) const NO_EGRESS: EgressId = EgressId(0);
+
+/// Numbers for names. None is ever given back: there are as many as there are images, nodes or policies.
 #[derive(Debug, Default)]
 pub(super) struct Names {
     numbers: BTreeMap<Arc<str>, u32>,
@@ -45,6 +53,12 @@ pub(super) struct Names {
 }
 
 impl Names {
+    pub(super) fn beginning_with(first: &str) -> Self {
+        let mut names = Self::default();
+        names.number(first);
+        names
+    }
+
     pub(super) fn number(&mut self, name: &str) -> u32 {
         if let Some(&number) = self.numbers.get(name) {
             return number;
@@ -75,11 +89,20 @@ pub(super) struct Constraint {
 impl Constraint {
     pub(super) fn of(spec: &JobSpec) -> Self {
         let (labels, preferred) = (spec.node_labels.clone(), spec.preferred_node_labels.clone());
-        Self { node_id: spec.node_id.clone(), labels, preferred }
+        let constraint = Self { node_id: spec.node_id.clone(), labels, preferred };
+        constraint.with_network(spec.egress.as_ref().is_some_and(Egress::needs_network))
     }
 
-    pub(super) fn only(node_id: Option<NodeId>) -> Self {
-        Self { node_id, ..Self::default() }
+    pub(super) fn of_vm(config: &VmConfig) -> Self {
+        Self { node_id: config.node_id.clone(), ..Self::default() }.with_network(config.egress.needs_network())
+    }
+
+    /// A node that gives its guests a network says so by a label.
+    fn with_network(mut self, needed: bool) -> Self {
+        if needed {
+            self.labels.insert(NETWORK_LABEL.to_owned(), NETWORK_LABEL_ON.to_owned());
+        }
+        self
     }
 }
 
@@ -87,14 +110,15 @@ impl Constraint {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Class {
     pub(super) image: ImageId,
+    pub(super) egress: EgressId,
     pub(super) kind: VmKind,
     pub(super) memory_mib: u32,
     pub(super) vcpus: u32,
 }
 
 impl Class {
-    pub(super) fn of(config: &VmConfig, image: ImageId) -> Self {
-        Self { image, kind: config.kind, memory_mib: config.memory_mib, vcpus: config.vcpus }
+    pub(super) fn of(config: &VmConfig, image: ImageId, egress: EgressId) -> Self {
+        Self { image, egress, kind: config.kind, memory_mib: config.memory_mib, vcpus: config.vcpus }
     }
 }
 
@@ -102,16 +126,17 @@ impl Class {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Shape {
     /// A VM like this, on one of these nodes.
-    Like { image: ImageId, vcpus: u32, memory_mib: u32, isolation: Isolation, site: SiteId },
+    Like { image: ImageId, egress: EgressId, vcpus: u32, memory_mib: u32, isolation: Isolation, site: SiteId },
     /// This VM, whatever it is like.
     Target(VmId),
 }
 
 impl Shape {
-    /// Whether a VM of this class will do, nodes apart. A fresh VM must be of exactly the size that was asked for.
+    /// Whether a VM of this class will do, nodes apart. A fresh VM must be of exactly the size that was asked for, any
+    /// VM of exactly the egress policy.
     pub(super) fn takes(&self, class: &Class) -> bool {
-        let Self::Like { image, vcpus, memory_mib, isolation, .. } = *self else { return false };
-        class.image == image
+        let Self::Like { image, egress, vcpus, memory_mib, isolation, .. } = *self else { return false };
+        (class.image, class.egress) == (image, egress)
             && match class.kind {
                 VmKind::Service => {
                     isolation != Isolation::Maximum && class.vcpus >= vcpus && class.memory_mib >= memory_mib
@@ -124,8 +149,8 @@ impl Shape {
 
     /// The class of the VM to start for it.
     pub(super) fn wanted(&self) -> Option<Class> {
-        let Self::Like { image, vcpus, memory_mib, isolation, .. } = *self else { return None };
+        let Self::Like { image, egress, vcpus, memory_mib, isolation, .. } = *self else { return None };
         let kind = if isolation == Isolation::Minimal { VmKind::Service } else { VmKind::Ephemeral };
-        Some(Class { image, kind, memory_mib, vcpus })
+        Some(Class { image, egress, kind, memory_mib, vcpus })
     }
 }

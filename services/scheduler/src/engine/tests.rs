@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::*;
 
 mod behaviours;
+mod egress;
 mod tables;
 mod world;
 
@@ -88,7 +89,15 @@ fn queued(id: u128, revision: u64, spec: JobSpec) -> Job {
 
 fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
     let labels = BTreeMap::from([(OWNER_LABEL.to_owned(), OWNER.to_owned())]);
-    let config = VmConfig { kind, image: "default".into(), vcpus: 2, memory_mib: 512, labels, node_id: None };
+    let config = VmConfig {
+        kind,
+        image: "default".into(),
+        vcpus: 2,
+        memory_mib: 512,
+        labels,
+        node_id: None,
+        egress: Default::default(),
+    };
     Vm {
         id: vm_id(id),
         config,

@@ -177,12 +177,12 @@ impl Engine {
             return;
         }
         let before = self.remove_vm(id);
-        let image = ImageId(self.images.number(&vm.config.image));
+        let class = self.class_of(&vm.config);
         let mut entry = VmEntry {
             revision: vm.revision,
             created_at: vm.created_at,
             since: vm.updated_at,
-            class: Class::of(&vm.config, image),
+            class,
             node: self.fleet.ix(&vm.node_id),
             jobs_assigned: vm.jobs_assigned,
             state: vm.state,
@@ -217,7 +217,7 @@ impl Engine {
             }
             VmState::Draining => entry.reason = vm.reason.into(),
             VmState::Ready | VmState::Busy | VmState::Idle => {
-                self.boot_failures.remove(&image);
+                self.boot_failures.remove(&class.image);
             }
             VmState::Terminated | VmState::Failed => {}
         }
@@ -350,9 +350,14 @@ impl Engine {
         Ok(self.fleet.place(node).id.clone())
     }
 
+    pub(super) fn class_of(&mut self, config: &VmConfig) -> Class {
+        let (image, egress) = (ImageId(self.images.number(&config.image)), self.egress_id(&config.egress));
+        Class::of(config, image, egress)
+    }
+
     fn find_room(&mut self, config: &VmConfig) -> Result<(Class, NodeIx), Error> {
-        let class = Class::of(config, ImageId(self.images.number(&config.image)));
-        let site = self.fleet.use_site(&Constraint::only(config.node_id.clone()));
+        let class = self.class_of(config);
+        let site = self.fleet.use_site(&Constraint::of_vm(config));
         let room = self.room_for(site, &class).map_err(|wait| self.describe_wait(wait, site, &class));
         self.fleet.leave_site(site);
         match room {

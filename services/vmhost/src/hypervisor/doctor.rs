@@ -1,8 +1,17 @@
 //! What this machine can run, and what makes it run more.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use super::{HypervisorSettings, image, tools};
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::{
+    HypervisorSettings, image,
+    nic::TUN_DEVICE,
+    tools::{self, NFT},
+};
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -36,6 +45,7 @@ pub fn diagnose(settings: &HypervisorSettings) -> Vec<Check> {
         check_tool(tools::VHOST_DEVICE_VSOCK),
         check_images(&settings.image_dir),
         check_tool(tools::CLOUD_HYPERVISOR),
+        check_network(),
     ]
 }
 
@@ -47,6 +57,42 @@ fn check_kvm() -> Check {
             let fix = denied.then(|| "sudo usermod -aG kvm $USER (and log in again)".to_owned());
             Check::bad("/dev/kvm", format!("{problem}; QEMU emulates instead, which is slower"), fix)
         }
+    }
+}
+
+fn check_network() -> Check {
+    const NAME: &str = "guest networks";
+    match NetworkTools::find() {
+        Ok(_) => Check::good(NAME, "possible; network.subnet switches them on"),
+        Err((problem, fix)) => {
+            Check::bad(NAME, format!("{problem}; jobs with --egress other than none can't run"), Some(fix))
+        }
+    }
+}
+
+/// What giving guests a network takes.
+pub(crate) struct NetworkTools {
+    /// The program that loads firewall rules.
+    pub(crate) nft: PathBuf,
+}
+
+impl NetworkTools {
+    /// Looks for it.
+    ///
+    /// # Errors
+    /// What is missing, and the command that fixes it.
+    pub(crate) fn find() -> Result<Self, (String, String)> {
+        let nft = NFT.find().ok_or_else(|| (NFT.missing(), NFT.fix.to_owned()))?;
+        if let Err(error) = fs::File::options().read(true).write(true).open(TUN_DEVICE) {
+            return Err((format!("{TUN_DEVICE} cannot be opened: {error}"), "modprobe tun, as root".to_owned()));
+        }
+        let may = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN));
+        if !may {
+            let program = std::env::current_exe().unwrap_or_default();
+            let fix = format!("sudo setcap cap_net_admin+ep {}", program.display());
+            return Err(("this process has not the right CAP_NET_ADMIN".to_owned(), fix));
+        }
+        Ok(Self { nft })
     }
 }
 

@@ -133,13 +133,24 @@ impl Starting {
 
     /// Starts one of the machine's processes and records it; returns its pid.
     pub(super) fn start(&mut self, name: &'static str, program: &Path, args: &[OsString]) -> Result<u32, LaunchError> {
+        self.start_with(name, program, args, Stdio::null())
+    }
+
+    /// The same with this as its descriptor 0: the one way to hand a descriptor on that no other child of ours can inherit too.
+    pub(super) fn start_with(
+        &mut self,
+        name: &'static str,
+        program: &Path,
+        args: &[OsString],
+        stdin: Stdio,
+    ) -> Result<u32, LaunchError> {
         let spawn_error = |source| LaunchError::Spawn { program: program.to_owned(), source };
         let mut command = Command::new(program);
         command.args(args).current_dir(&self.launch.dir).process_group(0).env_clear();
         command.envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.env(ENV_VM_ID, self.launch.vm_id.to_string()).env(ENV_VM_DIR, &self.launch.dir);
         let output = || self.output.try_clone().map(Stdio::from).map_err(spawn_error);
-        command.stdin(Stdio::null()).stdout(output()?).stderr(output()?);
+        command.stdin(stdin).stdout(output()?).stderr(output()?);
         let child = command.spawn().map_err(spawn_error)?;
 
         // Nobody else waits for our children, so until it is reaped below or by its supervisor the pid is its own.

@@ -23,6 +23,7 @@ mod console;
 mod doctor;
 mod image;
 mod machine;
+mod nic;
 mod process;
 mod procfs;
 mod qemu;
@@ -36,7 +37,10 @@ use blixard::{config::DriverChoice, id::VmId};
 use tokio::net::UnixStream;
 
 pub use console::{CONSOLE_TAIL_BYTES, Console};
+pub(crate) use doctor::NetworkTools;
 pub use doctor::{Check, diagnose};
+pub use nic::Nic;
+pub(crate) use nic::create_tap;
 pub use process::Process;
 pub use procfs::{MarkedProcess, end_marked, marked_below};
 pub use qemu::Qemu;
@@ -57,6 +61,8 @@ pub struct Launch {
     pub memory_mib: u32,
     /// This incarnation's own directory: absolute, mode 0700, and empty at launch. May be longer than a socket's path.
     pub dir: PathBuf,
+    /// Its network interface, at launch; `None`: it gets none.
+    pub nic: Option<Nic>,
 }
 
 /// A way to run VMs.
@@ -64,6 +70,11 @@ pub struct Launch {
 pub trait Hypervisor: Send + Sync + 'static {
     /// "qemu", "process".
     fn name(&self) -> &'static str;
+
+    /// Whether its machines have a network interface when [`Launch::nic`] says so.
+    fn takes_nic(&self) -> bool {
+        true
+    }
 
     /// The images it can boot now, sorted.
     fn images(&self) -> Vec<String>;

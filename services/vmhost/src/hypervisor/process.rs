@@ -56,6 +56,11 @@ impl Hypervisor for Process {
         KIND.driver
     }
 
+    /// Its jobs have the host's network, whatever is said.
+    fn takes_nic(&self) -> bool {
+        false
+    }
+
     fn images(&self) -> Vec<String> {
         vec![limits::DEFAULT_IMAGE.to_owned()]
     }

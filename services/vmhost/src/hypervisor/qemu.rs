@@ -8,14 +8,14 @@
 //! guest's CID needs to be unique in that process only. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
 //! the guest agent do not answer, and what is not there cannot be misused.
 
-use std::{ffi::OsString, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, fs, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use blixard_chassis::Tasks;
 
 use super::{
     ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
     image::{self, Image},
-    machine::{self, Agent, Kind, Starting},
+    machine::{self, Agent, Kind, Starting, cannot},
     socket::SocketDir,
     tools,
 };
@@ -120,7 +120,11 @@ impl Boot {
         let ready = || file.exists() && listens(vsock, VHOST_SOCKET);
         starting.wait_until("start vhost-device-vsock", VSOCK_PATIENCE, ready)?;
         let arguments = self.qemu_arguments(starting.sockets(), image, launch);
-        starting.start(QEMU, &self.qemu, &arguments).map(drop)
+        let stdin = match &launch.nic {
+            Some(nic) => nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?.into(),
+            None => Stdio::null(),
+        };
+        starting.start_with(QEMU, &self.qemu, &arguments, stdin).map(drop)
     }
 
     fn qemu_arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
@@ -142,6 +146,11 @@ impl Boot {
         add("-device", "vhost-user-vsock-pci,chardev=vsock0".into());
         add("-chardev", chardev("serial0", sockets.for_child(SERIAL_SOCKET), ",server=on,wait=off"));
         add("-serial", "chardev:serial0".into());
+        if let Some(nic) = &launch.nic {
+            // Descriptor 0 is the TAP.
+            add("-netdev", "tap,id=net0,fd=0".into());
+            add("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", nic.mac).into());
+        }
         add("-display", "none".into());
         // It needs no further process, user or privilege, and gets none.
         add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
@@ -180,7 +189,8 @@ fn listens(pid: u32, name: &str) -> bool {
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
     let own: Vec<String> =
         links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
-    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // Its own view: it may be in another network namespace.
+    let sockets = fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
     // Num RefCount Protocol Flags Type St Inode Path
     sockets.lines().any(|line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();

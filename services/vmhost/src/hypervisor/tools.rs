@@ -23,6 +23,7 @@ pub(super) const QEMU: Tool =
     Tool { name: "qemu-system-x86_64", env: "QEMU_SYSTEM_X86_64", fix: "apt-get install qemu-system-x86" };
 pub(super) const VHOST_DEVICE_VSOCK: Tool =
     Tool { name: "vhost-device-vsock", env: "VHOST_DEVICE_VSOCK", fix: "make tools" };
+pub(super) const NFT: Tool = Tool { name: "nft", env: "NFT", fix: "apt-get install nftables" };
 pub(super) const CLOUD_HYPERVISOR: Tool = Tool {
     name: "cloud-hypervisor",
     env: "CLOUD_HYPERVISOR",
@@ -30,7 +31,7 @@ pub(super) const CLOUD_HYPERVISOR: Tool = Tool {
 };
 
 impl Tool {
-    /// Its absolute path: from its environment variable (and then from nowhere else), `PATH`, or `target/tools/bin` of
+    /// Its absolute path: from its environment variable (and then from nowhere else), `PATH`, `/usr/sbin`, or `target/tools/bin` of
     /// the project that this program or the current directory belongs to.
     pub(super) fn find(&self) -> Option<PathBuf> {
         if let Some(path) = env::var_os(self.env).filter(|path| !path.is_empty()) {
@@ -38,7 +39,7 @@ impl Tool {
         }
         let on_path = env::var_os("PATH").unwrap_or_default();
         let on_path: Vec<PathBuf> = env::split_paths(&on_path).collect();
-        on_path.into_iter().chain(tool_dirs()).find_map(|dir| program(&dir.join(self.name)))
+        on_path.into_iter().chain(["/usr/sbin".into()]).chain(tool_dirs()).find_map(|dir| program(&dir.join(self.name)))
     }
 
     /// Why [`Tool::find`] found nothing, and what to do.

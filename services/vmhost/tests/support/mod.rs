@@ -5,6 +5,7 @@
 pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
+pub mod frames;
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use std::{
 };
 
 use blixard::{
-    config::DriverChoice,
+    config::{Config, DriverChoice, NetworkConfig},
     error::{Error, Reason},
     id::{JobId, NodeId, VmId},
     pb::{
@@ -28,7 +29,7 @@ use blixard::{
 };
 use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
-    HealthConfig, Pace, VmHost, VmHostConfig,
+    HealthConfig, Pace, StartError, VmHost, VmHostConfig,
     hypervisor::{Hypervisor, HypervisorSettings, choose},
 };
 use fake_registry::FakeRegistry;
@@ -46,6 +47,7 @@ pub struct World {
     pub agent: Vec<std::ffi::OsString>,
     pub max_vms: u32,
     pub secret_key: Option<SecretKey>,
+    pub network: NetworkConfig,
     pub health: HealthConfig,
     pub pace: Pace,
 }
@@ -70,6 +72,7 @@ impl World {
             agent: vec![agent().into()],
             max_vms: 10,
             secret_key: SecretKey::from_bytes(&[7; 32]),
+            network: Config::default().network,
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
             pace: Pace::default(),
         }
@@ -100,6 +103,7 @@ impl World {
             advertise_endpoint,
             secret_key: self.secret_key.clone(),
             node_labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+            network: self.network.clone(),
             health: self.health,
             pace: self.pace,
         }
@@ -120,7 +124,18 @@ impl World {
         let server = in_runtime(&guard, server).await.expect("a free port");
         let endpoint = server.local_endpoint();
         let config = config(endpoint.clone());
-        let starting = async move { VmHost::start_with(config, hypervisor, &owned).await };
+        let starting = async move {
+            let since = Instant::now();
+            loop {
+                match VmHost::start_with(config.clone(), Arc::clone(&hypervisor), &owned).await {
+                    // A crash in this process leaves the lock for a moment with whatever another test is just forking.
+                    Err(StartError::StateDir(_)) if since.elapsed() < SOON => {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                    result => break result,
+                }
+            }
+        };
         let vmhost = in_runtime(&guard, starting).await.expect("it starts");
         let serving = tasks.clone();
         let server = server.add_service(vmhost.service());
@@ -385,6 +400,7 @@ pub fn vm_config(kind: common::VmKind) -> common::VmConfig {
         memory_mib: Some(128),
         labels: BTreeMap::new(),
         node_id: String::new(),
+        egress: None,
     }
 }
 

@@ -243,7 +243,7 @@ impl Host {
         let network = Network::open(&config.network, &config.node_id, state.path(), &*hypervisor, &tasks).await;
         match &network {
             Ok(network) => tracing::info!(network = network.describe(), "guests can have a network"),
-            Err(Unavailable::Off) => tracing::info!("guests have no network: network.subnet is not set"),
+            Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
         Ok(Self {

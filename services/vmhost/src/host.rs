@@ -36,7 +36,7 @@ use crate::{
     lease::LEASE,
     lifecycle::{Limits, Run},
     logs::{Fence, LogStore},
-    net::{Network, Unavailable},
+    net::{self, Network, Unavailable},
     node_lease::{self, NodeLease},
     records::{self, DELETED, StateDir, VmRecord},
     recovery,
@@ -183,6 +183,7 @@ impl VmHost {
             }
             tasks.spawn_until_end("vmhost-network", Arc::clone(network).keep());
         }
+        host.take_network_away().await;
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-register", async move { heartbeat::keep_registered(&own).await });
         let own = Arc::clone(&host);
@@ -245,7 +246,7 @@ impl Host {
         let network = Network::open(&config.network, &config.node_id, state.path(), &*hypervisor, &tasks).await;
         match &network {
             Ok(network) => tracing::info!(network = network.describe(), "guests can have a network"),
-            Err(Unavailable::Off) => tracing::info!("guests have no network: network.subnet is not set"),
+            Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
         Ok(Self {
@@ -304,6 +305,17 @@ impl Host {
             memory_mib: config.memory_mib,
             dir: self.state.vm(vm_id).machine(),
             nic: None,
+        }
+    }
+
+    /// When the network was switched off and nobody has one any more.
+    async fn take_network_away(&self) {
+        let off = matches!(self.network, Err(Unavailable::Off));
+        if off && self.vms().values().all(|vm| vm.lease.is_none()) {
+            let taken = net::take_away(self.registry.node_id(), self.state.path(), &self.tasks).await;
+            if let Err(error) = taken {
+                tracing::warn!(%error, "what is left of a network for guests can't be taken away");
+            }
         }
     }
 

@@ -263,8 +263,8 @@ fn a_policy_says_whom_a_guest_reaches() {
         guest.converse(guest.packet(PUBLIC, 7000), "listed too");
         assert!(!bed.arrived("not listed"));
         // By NAT: all of them seem to be the node.
-        let froms: Vec<IpAddr> = bed.arrived.lock().expect("whole").iter().map(|(.., from)| *from).collect();
-        assert!(froms.iter().all(|from| *from == IpAddr::V4(NODE)), "{froms:?}");
+        let sources: Vec<IpAddr> = bed.arrived.lock().expect("whole").iter().map(|(.., from)| *from).collect();
+        assert!(sources.iter().all(|from| *from == IpAddr::V4(NODE)), "{sources:?}");
 
         assert_eq!((address(&node, none).await, taps().len()), (None, 2));
     });
@@ -289,7 +289,7 @@ fn a_guest_does_not_reach_its_host() {
 }
 
 #[test]
-fn what_bears_anothers_address_is_dropped() {
+fn what_bears_the_address_of_another_is_dropped() {
     bed("10.180.0.0/24", |bed| async move {
         let node = bed.node().await;
         let (vm, other) = (bed.start(&node, "internet").await, bed.start(&node, "internet").await);
@@ -403,6 +403,26 @@ fn a_network_outlives_vmhost_and_is_put_back_when_it_is_flushed() {
         .await;
         guest.converse(guest.packet(PUBLIC, 7000), "after the flush");
         assert!(!bed.arrived("private"));
+    });
+}
+
+#[test]
+fn a_network_that_is_switched_off_is_taken_away_when_nobody_has_it_any_more() {
+    bed("10.180.0.0/24", |mut bed| async move {
+        let node = bed.node().await;
+        let vm = bed.start(&node, "internet").await;
+        node.crash().await;
+        bed.world.network.subnet = None;
+        let ours = |links: Vec<String>| links.iter().filter(|name| name.starts_with("blx")).count();
+
+        let node = bed.node().await;
+        assert_eq!(ours(links()), 2, "an adopted VM keeps its own");
+        node.stop_vm(vm, Some(0)).await.expect("stopped");
+        bed.world.assert_nothing_left().await;
+        node.crash().await;
+
+        let _node = bed.node().await;
+        assert_eq!((ours(links()), run("nft list tables").as_str()), (0, ""));
     });
 }
 

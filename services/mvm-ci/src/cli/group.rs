@@ -151,6 +151,7 @@ mod tests {
             command = ["make", "report"]
             after_end = ["test"]
             service = true
+            egress = "internet"
             "#,
         )
         .expect("valid");
@@ -160,6 +161,7 @@ mod tests {
         let on = pb::GroupDependency { name: "test".into(), condition: common::DependencyCondition::Ended.into() };
         assert_eq!(jobs[1].depends_on, [on]);
         assert_eq!(jobs[1].spec.as_ref().expect("a spec").isolation(), common::Isolation::Minimal);
+        assert_eq!(jobs[1].spec.as_ref().expect("a spec").egress, Some(Egress::Internet.into()));
     }
 
     #[test]
@@ -168,6 +170,7 @@ mod tests {
         for (line, says) in [
             ("wait = true", "unknown field `wait`"),
             ("array = \"0-1\"", "job \"a\": expected FIRST-LAST"),
+            ("egress = \"all\"", "none, internet, or allow="),
             ("timeout = \"5\"", "job \"a\": expected a duration"),
             ("retry_on = [\"x\"]", "job \"a\": expected lost, failed or timed-out"),
             ("service = true\nephemeral = true", "exclude each other"),

@@ -17,7 +17,7 @@ use rtnetlink::{
 };
 use rustix::thread::{CapabilitySet, capabilities, configure_capability_in_ambient_set, set_capabilities};
 
-use super::plan::{Lease, Plan};
+use super::plan::{Lease, Names, Plan};
 use crate::hypervisor::create_tap;
 
 /// Something that the kernel refused.
@@ -48,9 +48,9 @@ impl Kernel {
     }
 
     /// Whether what [`Kernel::apply`] made is there: a firewall's reload may take it away.
-    pub(super) async fn has_tables(&self, plan: &Plan) -> Result<bool> {
+    pub(super) async fn has_tables(&self, names: &Names) -> Result<bool> {
         let tables = self.nft(&["list", "tables"], String::new()).await?;
-        let has = |family: &str| tables.lines().any(|line| line == format!("table {family} {}", plan.table()));
+        let has = |family: &str| tables.lines().any(|line| line == format!("table {family} {}", names.table()));
         Ok(has("bridge") && has("inet"))
     }
 
@@ -70,7 +70,7 @@ impl Kernel {
 
     /// Makes the bridge, or makes it as it should be: addresses, MTU, up.
     pub(super) async fn ensure_bridge(&self, plan: &Plan) -> Result<()> {
-        let name = plan.bridge();
+        let name = plan.names.bridge();
         if self.index(&name).await?.is_none() {
             // No spanning tree, and nothing to wait for: there is nobody to make a loop with.
             let bridge = LinkBridge::new(&name).forward_delay(0).mcast_snooping(false);
@@ -123,7 +123,7 @@ impl Kernel {
     }
 
     async fn make_port(&self, plan: &Plan, name: &str) -> std::result::Result<(), Box<dyn Error + Send + Sync>> {
-        let (Some(index), Some(bridge)) = (self.index(name).await?, self.index(&plan.bridge()).await?) else {
+        let (Some(index), Some(bridge)) = (self.index(name).await?, self.index(&plan.names.bridge()).await?) else {
             return Err("it or its bridge vanished".into());
         };
         // A TAP has no IPv6 of its own to speak with.

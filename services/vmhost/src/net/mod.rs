@@ -36,8 +36,8 @@ pub(crate) use self::plan::Lease;
 pub use self::plan::Mac;
 use self::{
     kernel::{Kernel, KernelError},
-    plan::{Plan, orphans},
-    rules::{Guest, reachable_resolvers, render},
+    plan::{Names, Plan, orphans},
+    rules::{Guest, reachable_resolvers, render, render_nothing},
 };
 use crate::{
     driver::with_sources,
@@ -68,6 +68,23 @@ pub(crate) enum Unavailable {
     /// The kernel refused.
     #[error("{}", with_sources(.0))]
     Kernel(#[from] KernelError),
+}
+
+/// Takes away what an earlier vmhost made whose guests had a network, now that nobody's is to have one. Whoever still has a
+/// TAP keeps it, with the rules it has: then all of it stays until a later start.
+pub(crate) async fn take_away(node: &NodeId, state_dir: &Path, tasks: &Tasks) -> Result<(), Unavailable> {
+    let names = Names::new(node, state_dir);
+    let Ok(tools) = NetworkTools::find() else { return Ok(()) };
+    let kernel = Kernel::connect(tools.nft, tasks)?;
+    let links = kernel.names().await?;
+    if !links.contains(&names.bridge()) {
+        return Ok(());
+    }
+    tracing::info!(bridge = names.bridge(), "guests have no network any more: bridge, TAPs and rules are taken away");
+    for link in orphans(&names, links, &BTreeSet::new()).into_iter().chain([names.bridge()]) {
+        kernel.delete(&link).await?;
+    }
+    Ok(kernel.apply(render_nothing(&names)).await?)
 }
 
 /// The network of one node's guests.
@@ -102,7 +119,7 @@ impl Network {
         hypervisor: &dyn Hypervisor,
         tasks: &Tasks,
     ) -> Result<Self, Unavailable> {
-        let plan = Plan::new(config, node, state_dir).ok_or(Unavailable::Off)?;
+        let plan = Plan::new(config, Names::new(node, state_dir)).ok_or(Unavailable::Off)?;
         if !hypervisor.takes_nic() {
             return Err(Unavailable::Driver(hypervisor.name()));
         }
@@ -111,7 +128,7 @@ impl Network {
             return Err(Unavailable::NoForwarding);
         }
         let kernel = Kernel::connect(tools.nft, tasks)?;
-        kernel.has_tables(&plan).await?;
+        kernel.has_tables(&plan.names).await?;
         kernel.ensure_bridge(&plan).await?;
         if kernel::forward_ipv4()? {
             tracing::warn!("switched on net.ipv4.ip_forward: guests reach nobody without it");
@@ -202,7 +219,7 @@ impl Network {
     /// Makes everything as it should be: bridge, rules, and no TAP of ours that nobody owns.
     pub(crate) async fn settle(&self) -> Result<(), KernelError> {
         self.kernel.ensure_bridge(&self.plan).await?;
-        if !self.kernel.has_tables(&self.plan).await? {
+        if !self.kernel.has_tables(&self.plan.names).await? {
             let lost = self.applied.lock().await.take().is_some();
             if lost {
                 tracing::error!("the guests' firewall rules were gone, as after a flush; they are put back");
@@ -212,7 +229,7 @@ impl Network {
         // In this order: whoever has a TAP by now has had its lease before.
         let links = self.kernel.names().await?;
         let owned = self.guests().by_vm.values().map(|held| held.guest.lease.tap.clone()).collect();
-        for name in orphans(&self.plan, links, &owned) {
+        for name in orphans(&self.plan.names, links, &owned) {
             tracing::warn!(name, "a TAP of ours that no VM owns is deleted");
             self.kernel.delete(&name).await?;
         }
@@ -244,7 +261,7 @@ impl Network {
     /// In a few words, for the log.
     pub(crate) fn describe(&self) -> String {
         let v6 = self.plan.subnet6.map_or_else(String::new, |net| format!(" and {net}"));
-        format!("{}{v6} on the bridge {}", self.plan.subnet, self.plan.bridge())
+        format!("{}{v6} on the bridge {}", self.plan.subnet, self.plan.names.bridge())
     }
 }
 

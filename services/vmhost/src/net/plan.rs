@@ -21,11 +21,40 @@ const PREFIX: &str = "blx";
 /// The gateway's index.
 const GATEWAY: u32 = 1;
 
+/// What everything of one node's network is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Names {
+    /// Six hexadecimal digits.
+    tag: String,
+}
+
+impl Names {
+    /// `state_dir` and the node's name tell vmhosts on one machine apart.
+    pub(super) fn new(node: &NodeId, state_dir: &Path) -> Self {
+        let digest = Sha256::new().chain_update(node.as_str()).chain_update([0]);
+        let digest = digest.chain_update(state_dir.as_os_str().as_encoded_bytes()).finalize();
+        Self { tag: digest.iter().take(3).map(|byte| format!("{byte:02x}")).collect() }
+    }
+
+    pub(super) fn bridge(&self) -> String {
+        format!("{PREFIX}{}", self.tag)
+    }
+
+    /// The name of both nftables tables.
+    pub(super) fn table(&self) -> String {
+        format!("blixard_{}", self.tag)
+    }
+
+    /// What the names of TAPs begin with.
+    pub(super) fn tap_prefix(&self) -> String {
+        format!("{PREFIX}{}-", self.tag)
+    }
+}
+
 /// One node's network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Six hexadecimal digits.
-    tag: String,
+    pub(super) names: Names,
     pub(super) subnet: Ipv4Net,
     pub(super) subnet6: Option<Ipv6Net>,
     pub(super) mtu: u32,
@@ -100,32 +129,16 @@ impl TryFrom<String> for Mac {
 }
 
 impl Plan {
-    /// `None`: guests have no network. `state_dir` and the node's name tell vmhosts on one machine apart.
-    pub(crate) fn new(config: &NetworkConfig, node: &NodeId, state_dir: &Path) -> Option<Self> {
-        let digest = Sha256::new().chain_update(node.as_str()).chain_update([0]);
-        let digest = digest.chain_update(state_dir.as_os_str().as_encoded_bytes()).finalize();
+    /// `None`: guests have no network.
+    pub(super) fn new(config: &NetworkConfig, names: Names) -> Option<Self> {
         Some(Self {
-            tag: digest.iter().take(3).map(|byte| format!("{byte:02x}")).collect(),
+            names,
             subnet: config.subnet?,
             subnet6: config.subnet6,
             mtu: config.mtu,
             resolvers: config.resolvers.0.clone(),
             denied: config.denied.0.clone(),
         })
-    }
-
-    pub(super) fn bridge(&self) -> String {
-        format!("{PREFIX}{}", self.tag)
-    }
-
-    /// The name of both nftables tables.
-    pub(super) fn table(&self) -> String {
-        format!("blixard_{}", self.tag)
-    }
-
-    /// What the names of TAPs begin with.
-    pub(super) fn tap_prefix(&self) -> String {
-        format!("{PREFIX}{}-", self.tag)
     }
 
     pub(super) fn gateway(&self) -> Ipv4Addr {
@@ -152,7 +165,7 @@ impl Plan {
         let address = nth(self.subnet, index);
         Lease {
             index,
-            tap: format!("{}{index:x}", self.tap_prefix()),
+            tap: format!("{}{index:x}", self.names.tap_prefix()),
             mac: Mac::of(address),
             address,
             address6: self.subnet6.map(|subnet| nth6(subnet, index)),
@@ -169,8 +182,8 @@ impl Plan {
 }
 
 /// The TAPs to delete: those of this node that no record owns, and nothing else.
-pub(super) fn orphans(plan: &Plan, links: impl IntoIterator<Item = String>, owned: &BTreeSet<String>) -> Vec<String> {
-    let prefix = plan.tap_prefix();
+pub(super) fn orphans(names: &Names, links: impl IntoIterator<Item = String>, owned: &BTreeSet<String>) -> Vec<String> {
+    let prefix = names.tap_prefix();
     links.into_iter().filter(|name| name.starts_with(&prefix) && !owned.contains(name)).collect()
 }
 
@@ -196,7 +209,8 @@ pub(super) mod tests {
             resolvers: List(vec!["1.1.1.1".parse().expect("an address"), "2606:4700:4700::1111".parse().expect("one")]),
             ..Config::default().network
         };
-        Plan::new(&config, &NodeId::parse("", "node-1").expect("a name"), Path::new("/var/lib/vm-state")).expect("on")
+        let node = NodeId::parse("", "node-1").expect("a name");
+        Plan::new(&config, Names::new(&node, Path::new("/var/lib/vm-state"))).expect("on")
     }
 
     #[test]
@@ -207,18 +221,15 @@ pub(super) mod tests {
         assert_eq!(plan.lease(5).mac.to_string(), "02:62:0a:b4:00:05");
         assert_eq!(last.address6.map(|address| address.to_string()), Some("fd00:180::fffe".to_owned()));
         assert_eq!(last.mac.link_local().to_string(), "fe80::62:aff:feb4:fffe");
-        assert!(last.tap.len() <= 15 && plan.bridge().len() <= 15, "{}", last.tap);
+        assert!(last.tap.len() <= 15 && plan.names.bridge().len() <= 15, "{}", last.tap);
         assert_eq!((plan.gateway().to_string(), last.mac.to_string().parse()), ("10.180.0.1".to_owned(), Ok(last.mac)));
         assert_eq!(serde_json::from_str::<Lease>(&serde_json::to_string(&last).expect("json")).expect("reads"), last);
     }
 
     #[test]
     fn two_vmhosts_of_one_machine_share_no_name() {
-        let config = NetworkConfig { subnet: "10.0.0.0/24".parse().ok(), ..Config::default().network };
-        let bridge = |node: &str, dir: &str| {
-            let node = NodeId::parse("", node).expect("a name");
-            Plan::new(&config, &node, Path::new(dir)).expect("on").bridge()
-        };
+        let bridge =
+            |node: &str, dir: &str| Names::new(&NodeId::parse("", node).expect("a name"), Path::new(dir)).bridge();
         let names = BTreeSet::from([bridge("a", "/x"), bridge("b", "/x"), bridge("a", "/y"), bridge("a.", "/x")]);
         assert_eq!(names.len(), 4);
     }
@@ -227,8 +238,8 @@ pub(super) mod tests {
     fn only_our_own_taps_that_nobody_owns_are_orphans() {
         let plan = plan("10.180.0.0/24", None);
         let (mine, orphan) = (plan.lease(2).tap, plan.lease(3).tap);
-        let links = ["lo", "eth0", "blx000000-3", &plan.bridge(), &mine, &orphan].map(str::to_owned);
-        assert_eq!(orphans(&plan, links, &BTreeSet::from([mine])), [orphan]);
+        let links = ["lo", "eth0", "blx000000-3", &plan.names.bridge(), &mine, &orphan].map(str::to_owned);
+        assert_eq!(orphans(&plan.names, links, &BTreeSet::from([mine])), [orphan]);
     }
 
     proptest! {

@@ -19,7 +19,7 @@ use std::{
 use blixard::egress::{Egress, EgressRule};
 use ipnet::IpNet;
 
-use super::plan::{Lease, Plan};
+use super::plan::{Lease, Names, Plan};
 
 /// IPv4 ranges that are not the internet's (RFC 6890).
 const SPECIAL4: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, 192.0.0.0/24, \
@@ -38,15 +38,20 @@ pub(super) struct Guest {
 
 /// The whole ruleset, for `nft -f -`.
 pub(super) fn render(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> String {
-    let table = plan.table();
-    // Named first, so that deleting finds it.
-    let replaced = |family: &str| format!("table {family} {table}\ndelete table {family} {table}\n");
+    let table = plan.names.table();
     let (bridge, inet) = (render_bridge(plan, guests), render_inet(plan, guests));
-    let head = replaced("bridge") + &replaced("inet");
+    let head = render_nothing(&plan.names);
     format!("{head}table bridge {table} {{\n{bridge}}}\ntable inet {table} {{\n{inet}}}\n")
 }
 
-/// Writes a chain; lines in braces of it are rules.
+/// What takes away whatever [`render`] made.
+pub(super) fn render_nothing(names: &Names) -> String {
+    // Named first, so that deleting finds it.
+    let deleted = |family: &str| format!("table {family} {0}\ndelete table {family} {0}\n", names.table());
+    deleted("bridge") + &deleted("inet")
+}
+
+/// Writes a chain.
 fn chain(text: &mut String, name: impl Display, rules: &[String]) {
     let _ = writeln!(text, "    chain {name} {{");
     for rule in rules {
@@ -63,7 +68,7 @@ fn set<T: Display>(values: impl IntoIterator<Item = T>) -> Option<String> {
 
 fn render_bridge(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> String {
     let mut text = String::new();
-    let taps = format!("iifname \"{}*\" jump guests", plan.tap_prefix());
+    let taps = format!("iifname \"{}*\" jump guests", plan.names.tap_prefix());
     // The earliest: before anything is learned, forwarded or tracked.
     let hook = "type filter hook prerouting priority -300; policy accept;".to_owned();
     chain(&mut text, "prerouting", &[hook, taps]);
@@ -96,7 +101,7 @@ fn render_bridge(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> String {
 }
 
 fn render_inet(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> String {
-    let (mut text, bridge) = (String::new(), plan.bridge());
+    let (mut text, bridge) = (String::new(), plan.names.bridge());
     let filter = |hook: &str| format!("type filter hook {hook} priority filter; policy accept;");
     chain(&mut text, "input", &[filter("input"), format!("iifname \"{bridge}\" jump for_host")]);
     let from = format!("iifname \"{bridge}\" goto from_guest");
@@ -123,7 +128,7 @@ fn render_inet(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> String {
 }
 
 fn from_guest(plan: &Plan, guests: &BTreeMap<u32, Guest>) -> Vec<String> {
-    let mut rules = vec![format!("oifname \"{}\" drop", plan.bridge())];
+    let mut rules = vec![format!("oifname \"{}\" drop", plan.names.bridge())];
     rules.extend(plan.denied.iter().map(|net| format!("{} drop", destination(net))));
     let verdict = |guest: &Guest| match guest.egress {
         // It has no interface to send from.

@@ -69,7 +69,7 @@ debian_packages cc=build-essential qemu-system-x86_64=qemu-system-x86 busybox=bu
     lz4=lz4 sqlite3=sqlite3 dpkg-deb=dpkg
 cargo_tool vhost-device-vsock vhost-device-vsock "$VHOST_DEVICE_VSOCK"
 if [ "$1" = test ]; then
-    debian_packages python3=python3 pip3=python3-venv ip=iproute2
+    debian_packages python3=python3 pip3=python3-venv ip=iproute2 fsck.erofs=erofs-utils
     cargo_tool cargo-deny cargo-deny "$CARGO_DENY" --debug --no-default-features
     python_tools
 fi

@@ -255,10 +255,15 @@ impl Host {
             vcpus: self.capacity.vcpus,
             memory_mib: self.capacity.memory_mib,
             max_vms: self.max_vms,
-            images: self.hypervisor.images(),
+            images: self.images(),
             labels: self.labels.clone(),
             ..Default::default()
         }
+    }
+
+    /// The images that can be booted now, sorted.
+    pub(crate) fn images(&self) -> Vec<String> {
+        self.hypervisor.images()
     }
 
     /// Where the inputs of jobs come from.
@@ -318,7 +323,7 @@ impl Host {
         if u64::from(config.memory_mib) > self.capacity.memory_mib {
             return Err(too_large("config.memory_mib", config.memory_mib.into(), self.capacity.memory_mib));
         }
-        let known = self.hypervisor.images();
+        let known = self.images();
         if known.contains(&config.image) {
             return Ok(());
         }

@@ -7,6 +7,7 @@ mod features;
 mod fleet;
 mod foreign_clients;
 mod guest;
+mod image;
 mod jobs;
 mod nonsense;
 mod plane;

@@ -37,6 +37,7 @@ use tokio::net::UnixStream;
 
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub use doctor::{Check, diagnose};
+pub use image::{MANIFEST, Manifest, RootDisk};
 pub use process::Process;
 pub use qemu::Qemu;
 

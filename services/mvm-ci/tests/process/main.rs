@@ -12,4 +12,5 @@ mod jobs;
 mod nonsense;
 mod plane;
 mod restart;
+mod script;
 mod support;

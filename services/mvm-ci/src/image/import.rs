@@ -37,7 +37,7 @@ pub enum Source {
     Layout(PathBuf),
     /// A tar archive of one, or one that `docker save` wrote.
     Archive(PathBuf),
-    /// A directory with a manifest of ours, as `nix build ./microvms#guest-image` makes.
+    /// A directory with a manifest of ours, as `nix build .#guest-image` makes.
     Image(PathBuf),
     /// A registry.
     Registry(Reference),

@@ -21,7 +21,7 @@ pub struct Manifest {
     pub kernel: String,
     /// File name of the initramfs, whose `/init` is the guest agent.
     pub initramfs: String,
-    /// The kernel's command line, without what a root disk adds.
+    /// The kernel's command line. `root=` of a root disk is added unless it is there.
     pub cmdline: String,
     /// The disk whose files jobs see. None: they see the initramfs's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -129,7 +129,10 @@ fn image_of(dir: &Path, manifest: &Manifest) -> Result<Image, String> {
             let known = manifest.root_filesystems.join(", ");
             return Err(format!("its initramfs can't mount a root disk of \"{filesystem}\", only of: {known}"));
         }
-        cmdline += &format!(" root=/dev/vda rootfstype={filesystem} ro");
+        // An image that finds its root by itself, as NixOS does, says so.
+        if !cmdline.split_ascii_whitespace().any(|word| word.starts_with("root=")) {
+            cmdline += &format!(" root=/dev/vda rootfstype={filesystem} ro");
+        }
     }
     let root_disk = manifest.root_disk.as_ref().map(|disk| part(dir, &disk.file)).transpose()?;
     Ok(Image { kernel: part(dir, &manifest.kernel)?, initramfs: part(dir, &manifest.initramfs)?, cmdline, root_disk })
@@ -174,13 +177,15 @@ mod tests {
         let disk = r#"{"kernel":"vmlinuz","initramfs":"vmlinuz","cmdline":"quiet","root_filesystems":["erofs"],
             "root_disk":{"file":"vmlinuz","filesystem":"FS"}}"#;
         image(root.path(), "disk", &disk.replace("FS", "erofs"));
+        image(root.path(), "own", &disk.replace("FS", "erofs").replace("quiet", "quiet root=fstab"));
         image(root.path(), "strange", &disk.replace("FS", "ntfs"));
 
-        assert_eq!(names(root.path()), ["disk", "good"]);
+        assert_eq!(names(root.path()), ["disk", "good", "own"]);
         let disk = find(root.path(), "disk").expect("boots");
         assert_eq!(disk.root_disk, Some(root.path().join("disk/vmlinuz")));
         assert_eq!(disk.cmdline, "quiet root=/dev/vda rootfstype=erofs ro");
         assert_eq!(find(root.path(), "good").expect("boots").kernel, root.path().join("good/vmlinuz"));
+        assert_eq!(find(root.path(), "own").expect("boots").cmdline, "quiet root=fstab");
         let problem = |name| find(root.path(), name).expect_err("refused").to_string();
         assert!(problem("half").contains("initramfs: No such file"), "{}", problem("half"));
         assert!(problem("torn").contains("manifest.json: EOF"), "{}", problem("torn"));
@@ -191,7 +196,7 @@ mod tests {
             problem("strange")
         );
         assert!(problem("digest").contains("no SHA-256"), "{}", problem("digest"));
-        assert_eq!(problem("none"), "there is no image \"none\"; there are: disk, good");
-        assert_eq!(problem("../good"), "there is no image \"../good\"; there are: disk, good");
+        assert_eq!(problem("none"), "there is no image \"none\"; there are: disk, good, own");
+        assert_eq!(problem("../good"), "there is no image \"../good\"; there are: disk, good, own");
     }
 }

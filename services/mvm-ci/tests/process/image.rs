@@ -109,7 +109,7 @@ fn layers() -> [Vec<u8>; 2] {
         .owned_file("srv/owned", 70_000, 80_000, b"owned\n")
         .tar();
     let many = (0..600).fold(Layer::new(), |layer, number| {
-        layer.file(&format!("many/file-with-a-rather-long-name-{number:04}"), 0o644, number.to_string().as_bytes())
+        layer.file(&format!("many/file-with-a-rather-long-name-{number:04}"), 0o644, format!("{number}\n").as_bytes())
     });
     let second = many
         .file("etc/.wh.gone", 0o644, b"")
@@ -176,7 +176,7 @@ fn check_with_erofs_utils(root: &Path, to: &Path) {
     assert_eq!(fs::read_link(to.join("bin/sh")).expect("a link"), Path::new("/bin/busybox"));
     assert!(!to.join("etc/gone").exists() && !to.join("opt/full/old").exists());
     for number in 0..600 {
-        assert_eq!(read(&format!("many/file-with-a-rather-long-name-{number:04}")), number.to_string());
+        assert_eq!(read(&format!("many/file-with-a-rather-long-name-{number:04}")), format!("{number}\n"));
     }
     assert_eq!(read(".blixard/env"), "GREETING=from the image\0PATH=/bin\0");
     assert_eq!(read(".blixard/workdir"), "/work");
@@ -342,16 +342,21 @@ fn an_image_is_made_from_a_directory_and_taken_from_one_of_ours() {
     assert!(text(&neither.stderr).contains("neither oci-layout nor manifest.json"), "{}", text(&neither.stderr));
 }
 
-#[test]
-fn an_imported_image_boots_and_its_jobs_run_in_its_root() {
-    let Some(images) = guest::images() else { return };
-    // A directory of images of this test's own, so that it may add to it while the control plane runs.
+/// A directory of images with the real default image, for a test that adds to it; `None` where no real guest can run.
+fn real_images() -> Option<TempDir> {
+    let images = guest::images()?;
     let dir = tempdir();
     let default = dir.path().join("default");
     fs::create_dir(&default).expect("mkdir");
     for file in ["vmlinux", "initramfs", "manifest.json"] {
         fs::copy(images.join("default").join(file), default.join(file)).expect("copies");
     }
+    Some(dir)
+}
+
+#[test]
+fn an_imported_image_boots_and_its_jobs_run_in_its_root() {
+    let Some(dir) = real_images() else { return };
     let image_dir = dir.path().to_str().expect("UTF-8");
     let plane =
         crate::plane::Plane::with_flags(&["--driver", "qemu", "--image-dir", image_dir, "--default-memory-mb", "256"]);
@@ -370,10 +375,11 @@ fn an_imported_image_boots_and_its_jobs_run_in_its_root() {
     });
 
     let script = "cat /etc/os-release; pwd; echo $GREETING; echo /opt/full/*; cat noted; stat -c '%u %g %a' /srv/owned /srv; \
-        stat -c %h /opt/full/new; echo more > /etc/os-release && cat /etc/os-release; echo x > /tmp/x && ls /etc; ls -d /dev/vda";
+        stat -c %h /opt/full/new; echo more > /etc/os-release && cat /etc/os-release; echo x > /tmp/x && ls /etc; ls -d /dev/vda; set -- /many/*; \
+        echo $#; for file; do read -r number < $file; sum=$((sum + number)); done; echo $sum";
     let out = stdout(plane.cli(["run", "--image", "app", "--env", "PATH=/bin", "--", "/bin/sh", "-c", script]));
     let expected = "ID=imported\n/work\nfrom the image\n/opt/full/new /opt/full/other\nnoted\n70000 80000 640\n0 0 2770\n2\nmore\n\
-        os-release\n/dev/vda\n";
+        os-release\n/dev/vda\n600\n179700\n";
     assert_eq!(out, expected);
     // Another VM of the image has the disk as it was.
     let again =
@@ -381,4 +387,24 @@ fn an_imported_image_boots_and_its_jobs_run_in_its_root() {
     assert_eq!(stdout(plane.cli(again)), "ID=imported\n/\n");
     let job = plane.wait_for_job(&before, "Succeeded");
     assert_eq!(job["attempt"], 1, "{job}");
+}
+
+#[test]
+fn a_root_disk_that_can_not_be_had_ends_the_vm_rather_than_run_jobs_among_other_files() {
+    let Some(dir) = real_images() else { return };
+    let image_dir = dir.path().to_str().expect("UTF-8");
+    let layout = tempdir();
+    example([PLAIN, PLAIN]).write_layout(layout.path());
+    let source = layout.path().to_str().expect("UTF-8");
+    stdout(mvm_ci(["image", "import", "--image-dir", image_dir, "torn", source]));
+    fs::write(dir.path().join("torn/root.erofs"), vec![0; 1_048_576]).expect("writes");
+
+    let flags = ["--driver", "qemu", "--image-dir", image_dir, "--default-memory-mb", "256"];
+    let plane = crate::plane::Plane::with_flags(&flags);
+    let failed = output(plane.cli(["vm", "create", "--service", "--image", "torn", "--wait"]));
+    assert_eq!(failed.status.code(), Some(1), "{}", text(&failed.stdout));
+    let vms = plane.json(["vm", "list", "--all"]);
+    assert_eq!(vms[0]["state"], "Failed", "{vms}");
+    let console = stdout(plane.cli(["vm", "console", vms[0]["id"].as_str().expect("an id")]));
+    assert!(console.contains("cannot have the root disk: mount /dev/vda (erofs): "), "{console}");
 }

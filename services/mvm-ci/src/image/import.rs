@@ -1,8 +1,8 @@
 //! From a source to an image: the parts, put together.
 
 use std::{
-    fs::{self, File},
-    io::{self, BufWriter, Read, Write},
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -11,25 +11,17 @@ use blixard_vmhost::hypervisor::{MANIFEST, Manifest, RootDisk};
 use super::{
     ImageError, Phase, Told,
     blobs::{Blobs, mismatch, verify},
-    erofs::{Contents, Plan},
     layer::{self, Allowance, Unpacked},
     oci::{self, Config, Digest, Execution, Hasher, Saved},
     reference::Reference,
     registry,
+    root::{self, FILESYSTEM, ROOT_DISK},
     store::{Draft, Entry, Store},
-    tarball::ReadAt,
-    tree::{Attributes, Content, Inode, Kind, Tree},
+    tree::Tree,
 };
 
 /// As Docker.
 const MAX_LAYERS: usize = 127;
-const ROOT_DISK: &str = "root.erofs";
-const FILESYSTEM: &str = "erofs";
-/// What the guest agent reads in the root: NAME=VALUE, each ended by NUL, as in `/proc/PID/environ`.
-const ENV_FILE: [&[u8]; 2] = [b".blixard", b"env"];
-/// And the directory where jobs run.
-const WORKING_DIR_FILE: [&[u8]; 2] = [b".blixard", b"workdir"];
-
 /// Where an image comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -126,9 +118,9 @@ pub(super) fn write(
 ) -> Result<(), ImageError> {
     let env = execution.env.clone().unwrap_or_default();
     let working_dir = execution.working_dir.clone().unwrap_or_default();
-    tell_guest(tree, &env, &working_dir)?;
+    root::tell_guest(tree, &env, &working_dir)?;
     fs::create_dir(&draft.image).map_err(|error| ImageError::io(draft.image.display(), error))?;
-    let root = write_root(tree, layers, &draft.image.join(ROOT_DISK), told)?;
+    let root = root::write(tree, layers, &draft.image.join(ROOT_DISK), told)?;
     let mut manifest = base.link_into(&draft.image)?;
     manifest.sha256.insert(ROOT_DISK.to_owned(), root.hex().to_owned());
     manifest.root_disk = Some(RootDisk { file: ROOT_DISK.to_owned(), filesystem: FILESYSTEM.to_owned() });
@@ -366,91 +358,4 @@ fn verify_all(reader: &mut dyn Read, digest: &Digest, size: u64) -> Result<(), I
     let mut hasher = Hasher::new();
     let read = io::copy(reader, &mut hasher).map_err(|error| ImageError::io(digest, error))?;
     verify(&digest.to_string(), (digest, size), (&hasher.digest(), read))
-}
-
-/// Puts what the guest agent must know of the image where it looks for it, and nothing of a layer's in its place.
-fn tell_guest(tree: &mut Tree, env: &[String], working_dir: &str) -> Result<(), ImageError> {
-    let wrong = |what: &str, value: &str| {
-        ImageError::invalid(&format!("the image's {what} \"{}\"", value.escape_debug()), "makes no sense")
-    };
-    let mut environ = Vec::new();
-    for variable in env {
-        if variable.find('=').is_none_or(|at| at == 0) || variable.contains('\0') {
-            return Err(wrong("variable", variable));
-        }
-        environ.extend_from_slice(variable.as_bytes());
-        environ.push(0);
-    }
-    if !(working_dir.is_empty() || working_dir.starts_with('/'))
-        || working_dir.contains('\0')
-        || working_dir.len() > 4095
-    {
-        return Err(wrong("working directory", working_dir));
-    }
-    let own = |mode, kind| Inode { kind, attributes: Attributes { mode, ..Attributes::default() } };
-    let conflict = |conflict| ImageError::invalid("/.blixard", &format!("can't be written: {conflict}"));
-    // A file first: it takes away whatever is there, where a directory would keep what is in it.
-    let dir = vec![ENV_FILE[0].to_vec()];
-    tree.add(&dir, own(0o644, Kind::File(Content::Bytes(vec![])))).map_err(conflict)?;
-    tree.add(&dir, own(0o755, Kind::Directory(Default::default()))).map_err(conflict)?;
-    for (path, bytes) in [(ENV_FILE, environ), (WORKING_DIR_FILE, working_dir.as_bytes().to_vec())] {
-        let path = path.map(<[u8]>::to_vec);
-        tree.add(&path, own(0o644, Kind::File(Content::Bytes(bytes)))).map_err(conflict)?;
-    }
-    Ok(())
-}
-
-fn write_root(tree: &Tree, layers: &[Unpacked], path: &Path, told: Told<'_>) -> Result<Digest, ImageError> {
-    let failed =
-        |error: super::erofs::WriteError| ImageError::invalid("the root disk", &format!("can't be written: {error}"));
-    let plan = Plan::of(tree).map_err(failed)?;
-    let file = File::create_new(path).map_err(|error| ImageError::io(path.display(), error))?;
-    let mut out = Hashing { inner: BufWriter::with_capacity(1024 * 1024, file), hasher: Hasher::new() };
-    plan.write(&Files { layers }, &mut out, &mut |done| told(Phase::Write, done, plan.bytes())).map_err(failed)?;
-    out.flush().map_err(|error| ImageError::io(path.display(), error))?;
-    Ok(out.hasher.digest())
-}
-
-/// Where contents are.
-struct Files<'a> {
-    layers: &'a [Unpacked],
-}
-
-impl Contents for Files<'_> {
-    fn open(&self, content: &Content, offset: u64) -> io::Result<Box<dyn Read + '_>> {
-        match content {
-            Content::Layer { layer, offset: start, .. } => {
-                let layer = self.layers.get(*layer).ok_or(io::ErrorKind::NotFound)?;
-                Ok(Box::new(ReadAt { file: &layer.file, at: start + offset }))
-            }
-            Content::Host { path, .. } => {
-                use std::io::Seek as _;
-                let mut file = File::open(path)?;
-                file.seek(io::SeekFrom::Start(offset))?;
-                Ok(Box::new(file))
-            }
-            Content::Bytes(bytes) => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-                Ok(Box::new(io::Cursor::new(bytes[start..].to_vec())))
-            }
-        }
-    }
-}
-
-/// Writes through, and sums up what it wrote.
-struct Hashing<W> {
-    inner: W,
-    hasher: Hasher,
-}
-
-impl<W: Write> Write for Hashing<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }

@@ -300,3 +300,6 @@ fn device(member: &Member) -> Result<(u32, u32), Refused> {
         _ => Err(Refused("has a device with a number that Linux does not have".to_owned())),
     }
 }
+
+#[cfg(test)]
+mod tests;

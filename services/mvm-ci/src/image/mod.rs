@@ -28,6 +28,7 @@ mod layer;
 mod oci;
 mod reference;
 mod registry;
+mod root;
 mod store;
 mod tarball;
 mod tree;

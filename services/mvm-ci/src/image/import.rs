@@ -299,25 +299,31 @@ impl Layers {
     fn unpack(&self, blobs: &Blobs, beside: &Path, told: Told<'_>) -> Result<(Tree, Vec<Unpacked>), ImageError> {
         let (mut tree, mut unpacked) = (Tree::new(), Vec::new());
         let mut allowance = Allowance::default();
-        let mut done = 0;
-        for (number, layer) in self.layers.iter().enumerate() {
-            // How much it is in all shows only at the end.
-            let mut told = |bytes| {
-                done += bytes;
-                told(Phase::Unpack, done, done);
-            };
+        let sizes = self.layers.iter().map(|layer| layer.size(blobs)).collect::<Result<Vec<u64>, _>>()?;
+        let (mut done, total) = (0, sizes.iter().fold(0, |sum: u64, size| sum.saturating_add(*size)));
+        for ((number, layer), size) in self.layers.iter().enumerate().zip(sizes) {
+            let mut told = |read| told(Phase::Unpack, done + read, total);
             let file = layer.unpack(blobs, beside, &mut allowance, &mut told)?;
             let changes = layer::changes(number, &file.file, &mut allowance)?;
             tree.apply(changes).map_err(|conflict| {
                 ImageError::invalid(&format!("layer {}", number + 1), &format!("makes no sense: {conflict}"))
             })?;
             unpacked.push(file);
+            done += size;
         }
         Ok((tree, unpacked))
     }
 }
 
 impl Packed {
+    /// How large it is as it lies there.
+    fn size(&self, blobs: &Blobs) -> Result<u64, ImageError> {
+        match &self.place {
+            Place::Blob(descriptor) => Ok(descriptor.size),
+            Place::Member(path) => Ok(blobs.open(path)?.map_or(0, |(_, len)| len)),
+        }
+    }
+
     fn unpack(
         &self,
         blobs: &Blobs,

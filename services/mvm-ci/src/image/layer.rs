@@ -2,6 +2,7 @@
 //! of it are names, kinds and attributes.
 
 use std::{
+    cell::Cell,
     fs::File,
     io::{self, BufReader, Read, Write},
     path::Path as HostPath,
@@ -55,14 +56,16 @@ pub(super) struct Unpacked {
     pub(super) packed: (Digest, u64),
 }
 
-/// Unpacks gzip, zstd, or nothing, as the first bytes say: media types were wrong too often.
+/// Unpacks gzip, zstd, or nothing, as the first bytes say: media types were wrong too often. Tells how much of what is packed
+/// has been read.
 pub(super) fn unpack(
     packed: impl Read,
     beside: &HostPath,
     allowance: &mut Allowance,
     mut told: impl FnMut(u64),
 ) -> Result<Unpacked, ImageError> {
-    let mut packed = BufReader::new(Hashed { inner: packed, hasher: Hasher::new(), read: 0 });
+    let taken = Cell::new(0);
+    let mut packed = BufReader::new(Hashed { inner: packed, hasher: Hasher::new(), read: &taken });
     let mut file = tempfile::tempfile_in(beside).map_err(|error| ImageError::io(beside.display(), error))?;
     let mut hasher = Hasher::new();
     let mut buffer = vec![0; 256 * 1024];
@@ -79,13 +82,13 @@ pub(super) fn unpack(
             })?;
             hasher.update(&buffer[..read]);
             file.write_all(&buffer[..read]).map_err(|error| ImageError::io(beside.display(), error))?;
-            told(read as u64);
+            told(taken.get());
         }
     }
     // What stands behind the end of the packed stream counts for its digest.
     io::copy(&mut packed, &mut io::sink()).map_err(|error| ImageError::io("a layer", error))?;
-    let Hashed { hasher: packed, read, .. } = packed.into_inner();
-    Ok(Unpacked { file, digest: hasher.digest(), packed: (packed.digest(), read) })
+    let Hashed { hasher: packed, .. } = packed.into_inner();
+    Ok(Unpacked { file, digest: hasher.digest(), packed: (packed.digest(), taken.get()) })
 }
 
 pub(super) fn decoder<'a, R: io::BufRead>(packed: &'a mut R) -> io::Result<Box<dyn Read + 'a>> {
@@ -144,17 +147,17 @@ impl<R: io::BufRead> Read for Frames<'_, R> {
 }
 
 /// Reads through, and sums up what it read.
-struct Hashed<R> {
+struct Hashed<'a, R> {
     inner: R,
     hasher: Hasher,
-    read: u64,
+    read: &'a Cell<u64>,
 }
 
-impl<R: Read> Read for Hashed<R> {
+impl<R: Read> Read for Hashed<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..read]);
-        self.read += read as u64;
+        self.read.set(self.read.get() + read as u64);
         Ok(read)
     }
 }

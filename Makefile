@@ -30,6 +30,7 @@ lint:
 	target/tools/bin/cargo-deny --offline --log-level error check bans licenses sources
 	target/tools/python/bin/typos
 	cd proto && ../target/tools/python/bin/buf lint
+	scripts/check-nix.sh
 
 # The real guest must run here: a missing QEMU or image is a failure, not a skip. BLIXARD_PYTHON has grpcio-tools and grpcurl.
 test: export BLIXARD_REQUIRE_QEMU = 1

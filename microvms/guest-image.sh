@@ -9,7 +9,7 @@
 #   manifest.json  what is in it, how to boot it, and the files' digests
 #
 # Needs no root. Downloads and intermediate results are kept in target/guest-image/, so a second run with unchanged
-# inputs does nothing. The same inputs give the same bytes.
+# inputs does nothing. The same inputs give the same bytes, but for the time in the manifest.
 #
 # usage: microvms/guest-image.sh OUT_DIR
 #   GUEST_AGENT=PATH   take this static agent instead of building it
@@ -33,6 +33,8 @@ modules_first='drivers/virtio/virtio_ring drivers/virtio/virtio_pci_modern_dev d
     net/vmw_vsock/vmw_vsock_virtio_transport_common net/vmw_vsock/vmw_vsock_virtio_transport'
 modules_later='drivers/virtio/virtio_mmio net/core/failover drivers/net/net_failover drivers/net/virtio_net
     drivers/char/virtio_console drivers/block/virtio_blk'
+# Inserted only when there is a root disk. (ext4 is built into the kernel.)
+modules_root='lib/libcrc32c fs/erofs/erofs fs/overlayfs/overlay'
 
 # What a hypervisor should pass the kernel; it may append.
 #   console=ttyS0 quiet loglevel=1   the console shows a panic and the agent's own words, and nothing else
@@ -127,7 +129,7 @@ make_root() {
         [ -e "$tree/$applet" ] || ln -s /bin/busybox "$tree/$applet"
     done
     ln -sf /bin/busybox "$tree/usr/bin/env"
-    for module in $modules_first -- $modules_later; do
+    for module in $modules_first -- $modules_later -- $modules_root; do
         if [ "$module" != -- ]; then
             install -m 644 "$kernel_tree/lib/modules/$release/kernel/$module.ko" "$tree/lib/modules/"
             module=$(basename "$module").ko
@@ -181,7 +183,7 @@ main() {
     # shellcheck disable=SC2064
     trap "rm -rf '$tree'" EXIT
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$tree" --wildcards './boot/vmlinuz-*' './lib/modules/*/kernel/drivers/*' \
-        './lib/modules/*/kernel/net/*' --no-same-owner
+        './lib/modules/*/kernel/net/*' './lib/modules/*/kernel/fs/*' './lib/modules/*/kernel/lib/*' --no-same-owner
     release=$(basename "$tree"/lib/modules/*)
     agent_version=$("$agent" --version | awk '{print $2}')
     make_root "$tree/guest" "$tree" "$release" "$agent"
@@ -195,8 +197,10 @@ main() {
   "kernel": "vmlinux",
   "initramfs": "initramfs",
   "cmdline": "$cmdline",
+  "root_filesystems": ["erofs", "ext4"],
   "kernel_release": "$release",
   "agent_version": "$agent_version",
+  "created_at": "$(date -u +%Y-%m-%dT%H:%M:%S.000Z)",
   "sha256": {
     "vmlinux": "$(sha256sum "$tree/vmlinux" | cut -d ' ' -f 1)",
     "initramfs": "$(sha256sum "$tree/initramfs" | cut -d ' ' -f 1)"

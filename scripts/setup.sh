@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a target of the Makefile needs and is not here yet. Usage: scripts/setup.sh run|test|bench
 #   run   what runs a job in a QEMU microVM: QEMU, vhost-device-vsock, what the guest image is made of, sqlite3
-#   test  that, the linters and clients that the tests use, what makes networks for them, and what filters those of guests
+#   test  that, the linters and clients that the tests use, what makes and filters networks for them, and Nix to evaluate our flakes
 #   bench what registry and scheduler are measured beside: etcd and Redis
 # Debian packages need root or sudo; without either it prints the command and stops. Everything else goes below target/tools.
 set -euo pipefail
@@ -71,7 +71,7 @@ debian_packages cc=build-essential qemu-system-x86_64=qemu-system-x86 busybox=bu
     lz4=lz4 sqlite3=sqlite3 dpkg-deb=dpkg
 cargo_tool vhost-device-vsock vhost-device-vsock "$VHOST_DEVICE_VSOCK"
 if [ "$1" = test ]; then
-    debian_packages python3=python3 pip3=python3-venv ip=iproute2 nft=nftables
+    debian_packages python3=python3 pip3=python3-venv ip=iproute2 nft=nftables fsck.erofs=erofs-utils git=git nix=nix-bin
     cargo_tool cargo-deny cargo-deny "$CARGO_DENY" --debug --no-default-features
     python_tools
 fi

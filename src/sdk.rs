@@ -179,9 +179,9 @@ pub struct Job {
     pub job_type: JobType,
     /// The program and its arguments; not passed through a shell.
     pub command: Vec<String>,
-    /// Environment, added to the guest's own.
+    /// Environment, added to the guest's own and the image's.
     pub env: BTreeMap<String, String>,
-    /// Absolute path to run in; empty: "/".
+    /// Absolute path to run in; empty: the one that the image names, else "/".
     pub working_dir: String,
     /// Name of the image it needs.
     pub image: String,

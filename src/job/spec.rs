@@ -35,9 +35,9 @@ pub enum Isolation {
 pub struct JobSpec {
     /// Program and arguments; never empty.
     pub command: Vec<String>,
-    /// Environment, added to the guest's own.
+    /// Environment, added to the guest's own and the image's.
     pub env: BTreeMap<String, String>,
-    /// Absolute path to run in.
+    /// Absolute path to run in; empty: the image's own, else "/".
     pub working_dir: String,
     /// Image it needs.
     pub image: String,
@@ -137,8 +137,9 @@ impl JobSpec {
         let at = |name: &str| format!("{field}.{name}");
         check_command(&at("command"), &spec.command)?;
         check_env(&at("env"), &spec.env)?;
-        let working_dir = if spec.working_dir.is_empty() { "/".to_owned() } else { spec.working_dir };
-        if !working_dir.starts_with('/') || working_dir.len() > 4096 || working_dir.contains('\0') {
+        let working_dir = spec.working_dir;
+        let is_path = working_dir.starts_with('/') && working_dir.len() <= 4096 && !working_dir.contains('\0');
+        if !(working_dir.is_empty() || is_path) {
             return Err(invalid(&at("working_dir"), working_dir, "an absolute path of at most 4096 bytes"));
         }
         if !(-1000..=1000).contains(&spec.priority) {

@@ -1,27 +1,28 @@
 //! What PID 1 does before it serves, and the last thing it does.
 //!
 //! No step may end the boot: a guest that lacks a mount or a module but answers its host can say so. Each failure is a
-//! line on the console.
+//! line on the console. The exception is a root disk that can't be had: then jobs would run among the wrong files.
 
 use std::{
     fs::{self, File, OpenOptions},
     io,
     path::Path,
+    time::{Duration, Instant},
 };
 
 use rustix::{
-    mount::{MountFlags, mount},
-    process::{Resource, Rlimit, setrlimit},
+    mount::{MountFlags, mount, mount_move},
+    process::{Resource, Rlimit, chroot, setrlimit},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     system::{RebootCommand, finit_module, reboot},
 };
 
 use crate::network;
 
-/// The kernel modules to insert, one path below `/lib/modules` a line, in order. A line `--` ends those that are needed
-/// to serve; the rest are inserted afterwards.
+/// The kernel modules to insert, one path below `/lib/modules` a line, in order: those that are needed to serve, those
+/// that can wait, those for a root disk. A line `--` ends each part.
 const MODULE_ORDER: &str = "/lib/modules/order";
-const AFTER_SERVING: &str = "--";
+const END_OF_PART: &str = "--";
 /// What jobs may raise their number of open files to: systemd's default.
 const MAX_OPEN_FILES: u64 = 512 * 1024;
 
@@ -41,11 +42,11 @@ const MOUNTS: &[(&str, &str, &str, MountFlags, Option<&std::ffi::CStr>)] = {
 };
 
 /// Makes the guest one in which the agent can serve and jobs can run. Returns the modules that can wait.
-pub(crate) fn prepare() -> Vec<String> {
-    for &(source, target, kind, flags, data) in MOUNTS {
-        let made = fs::create_dir_all(target);
-        report(&format!("mount {target}"), made.and_then(|()| Ok(mount(source, target, kind, flags, data)?)));
-    }
+///
+/// # Errors
+/// The image has a root disk, and it can't be had.
+pub(crate) fn prepare() -> io::Result<Vec<String>> {
+    mount_all();
     report("use the console", use_console());
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         report("link /dev", std::os::unix::fs::symlink(target, Path::new("/dev").join(link)));
@@ -56,9 +57,79 @@ pub(crate) fn prepare() -> Vec<String> {
     let _ = rustix::process::setsid();
 
     let order = fs::read_to_string(MODULE_ORDER).unwrap_or_default();
-    let mut modules = order.lines().map(str::trim).filter(|line| !line.is_empty());
-    insert_modules(modules.by_ref().take_while(|&line| line != AFTER_SERVING));
-    modules.map(str::to_owned).collect()
+    let mut parts = order.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut part = || parts.by_ref().take_while(|&line| line != END_OF_PART).collect::<Vec<_>>();
+    let (first, later, root) = (part(), part(), part());
+    insert_modules(first.into_iter());
+    let Some(disk) = RootDisk::of(&fs::read_to_string("/proc/cmdline").unwrap_or_default()) else {
+        return Ok(later.into_iter().map(str::to_owned).collect());
+    };
+    // The modules are out of sight afterwards.
+    insert_modules(later.into_iter().chain(root));
+    disk.become_root()?;
+    mount_all();
+    Ok(vec![])
+}
+
+fn mount_all() {
+    for &(source, target, kind, flags, data) in MOUNTS {
+        let made = fs::create_dir_all(target);
+        report(&format!("mount {target}"), made.and_then(|()| Ok(mount(source, target, kind, flags, data)?)));
+    }
+}
+
+/// The disk that the kernel's command line names, in the words that Linux itself has for it: `root=`, `rootfstype=`.
+///
+/// It becomes the root of the agent too, rather than of jobs alone: then everything that a job or its host names is named
+/// in that root - the command, its directory, files that are put and fetched - and nothing has to translate. The agent
+/// needs no file of the initramfs any more: it is static, and runs.
+#[derive(Debug, PartialEq, Eq)]
+struct RootDisk {
+    device: String,
+    filesystem: String,
+}
+
+/// Where the root is put together. Nobody sees it afterwards.
+const ROOT_PARTS: &str = "/run/root";
+/// How long the kernel may take to find the disk: virtio_blk does it while it is inserted; the rest is for a loaded host.
+const DISK_PATIENCE: Duration = Duration::from_secs(10);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+
+impl RootDisk {
+    fn of(cmdline: &str) -> Option<Self> {
+        let value = |name: &str| cmdline.split_ascii_whitespace().find_map(|word| word.strip_prefix(name));
+        let device = value("root=")?.to_owned();
+        Some(Self { device, filesystem: value("rootfstype=").unwrap_or("ext4").to_owned() })
+    }
+
+    /// Mounts the disk, lays a file system in memory over it, and makes that the root: `switch_root`, but that what is in
+    /// the initramfs stays where it is, for there may be another process that uses it (and it is 10 MB).
+    fn become_root(&self) -> io::Result<()> {
+        let failed = |what: &'static str| move |error| io::Error::other(format!("{what}: {error}"));
+        let at = |part: &str| Path::new(ROOT_PARTS).join(part);
+        let writable = MountFlags::empty();
+        fs::create_dir_all(ROOT_PARTS)?;
+        mount("tmpfs", ROOT_PARTS, "tmpfs", writable, Some(c"mode=755")).map_err(failed("mount tmpfs"))?;
+        for part in ["disk", "upper", "work", "root"] {
+            fs::create_dir(at(part))?;
+        }
+        let deadline = Instant::now() + DISK_PATIENCE;
+        while !Path::new(&self.device).exists() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN_AFTER);
+        }
+        let what = format!("mount {} ({})", self.device, self.filesystem);
+        mount(self.device.as_str(), at("disk"), self.filesystem.as_str(), MountFlags::RDONLY, None)
+            .map_err(|error| io::Error::other(format!("{what}: {error}")))?;
+        // The root has the mode of the disk's: the upper directory's is what counts.
+        let mode = fs::metadata(at("disk"))?.permissions();
+        fs::set_permissions(at("upper"), mode)?;
+        let options = c"lowerdir=/run/root/disk,upperdir=/run/root/upper,workdir=/run/root/work";
+        mount("overlay", at("root"), "overlay", writable, Some(options)).map_err(failed("mount overlay"))?;
+        std::env::set_current_dir(at("root"))?;
+        mount_move(".", "/").map_err(failed("move the root"))?;
+        chroot(".").map_err(failed("change the root"))?;
+        std::env::set_current_dir("/")
+    }
 }
 
 /// Sets up what serving did not need: the other modules and the loopback interface.
@@ -99,5 +170,18 @@ fn insert_module(path: &Path) -> io::Result<()> {
         // Already there: built into this kernel, or inserted as another's dependency.
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_disk_is_what_the_command_line_says() {
+        let disk = |device: &str, filesystem: &str| RootDisk { device: device.into(), filesystem: filesystem.into() };
+        assert_eq!(RootDisk::of("console=ttyS0 quiet"), None);
+        assert_eq!(RootDisk::of("quiet root=/dev/vda rootfstype=erofs ro\n"), Some(disk("/dev/vda", "erofs")));
+        assert_eq!(RootDisk::of("rooty=1 root=/dev/vda"), Some(disk("/dev/vda", "ext4")));
     }
 }

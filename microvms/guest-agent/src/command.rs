@@ -17,7 +17,7 @@ use blixard::{
 };
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
-use crate::{admission::AttemptId, processes::Pid};
+use crate::{admission::AttemptId, image::ImageDefaults, processes::Pid};
 
 /// Where commands are looked for when the job names no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -37,17 +37,30 @@ pub(crate) struct Running {
     pub(crate) stderr: OwnedFd,
 }
 
-/// Starts a job's command: stdin is a pipe or, when it gets nothing, `/dev/null`; the environment is the guest's own, the job's,
-/// its secrets, and the names of VM, job and attempt.
+/// Where jobs run when neither they nor their image say.
+const DEFAULT_DIRECTORY: &str = "/";
+
+/// Starts a job's command: stdin is a pipe or, when it gets nothing, `/dev/null`; the environment is the guest's own, the
+/// image's, the job's, its secrets, and the names of VM, job and attempt.
 ///
 /// The command gets a process group rather than a session of its own: that leaves the standard library its fast path
 /// (vfork), and the agent, which leads a session without a terminal, finds strays by descent, not by session.
 ///
 /// # Errors
 /// Why it could not be started, for people.
-pub(crate) fn spawn(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId) -> Result<Running, String> {
-    let env = environment(spec, input, vm_id, id);
-    let program = resolve(spec, &env)?;
+pub(crate) fn spawn(
+    spec: &JobSpec,
+    input: &JobInput,
+    image: &ImageDefaults,
+    vm_id: VmId,
+    id: AttemptId,
+) -> Result<Running, String> {
+    let env = environment(spec, input, image, vm_id, id);
+    let working_dir = match spec.working_dir.as_str() {
+        "" => image.working_dir.as_deref().unwrap_or(DEFAULT_DIRECTORY),
+        own => own,
+    };
+    let program = resolve(spec, working_dir, &env)?;
     let name = spec.command.first().map_or("", String::as_str);
     let no_pipe = |error: io::Error| format!("cannot make a pipe: {error}");
     let (stdout, stdout_writer) = pipe().map_err(no_pipe)?;
@@ -64,10 +77,10 @@ pub(crate) fn spawn(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId
         Some(writer)
     };
     // Not asked for where it is so already: in a static program a change of directory costs the fast path.
-    if std::env::current_dir().ok().as_deref() != Some(Path::new(&spec.working_dir)) {
-        command.current_dir(&spec.working_dir);
+    if std::env::current_dir().ok().as_deref() != Some(Path::new(working_dir)) {
+        command.current_dir(working_dir);
     }
-    let child = command.spawn().map_err(|error| spawn_error(&program, &spec.working_dir, &error))?;
+    let child = command.spawn().map_err(|error| spawn_error(&program, working_dir, &error))?;
     // The other ends of the pipes must not stay open here, or they would never end.
     drop(command);
     // The reaper waits for every child, so nothing may wait through this handle.
@@ -75,8 +88,15 @@ pub(crate) fn spawn(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId
     Ok(Running { pid, stdin, stdout, stderr })
 }
 
-fn environment(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId) -> BTreeMap<String, String> {
+fn environment(
+    spec: &JobSpec,
+    input: &JobInput,
+    image: &ImageDefaults,
+    vm_id: VmId,
+    id: AttemptId,
+) -> BTreeMap<String, String> {
     let mut env = BTreeMap::from([("PATH".to_owned(), DEFAULT_PATH.to_owned()), ("HOME".into(), "/root".into())]);
+    env.extend(image.env.clone());
     env.extend(spec.env.clone());
     env.extend(input.secrets.clone());
     // Last, so that no job can hide: vmhost finds what a VM left behind by these.
@@ -91,9 +111,9 @@ fn environment(spec: &JobSpec, input: &JobInput, vm_id: VmId, id: AttemptId) -> 
 
 /// The file to execute. A name with a slash is relative to the working directory, any other is looked up in the job's
 /// own PATH, as a shell would.
-fn resolve(spec: &JobSpec, env: &BTreeMap<String, String>) -> Result<PathBuf, String> {
+fn resolve(spec: &JobSpec, working_dir: &str, env: &BTreeMap<String, String>) -> Result<PathBuf, String> {
     let name = spec.command.first().map_or("", String::as_str);
-    let directory = Path::new(&spec.working_dir);
+    let directory = Path::new(working_dir);
     if name.contains('/') {
         return Ok(directory.join(name));
     }

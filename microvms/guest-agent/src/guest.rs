@@ -17,6 +17,7 @@ use crate::{
     attempt::Attempt,
     command,
     identity::{Configuration, Identity},
+    image::ImageDefaults,
     input,
     lease::Lease,
     processes::Processes,
@@ -44,6 +45,7 @@ impl State {
 pub(crate) struct Guest {
     /// What does not change until the guest restarts.
     pub(crate) identity: Identity,
+    image: ImageDefaults,
     processes: Arc<Processes>,
     tasks: TaskTracker,
     state: Mutex<State>,
@@ -76,9 +78,10 @@ pub(crate) struct Status {
 impl Guest {
     /// A guest that was just started.
     #[must_use]
-    pub(crate) fn new(identity: Identity, processes: Arc<Processes>) -> Arc<Self> {
+    pub(crate) fn new(identity: Identity, image: ImageDefaults, processes: Arc<Processes>) -> Arc<Self> {
         Arc::new(Self {
             identity,
+            image,
             processes,
             tasks: TaskTracker::new(),
             state: Mutex::default(),
@@ -153,7 +156,7 @@ impl Guest {
     fn start(&self, id: AttemptId, work: &Work, vm_id: VmId) -> Arc<Attempt> {
         let attempt = Arc::new(Attempt::new(id, work.lease, Secrets::of(&work.input.secrets)));
         let started = input::write_files(&work.input.files);
-        match started.and_then(|()| command::spawn(&work.spec, &work.input, vm_id, id)) {
+        match started.and_then(|()| command::spawn(&work.spec, &work.input, &self.image, vm_id, id)) {
             Ok(running) => {
                 let driving = attempt.clone().drive(running, work.input.stdin.clone(), self.processes.clone());
                 drop(self.tasks.spawn(driving));

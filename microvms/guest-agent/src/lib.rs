@@ -21,6 +21,7 @@ mod command;
 mod file;
 mod guest;
 mod identity;
+mod image;
 mod input;
 mod lease;
 mod listener;
@@ -44,6 +45,7 @@ use tonic::transport::{Server, server::Connected};
 use crate::{
     guest::Guest,
     identity::Identity,
+    image::ImageDefaults,
     listener::{Address, Listener, VSOCK_PORT, connections},
     processes::{Processes, Reach},
     service::Service,
@@ -107,7 +109,14 @@ fn parse(args: &[OsString]) -> Result<Option<Address>, String> {
 
 /// PID 1 must not return: the kernel panics when it does.
 fn be_init() -> ExitCode {
-    let later = boot::prepare();
+    let later = match boot::prepare() {
+        Ok(later) => later,
+        Err(error) => {
+            eprintln!("blixard-guest-agent: cannot have the root disk: {error}");
+            boot::power_off();
+            return ExitCode::FAILURE;
+        }
+    };
     let finish = move || boot::finish(&later);
     if let Err(error) = serve(&Address::Vsock(VSOCK_PORT), Reach::WholeGuest, finish) {
         eprintln!("blixard-guest-agent: cannot serve: {error}");
@@ -130,7 +139,9 @@ fn serve(address: &Address, reach: Reach, when_serving: impl FnOnce()) -> io::Re
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let processes = Arc::new(Processes::new(reach));
-        let guest = Guest::new(Identity::read(reach == Reach::WholeGuest), processes);
+        // Beside the process driver the root is the host's.
+        let image = if reach == Reach::WholeGuest { ImageDefaults::read() } else { ImageDefaults::default() };
+        let guest = Guest::new(Identity::read(reach == Reach::WholeGuest), image, processes);
         watch_signals(&guest)?;
         let listener = Listener::bind(address)?;
         eprintln!("blixard-guest-agent {} serves on {address}", env!("CARGO_PKG_VERSION"));

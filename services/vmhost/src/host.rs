@@ -285,10 +285,15 @@ impl Host {
             vcpus: self.capacity.vcpus,
             memory_mib: self.capacity.memory_mib,
             max_vms: self.max_vms,
-            images: self.hypervisor.images(),
+            images: self.images(),
             labels,
             ..Default::default()
         }
+    }
+
+    /// The images that can be booted now, sorted.
+    pub(crate) fn images(&self) -> Vec<String> {
+        self.hypervisor.images()
     }
 
     /// Where the inputs of jobs come from.
@@ -397,7 +402,7 @@ impl Host {
             let error = invalid("config.egress", &config.egress, &allowed);
             return Err(Error { reason: Reason::ExceedsCapacity, ..error });
         }
-        let known = self.hypervisor.images();
+        let known = self.images();
         if known.contains(&config.image) {
             return Ok(());
         }

@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Sql(SqlArgs),
     /// The registry's data: back it up, restore it.
     Registry(RegistryArgs),
+    /// Images of this machine: make, import, list, remove. Needs no control plane.
+    Image(ImageArgs),
     /// Count VMs, jobs and nodes.
     Stats,
     /// Say what this machine can run and how to mend what it cannot.
@@ -473,6 +475,67 @@ pub(crate) enum RegistryCommand {
     },
 }
 
+#[derive(clap::Args)]
+pub(crate) struct ImageArgs {
+    #[command(subcommand)]
+    pub(crate) command: ImageCommand,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum ImageCommand {
+    /// List the images.
+    List,
+    /// Make an image from an OCI image: its files become a read-only root disk, over which each VM writes in memory.
+    #[command(after_help = IMPORT_HELP)]
+    Import {
+        /// What to call it.
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Directory, archive or reference.
+        #[arg(value_name = "SOURCE")]
+        source: String,
+        /// Which image of a layout or archive that has several.
+        #[arg(long = "ref", value_name = "REF")]
+        reference: Option<String>,
+        #[command(flatten)]
+        making: ImageMaking,
+    },
+    /// Make the default image (as make guest-image does), or one from the files of a directory.
+    Build {
+        /// What to call it; without it, the default image is made.
+        #[arg(value_name = "NAME", requires = "dir")]
+        name: Option<String>,
+        /// The directory with the root's files.
+        #[arg(value_name = "DIR")]
+        dir: Option<PathBuf>,
+        #[command(flatten)]
+        making: ImageMaking,
+    },
+    /// Remove images. VMs that run keep their files.
+    Rm {
+        /// The images.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Remove what imports left that did not come to their end.
+    Gc,
+}
+
+const IMPORT_HELP: &str = "\
+SOURCE is a directory in the OCI layout; an archive of one, or of docker save, packed or not; a directory with an image of
+ours (nix build); or a reference to an image in a registry, [docker://][HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST].";
+
+/// How an image is made.
+#[derive(clap::Args)]
+pub(crate) struct ImageMaking {
+    /// Image that gives kernel and initramfs.
+    #[arg(long, default_value = limits::DEFAULT_IMAGE, value_name = "NAME")]
+    pub(crate) base: String,
+    /// Replace an image of that name.
+    #[arg(long)]
+    pub(crate) replace: bool,
+}
+
 /// Parses the command line.
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
     let mut definition = definition();
@@ -482,7 +545,10 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Arguments, clap::Error> {
     settings.add(&matches);
     match (&cli.command, matches.subcommand()) {
         (Some(Command::Doctor | Command::Config), Some((_, matches))) => settings.add(matches),
-        (Some(Command::Registry(RegistryArgs { command: RegistryCommand::Restore { .. } })), Some((_, matches))) => {
+        (
+            Some(Command::Registry(RegistryArgs { command: RegistryCommand::Restore { .. } }) | Command::Image(_)),
+            Some((_, matches)),
+        ) => {
             if let Some((_, matches)) = matches.subcommand() {
                 settings.add(matches);
             }
@@ -507,6 +573,11 @@ fn definition() -> clap::Command {
     add_flags(Cli::command().arg(check))
         .mut_subcommand("doctor", add_flags)
         .mut_subcommand("config", add_flags)
+        .mut_subcommand("image", |image| {
+            ["list", "import", "build", "rm", "gc"]
+                .iter()
+                .fold(image, |image, name| image.mut_subcommand(name, add_flags))
+        })
         .mut_subcommand("registry", |registry| registry.mut_subcommand("restore", add_flags))
 }
 

@@ -16,10 +16,18 @@ pub(crate) enum Failure {
     Start(String),
     /// A backup can't be written or restored.
     Backup(String),
+    /// An image can't be made, found or removed.
+    Image(String),
     /// A job was not run, or what became of it is unknown.
     NotRun(Error),
     /// The terminal or a file did.
     Io(std::io::Error),
+}
+
+impl From<crate::image::ImageError> for Failure {
+    fn from(error: crate::image::ImageError) -> Self {
+        Self::Image(error.to_string())
+    }
 }
 
 /// Exit code of `run` when the job's own is not known: the one of `docker run` and `env`.
@@ -31,7 +39,7 @@ impl Failure {
     /// The process's exit code.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Rpc(_) | Self::Start(_) | Self::Backup(_) => 1,
+            Self::Rpc(_) | Self::Start(_) | Self::Backup(_) | Self::Image(_) => 1,
             Self::Config(_) => 2,
             Self::NotRun(_) => NOT_RUN,
             Self::Io(error) if error.kind() == std::io::ErrorKind::BrokenPipe => READER_GONE,
@@ -51,7 +59,7 @@ impl Failure {
                 Self::Rpc(error) | Self::NotRun(error) => {
                     format!("error: {}: {}", error.reason.name(), one_line(&error.message))
                 }
-                Self::Config(message) | Self::Start(message) | Self::Backup(message) => {
+                Self::Config(message) | Self::Start(message) | Self::Backup(message) | Self::Image(message) => {
                     format!("error: {}", one_line(message))
                 }
                 Self::Io(error) => format!("error: {error}"),
@@ -67,6 +75,7 @@ impl Failure {
                     Self::Config(message) => ("CONFIGURATION", "INVALID_ARGUMENT", message.clone(), Default::default()),
                     Self::Start(message) => ("START", "FAILED_PRECONDITION", message.clone(), Default::default()),
                     Self::Backup(message) => ("BACKUP", "FAILED_PRECONDITION", message.clone(), Default::default()),
+                    Self::Image(message) => ("IMAGE", "FAILED_PRECONDITION", message.clone(), Default::default()),
                     Self::Io(error) => ("IO", "UNKNOWN", error.to_string(), Default::default()),
                 };
                 let body = serde_json::json!({

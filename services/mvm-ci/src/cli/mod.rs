@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod failure;
 mod group;
+mod image;
 mod job;
 mod log_follower;
 mod log_sink;
@@ -95,6 +96,7 @@ fn dispatch(arguments: Arguments, printer: &Printer) -> Result<ExitCode, Failure
                 block_on(registry::restore(&config, &dir, printer))
             }
         },
+        Some(Command::Image(args)) => block_on(async { image::image(&config::load(&settings)?, args, printer).await }),
         Some(Command::Stats) => block_on(async { stats::stats(Client::connect(&endpoint).await?, printer).await }),
     }
 }

@@ -1,15 +1,18 @@
 //! Real guests: the same house with QEMU under it. `make test` requires them (BLIXARD_REQUIRE_QEMU=1); elsewhere a machine
 //! without QEMU, vhost-device-vsock or ./images skips these tests and says so.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use crate::{
     plane::Plane,
     support::{code, output, stdout, text, wait_for},
 };
 
-/// Flags for a control plane with real guests; `None` where there can be none.
-fn flags() -> Option<[String; 6]> {
+/// The directory of images for a control plane with real guests; `None` where there can be none.
+pub(crate) fn images() -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let images = root.join("images");
     let vsock = root.join("target/tools/bin/vhost-device-vsock");
@@ -25,7 +28,11 @@ fn flags() -> Option<[String; 6]> {
         eprintln!("SKIPPED: no real guest without {missing}");
         return None;
     }
-    let images = images.to_str().expect("UTF-8").to_owned();
+    Some(images)
+}
+
+fn flags() -> Option<[String; 6]> {
+    let images = images()?.to_str().expect("UTF-8").to_owned();
     Some(["--driver".into(), "qemu".into(), "--image-dir".into(), images, "--default-memory-mb".into(), "256".into()])
 }
 

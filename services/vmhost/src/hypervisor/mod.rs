@@ -39,6 +39,7 @@ use tokio::net::UnixStream;
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
 pub use doctor::{Check, diagnose};
+pub use image::{MANIFEST, Manifest, RootDisk};
 pub use nic::Nic;
 pub(crate) use nic::create_tap;
 pub use process::Process;

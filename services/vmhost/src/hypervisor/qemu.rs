@@ -8,7 +8,14 @@
 //! guest's CID needs to be unique in that process only. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
 //! the guest agent do not answer, and what is not there cannot be misused.
 
-use std::{ffi::OsString, fs, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
 
 use blixard_chassis::Tasks;
 
@@ -142,6 +149,10 @@ impl Boot {
         add("-kernel", image.kernel.clone().into());
         add("-initrd", image.initramfs.clone().into());
         add("-append", image.cmdline.clone().into());
+        if let Some(disk) = &image.root_disk {
+            add("-drive", drive("root0", disk));
+            add("-device", "virtio-blk-pci,drive=root0".into());
+        }
         add("-chardev", chardev("vsock0", sockets.for_child(VHOST_SOCKET), ""));
         add("-device", "vhost-user-vsock-pci,chardev=vsock0".into());
         add("-chardev", chardev("serial0", sockets.for_child(SERIAL_SOCKET), ",server=on,wait=off"));
@@ -170,15 +181,24 @@ fn vsock_arguments(sockets: &SocketDir) -> Vec<OsString> {
     ]
 }
 
-/// A socket chardev. In QEMU's options a comma in a value is written twice.
+/// A socket chardev.
 fn chardev(id: &str, path: PathBuf, options: &str) -> OsString {
     let mut argument = OsString::from(format!("socket,id={id},path="));
-    match path.to_str() {
-        Some(path) => argument.push(path.replace(',', ",,")),
-        None => argument.push(path),
-    }
+    argument.push(escaped(&path));
     argument.push(options);
     argument
+}
+
+/// A disk that nobody writes to, so that any number of VMs may have it.
+fn drive(id: &str, path: &Path) -> OsString {
+    let mut argument = OsString::from(format!("if=none,id={id},format=raw,readonly=on,file="));
+    argument.push(escaped(path));
+    argument
+}
+
+/// In QEMU's options a comma in a value is written twice.
+fn escaped(path: &Path) -> OsString {
+    path.to_str().map_or_else(|| path.into(), |path| path.replace(',', ",,").into())
 }
 
 /// Whether the process listens on a Unix socket that it bound under this file name. Connecting would tell too, but
@@ -207,6 +227,7 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_does_not_become_an_option() {
         assert_eq!(chardev("c", "/a,server=on/s".into(), ",wait=off"), "socket,id=c,path=/a,,server=on/s,wait=off");
+        assert_eq!(drive("d", Path::new("/a,b")), "if=none,id=d,format=raw,readonly=on,file=/a,,b");
     }
 
     #[tokio::test]

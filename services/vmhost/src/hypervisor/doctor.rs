@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use super::{HypervisorSettings, image, tools};
+use super::{HypervisorSettings, cloud_hypervisor, image, tools};
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -35,7 +35,7 @@ pub fn diagnose(settings: &HypervisorSettings) -> Vec<Check> {
         check_tool(tools::QEMU),
         check_tool(tools::VHOST_DEVICE_VSOCK),
         check_images(&settings.image_dir),
-        check_tool(tools::CLOUD_HYPERVISOR),
+        check_cloud_hypervisor(),
     ]
 }
 
@@ -54,6 +54,17 @@ fn check_tool(tool: tools::Tool) -> Check {
     match tool.find() {
         Some(path) => Check::good(tool.name, path.display().to_string()),
         None => Check::bad(tool.name, tool.missing(), Some(tool.fix.to_owned())),
+    }
+}
+
+fn check_cloud_hypervisor() -> Check {
+    let tool = tools::CLOUD_HYPERVISOR;
+    match cloud_hypervisor::installed() {
+        Ok((path, version)) => {
+            let confinement = cloud_hypervisor::confinement(cloud_hypervisor::has_landlock());
+            Check::good(tool.name, format!("{}, version {version}, {confinement}", path.display()))
+        }
+        Err(problem) => Check::bad(tool.name, problem, Some(tool.fix.to_owned())),
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) const VHOST_DEVICE_VSOCK: Tool =
 pub(super) const CLOUD_HYPERVISOR: Tool = Tool {
     name: "cloud-hypervisor",
     env: "CLOUD_HYPERVISOR",
-    fix: "see https://github.com/cloud-hypervisor/cloud-hypervisor/releases",
+    fix: "see https://github.com/cloud-hypervisor/cloud-hypervisor/releases/tag/v53.0",
 };
 
 impl Tool {

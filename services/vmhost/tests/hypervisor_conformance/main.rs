@@ -1,6 +1,9 @@
 //! What every hypervisor driver must do, run against each of them: the same functions, a real guest agent at the other
-//! end. The QEMU part boots a real guest kernel; where QEMU is missing it says `SKIPPED`, and fails instead with
-//! `BLIXARD_REQUIRE_QEMU=1`.
+//! end. The QEMU and Cloud Hypervisor parts boot a real guest kernel; where they cannot they say `SKIPPED`, and fail instead
+//! with `BLIXARD_REQUIRE_QEMU=1` and `BLIXARD_REQUIRE_CLOUD_HYPERVISOR=1`. A machine that has Cloud Hypervisor but no
+//! hardware virtualization runs its part in an emulated machine that does (see `nested`).
+
+mod nested;
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +18,13 @@ use std::{
 use blixard::{
     config::DriverChoice,
     id::VmId,
-    pb::guest::v1::{HelloRequest, HelloResponse, ShutdownRequest, guest_service_client::GuestServiceClient},
+    pb::{
+        common::v1::JobSpec,
+        guest::v1::{
+            HelloRequest, HelloResponse, RunRequest, RunStart, ShutdownRequest,
+            guest_service_client::GuestServiceClient, run_request,
+        },
+    },
 };
 use blixard_vmhost::hypervisor::{
     CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
@@ -23,6 +32,7 @@ use blixard_vmhost::hypervisor::{
 };
 use hyper_util::rt::TokioIo;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 
 /// For anything that takes milliseconds on an idle machine.
@@ -51,22 +61,30 @@ impl Bed {
     }
 
     async fn qemu() -> Option<Self> {
+        let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
+        Self::isolated(DriverChoice::Qemu, required).await
+    }
+
+    async fn cloud_hypervisor() -> Option<Self> {
+        let required = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
+        Self::isolated(DriverChoice::CloudHypervisor, required).await
+    }
+
+    async fn isolated(choice: DriverChoice, required: bool) -> Option<Self> {
         static TURN: Semaphore = Semaphore::const_new(1);
-        let image_dir = env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project().join("images"), PathBuf::from);
-        let settings = HypervisorSettings { image_dir, agent_command: Vec::new() };
-        let missing = match choose(DriverChoice::Qemu, &settings) {
+        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new() };
+        let missing = match choose(choice, &settings) {
             Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => None,
             Ok((_, why)) => Some(why),
             Err(error) => Some(error.to_string()),
         };
         if let Some(missing) = missing {
-            let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
-            assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
-            eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
+            assert!(!required, "required, but {missing}");
+            eprintln!("SKIPPED: no guest is booted here: {missing}");
             return None;
         }
         let turn = TURN.acquire().await.expect("never closed");
-        let mut bed = Self::of(DriverChoice::Qemu, settings);
+        let mut bed = Self::of(choice, settings);
         bed.turn = Some(turn);
         Some(bed)
     }
@@ -100,6 +118,10 @@ impl Drop for Bed {
         let left = processes_where(|proc| contains(&fs::read(proc.join("environ")).unwrap_or_default(), &mark));
         left.into_iter().for_each(kill_from_outside);
     }
+}
+
+fn image_dir() -> PathBuf {
+    env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project().join("images"), PathBuf::from)
 }
 
 fn project() -> PathBuf {
@@ -202,19 +224,18 @@ async fn end(machine: &Arc<dyn Machine>) -> MachineExit {
     within(SOON, "wait", machine.wait()).await
 }
 
-/// Runs each of these for each driver.
+/// Runs each of the first for each driver, and each of the second for those with a kernel in the guest.
 macro_rules! conformance {
-    ($($test:ident)*) => {
-        mod process {
+    (all: $($test:ident)*; isolated: $($isolated:ident)*;) => {
+        conformance!(process: $($test)*);
+        conformance!(qemu: $($test)* $($isolated)*);
+        conformance!(cloud_hypervisor: $($test)* $($isolated)*);
+    };
+    ($driver:ident: $($test:ident)*) => {
+        mod $driver {
             $(#[tokio::test]
             async fn $test() {
-                super::$test(super::Bed::process().await.expect("runs anywhere")).await;
-            })*
-        }
-        mod qemu {
-            $(#[tokio::test]
-            async fn $test() {
-                if let Some(bed) = super::Bed::qemu().await {
+                if let Some(bed) = super::Bed::$driver().await {
                     super::$test(bed).await;
                 }
             })*
@@ -223,6 +244,7 @@ macro_rules! conformance {
 }
 
 conformance! {
+    all:
     a_launched_machine_says_hello_on_every_connection
     a_guest_that_is_shut_down_ends_clean_and_leaves_nothing
     kill_leaves_nothing_behind
@@ -233,7 +255,10 @@ conformance! {
     a_directory_is_launched_into_once
     an_unknown_image_is_refused_and_starts_nothing
     a_deep_directory_is_no_obstacle
-    processes_are_detached_from_vmhost
+    processes_are_detached_from_vmhost;
+    isolated:
+    a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
+    a_guest_whose_kernel_panics_ends_and_its_console_says_so;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -246,7 +271,7 @@ async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
     assert_eq!(first.boot_id, second.boot_id);
 
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").expect("host's kernel");
-    let isolated = bed.choice == DriverChoice::Qemu;
+    let isolated = bed.choice != DriverChoice::Process;
     assert_eq!(first.kernel_release == host.trim(), !isolated, "{}", first.kernel_release);
     if isolated {
         until("the guest's kernel prints to the console", || !machine.console().tail.is_empty()).await;
@@ -339,13 +364,39 @@ async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed)
     until("the process that was left has ended", || left.has_ended()).await;
 }
 
-#[tokio::test]
-async fn a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended() {
-    let Some(bed) = Bed::qemu().await else { return };
+/// An agent that listens may be reached before it serves, and then breaks (see `machine.rs`).
+async fn a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended(bed: Bed) {
     let launch = bed.launch();
     drop(start(&bed.driver(), &launch).await);
     let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts");
     assert!(adopted.is_none());
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn a_guest_whose_kernel_panics_ends_and_its_console_says_so(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let mut guest = client(&machine).await.expect("connects");
+    // The module by which its kernel tells of a panic is inserted only once the agent serves.
+    let script = "i=0; while [ ! -d /sys/module/pvpanic_pci ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; \
+        echo c > /proc/sysrq-trigger";
+    let start = RunStart {
+        job_id: VmId::random().to_string(),
+        attempt: 1,
+        spec: Some(JobSpec { command: ["/bin/sh", "-c", script].map(String::from).to_vec(), ..JobSpec::default() }),
+        ..RunStart::default()
+    };
+    let start = RunRequest { message: Some(run_request::Message::Start(start)) };
+    let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
+    // The answer dies with the guest, sooner or later.
+    let output = guest.run(requests).await;
+    let exit = within(BOOT, "wait", machine.wait()).await;
+    drop(output);
+    let console = text(&machine.console());
+    assert!(console.contains("Kernel panic - not syncing: sysrq triggered crash"), "{exit}; {console}");
+    let told = (bed.choice == DriverChoice::CloudHypervisor).then_some("the guest's kernel panicked");
+    assert_eq!(exit.why, told, "{exit}; {console}");
     assert_eq!(processes_of(&launch), [0; 0]);
 }
 

@@ -21,8 +21,8 @@ use blixard::{
     pb::{
         common::v1::JobSpec,
         guest::v1::{
-            ConfigureRequest, HelloRequest, HelloResponse, RunRequest, RunStart, ShutdownRequest,
-            guest_service_client::GuestServiceClient, run_request,
+            ConfigureRequest, HelloRequest, HelloResponse, RunRequest, RunResponse, RunStart, ShutdownRequest,
+            guest_service_client::GuestServiceClient, run_request, run_response,
         },
     },
     time::Timestamp,
@@ -212,6 +212,27 @@ async fn client(machine: &Arc<dyn Machine>) -> Result<GuestServiceClient<Channel
     Ok(GuestServiceClient::new(channel.map_err(|error| format!("{error:?}"))?))
 }
 
+/// Runs a script in a guest that has no identity yet.
+async fn run(mut guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> tonic::Streaming<RunResponse> {
+    let configure = ConfigureRequest {
+        vm_id: launch.vm_id.to_string(),
+        hostname: "tried".to_owned(),
+        time: Some(Timestamp::now().into()),
+        entropy: vec![7; 64].into(),
+    };
+    guest.configure(configure).await.expect("is configured");
+    let spec = JobSpec {
+        command: ["/bin/sh", "-c", script].map(String::from).to_vec(),
+        vcpus: Some(1),
+        memory_mib: Some(128),
+        ..JobSpec::default()
+    };
+    let start = RunStart { job_id: VmId::random().to_string(), attempt: 1, spec: Some(spec), ..RunStart::default() };
+    let start = RunRequest { message: Some(run_request::Message::Start(start)) };
+    let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
+    guest.run(requests).await.expect("begins").into_inner()
+}
+
 fn text(console: &Console) -> String {
     String::from_utf8_lossy(&console.tail).into_owned()
 }
@@ -259,7 +280,8 @@ conformance! {
     processes_are_detached_from_vmhost;
     isolated:
     a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
-    a_guest_whose_kernel_panics_ends_and_its_console_says_so;
+    a_guest_whose_kernel_panics_ends_and_its_console_says_so
+    a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -379,27 +401,10 @@ async fn a_guest_whose_kernel_panics_ends_and_its_console_says_so(bed: Bed) {
     let launch = bed.launch();
     let machine = start(&bed.driver(), &launch).await;
     hello(&machine).await;
-    let mut guest = client(&machine).await.expect("connects");
-    let configure = ConfigureRequest {
-        vm_id: launch.vm_id.to_string(),
-        hostname: "doomed".to_owned(),
-        time: Some(Timestamp::now().into()),
-        entropy: vec![7; 64].into(),
-    };
-    guest.configure(configure).await.expect("is configured");
     // The module by which its kernel tells of a panic is inserted only once the agent serves.
     let script = "i=0; while [ ! -d /sys/module/pvpanic_pci ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; \
         echo c > /proc/sysrq-trigger";
-    let spec = JobSpec {
-        command: ["/bin/sh", "-c", script].map(String::from).to_vec(),
-        vcpus: Some(1),
-        memory_mib: Some(128),
-        ..JobSpec::default()
-    };
-    let start = RunStart { job_id: VmId::random().to_string(), attempt: 1, spec: Some(spec), ..RunStart::default() };
-    let start = RunRequest { message: Some(run_request::Message::Start(start)) };
-    let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
-    let output = guest.run(requests).await.expect("begins");
+    let output = run(client(&machine).await.expect("connects"), &launch, script).await;
     let exit = within(BOOT, "wait", machine.wait()).await;
     drop(output);
     let console = text(&machine.console());
@@ -407,6 +412,56 @@ async fn a_guest_whose_kernel_panics_ends_and_its_console_says_so(bed: Bed) {
     let told = (bed.choice == DriverChoice::CloudHypervisor).then_some("the guest's kernel panicked");
     assert_eq!(exit.why, told, "{exit}; {console}");
     assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let guest = client(&machine).await.expect("connects");
+    // As when vmhost died long ago: nobody reads, and hardly anything more finds room.
+    drop(machine);
+    fill(&launch.dir.join("output"));
+    // In lines longer than what a serial port takes without an interrupt.
+    let script = "yes lines that are longer than the sixteen bytes of a serial port | head -c 8000 > /dev/console";
+    let mut output = run(guest, &launch, script).await;
+    let exited = async {
+        loop {
+            match output.message().await.expect("it runs").expect("its end comes").message {
+                Some(run_response::Message::Exited(exited)) => return exited.exit.expect("it was started").exit_code,
+                Some(run_response::Message::Started(_) | run_response::Message::Output(_)) | None => {}
+            }
+        }
+    };
+    tokio::pin!(exited);
+    // It may have to wait for vmhost, or not.
+    let done = tokio::select! {
+        code = &mut exited => Some(code),
+        () = until("the console is full", || waiting_bytes(&launch.dir.join("output")) >= 65_536) => None,
+    };
+
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives");
+    hello(&adopted).await;
+    let code = match done {
+        Some(code) => code,
+        None => within(BOOT, "the job's end", exited).await,
+    };
+    assert_eq!(code, Some(0));
+    end(&adopted).await;
+}
+
+/// Leaves room for a few lines in a FIFO.
+fn fill(fifo: &Path) {
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK;
+    let fifo = rustix::fs::open(fifo, flags, rustix::fs::Mode::empty()).expect("opens");
+    rustix::io::write(fifo, &[b'.'; 65_000]).expect("has room");
+}
+
+/// What is in a FIFO and has not been read.
+fn waiting_bytes(fifo: &Path) -> u64 {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let fifo = rustix::fs::open(fifo, flags, rustix::fs::Mode::empty()).expect("opens");
+    rustix::io::ioctl_fionread(fifo).expect("a FIFO")
 }
 
 /// A process that carries a VM's mark, as one does that vmhost started and never got to record.

@@ -27,6 +27,8 @@ use super::{image_dir, project};
 /// Says that the real Cloud Hypervisor must be tried: `1` somehow, [`HERE`] without another machine around it.
 pub(super) const REQUIRE: &str = "BLIXARD_REQUIRE_CLOUD_HYPERVISOR";
 pub(super) const HERE: &str = "here";
+/// Which tests to run in the machine, when not all of them.
+const TESTS: &str = "BLIXARD_NESTED_TESTS";
 /// The suite takes some minutes on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(3000);
 /// What `/init` says before the test's exit status.
@@ -163,6 +165,7 @@ fn run(command: &mut Command) {
 
 /// The emulated machine's `/init`.
 fn script() -> String {
+    let tests = env::var(TESTS).unwrap_or_else(|_| "cloud_hypervisor::".to_owned());
     let modules = MODULES.map(|module| format!("insmod /lib/modules/*/kernel/{module}")).join("\n");
     format!(
         "#!/bin/busybox sh
@@ -174,7 +177,7 @@ mount -t tmpfs -o mode=1777 tmp /tmp
 ip link set lo up
 {modules}
 export {REQUIRE}={HERE} CLOUD_HYPERVISOR=/nested/cloud-hypervisor BLIXARD_IMAGE_DIR=/nested/images
-/nested/test cloud_hypervisor:: --test-threads=1 2>&1
+/nested/test {tests} --test-threads=1 2>&1
 echo {VERDICT}$?
 poweroff -f
 "

@@ -83,8 +83,8 @@ impl VmConfig {
             // Relative to the launch's directory, which the hypervisor runs in: no path is too long for a socket. With
             // the dot, for Landlock's rule is about the path's parent, and that of a bare name is empty.
             vsock: Vsock { cid: GUEST_CID, socket: Path::new(".").join(vsock) },
-            // To stdout, which is a FIFO that neither grows nor blocks (see `console.rs`). Not a socket: a panic's last
-            // lines would be in the hypervisor's own buffer when it ends. Not a file: it has no bound.
+            // To stdout, which is a FIFO that neither grows nor blocks. Not a file, which has no bound, and not a socket
+            // (`console.rs` says why).
             serial: Console { mode: ConsoleMode::Tty },
             console: Console { mode: ConsoleMode::Off },
             pvpanic: true,
@@ -94,7 +94,7 @@ impl VmConfig {
 }
 
 /// The body of `vm.add-net`. Its TAP is not named but passed, open, with the call. Its MTU is not named either: to set it
-/// the hypervisor would need a right; it tells the guest the one that the TAP has.
+/// the hypervisor would need a right; in the TAP's network namespace it tells the guest the one that the TAP has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct NetConfig {
     pub(super) id: String,

@@ -279,6 +279,7 @@ conformance! {
     a_deep_directory_is_no_obstacle
     processes_are_detached_from_vmhost;
     isolated:
+    auto_takes_the_best_that_runs_here
     a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
     a_guest_whose_kernel_panics_ends_and_its_console_says_so
     a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does;
@@ -386,6 +387,14 @@ async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed)
     assert!(adopted.is_none());
     assert_eq!(processes_of(&launch), [0; 0]);
     until("the process that was left has ended", || left.has_ended()).await;
+}
+
+async fn auto_takes_the_best_that_runs_here(bed: Bed) {
+    let best = choose(DriverChoice::CloudHypervisor, &bed.settings).map_or("qemu", |_| "cloud-hypervisor");
+    let (driver, why) = choose(DriverChoice::Auto, &bed.settings).expect("one runs here");
+    assert_eq!(driver.name(), best, "{why}");
+    assert!(why.starts_with(&format!("{best}: the best this machine can run")), "{why}");
+    assert!(why.contains("; images: "), "{why}");
 }
 
 /// An agent that listens may be reached before it serves, and then breaks (see `machine.rs`).

@@ -32,13 +32,14 @@ modules_first='drivers/virtio/virtio_ring drivers/virtio/virtio_pci_modern_dev d
     drivers/virtio/virtio drivers/virtio/virtio_pci net/vmw_vsock/vsock
     net/vmw_vsock/vmw_vsock_virtio_transport_common net/vmw_vsock/vmw_vsock_virtio_transport'
 modules_later='drivers/virtio/virtio_mmio net/core/failover drivers/net/net_failover drivers/net/virtio_net
-    drivers/char/virtio_console drivers/block/virtio_blk'
+    drivers/char/virtio_console drivers/block/virtio_blk drivers/misc/pvpanic/pvpanic drivers/misc/pvpanic/pvpanic-pci'
 # Inserted only when there is a root disk. (ext4 is built into the kernel.)
 modules_root='lib/libcrc32c fs/erofs/erofs fs/overlayfs/overlay'
 
 # What a hypervisor should pass the kernel; it may append.
 #   console=ttyS0 quiet loglevel=1   the console shows a panic and the agent's own words, and nothing else
-#   panic=-1 reboot=t                a panic ends the VM at once (with QEMU's -no-reboot) instead of hanging it
+#   panic=-1 reboot=t                a panic ends the VM at once (by QEMU's -no-reboot, by Cloud Hypervisor's event) instead of
+#                                    hanging it
 #   cryptomgr.notests                no self-tests of the kernel's ciphers: 0.3 s under TCG
 # Measured and left out, for they changed nothing: mitigations=off, no_timer_check, tsc=reliable, lpj=, a compressed
 # initramfs, initcall_blacklist=, QEMU's qboot.rom.

@@ -228,6 +228,8 @@ pub struct RetentionConfig {
 pub enum DriverChoice {
     /// The best that this machine can run; never `process`.
     Auto,
+    /// Cloud Hypervisor: for production, where KVM works.
+    CloudHypervisor,
     /// QEMU: KVM where it works, else emulation.
     Qemu,
     /// Plain processes without isolation: for development and tests.
@@ -457,10 +459,11 @@ pub const SETTINGS: &[Setting] = &[
         env: "BLIXARD_DRIVER",
         flag: "driver",
         help: "Which VM driver to use; process has no isolation",
-        allowed: "auto, qemu or process",
+        allowed: "auto, cloud-hypervisor, qemu or process",
         set: |config, value| {
             config.firecracker.driver = match value {
                 "auto" => DriverChoice::Auto,
+                "cloud-hypervisor" => DriverChoice::CloudHypervisor,
                 "qemu" => DriverChoice::Qemu,
                 "process" => DriverChoice::Process,
                 _ => return None,
@@ -470,6 +473,7 @@ pub const SETTINGS: &[Setting] = &[
         get: |config| {
             match config.firecracker.driver {
                 DriverChoice::Auto => "auto",
+                DriverChoice::CloudHypervisor => "cloud-hypervisor",
                 DriverChoice::Qemu => "qemu",
                 DriverChoice::Process => "process",
             }
@@ -914,7 +918,7 @@ mod tests {
         environment variable FIRECRACKER_DEFAULT_VCPUS: "65" is not allowed: a whole number from 1 to 64
         environment variable FIRECRACKER_FLAKE_DIR: "" is not allowed: a path
         environment variable VM_STATE_DIR: "" is not allowed: a path
-        flag --driver: "firecracker" is not allowed: auto, qemu or process
+        flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
         c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000

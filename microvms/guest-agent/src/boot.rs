@@ -13,8 +13,9 @@ use std::{
 use rustix::{
     mount::{MountFlags, mount, mount_move},
     process::{Resource, Rlimit, chroot, setrlimit},
-    stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
+    stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stdout},
     system::{RebootCommand, finit_module, reboot},
+    termios::{Action, tcflow},
 };
 
 use crate::network;
@@ -157,6 +158,13 @@ fn use_console() -> io::Result<()> {
     dup2_stdout(&console)?;
     dup2_stderr(&console)?;
     Ok(())
+}
+
+/// Sets a console going again that waits for an interrupt which will not come: Cloud Hypervisor 53 raises none for a byte
+/// that it could not write, and its console is full when vmhost has been away for long. Whoever prints waits then.
+pub(crate) fn restart_console() {
+    // Stopped and started as by Ctrl-S and Ctrl-Q. An error means that the console is none that can stand still.
+    let _ = tcflow(stdout(), Action::OOff).and_then(|()| tcflow(stdout(), Action::OOn));
 }
 
 fn insert_modules<'a>(modules: impl Iterator<Item = &'a str>) {

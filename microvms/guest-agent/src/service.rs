@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     admission::AttemptId,
     attempt::{Attempt, StreamNumber},
-    file,
+    boot, file,
     guest::{Guest, Work},
     identity::{Configuration, Memory},
     input,
@@ -36,6 +36,9 @@ impl GuestService for Service {
     async fn hello(&self, _: Request<pb::HelloRequest>) -> Result<Response<pb::HelloResponse>, Status> {
         let status = self.0.status();
         let memory = if self.0.identity.owns_guest { Memory::read() } else { Memory::default() };
+        if self.0.identity.owns_guest {
+            boot::restart_console();
+        }
         Ok(Response::new(pb::HelloResponse {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: self.0.identity.kernel_release.clone(),

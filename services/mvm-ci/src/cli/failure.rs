@@ -153,7 +153,7 @@ mod tests {
             Failure::Rpc(rude),
             Failure::Rpc(unreachable("http://127.0.0.1:50051")),
             Failure::NotRun(Error::new(Reason::ImageNotFound, "no node has the image \"x\"").with("image", "x")),
-            Failure::Config("flag --driver: \"x\" is not allowed: auto, qemu or process".into()),
+            Failure::Config("flag --driver: \"x\" is not allowed: auto, cloud-hypervisor, qemu or process".into()),
             Failure::Start("cannot listen on 127.0.0.1:50051".into()),
         ];
         let mut text = String::new();

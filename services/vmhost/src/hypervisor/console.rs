@@ -1,9 +1,10 @@
 //! A machine's console: everything it and its host processes print, in a ring that cannot grow.
 //!
 //! ```text
-//!   guest's serial port ── QEMU socket chardev ──┐
-//!   stdout, stderr of ── FIFO `output` ──────────┴─► ring in memory (64 KiB) ─► segments `console.<offset>`
-//!   the host processes                                                         (two of 64 KiB, a new vmhost reads them)
+//!   guest's serial port ─┬─ QEMU: socket chardev ────────────┐
+//!                        └─ Cloud Hypervisor: its stdout ─┐  │
+//!   stdout, stderr of the host processes ── FIFO `output` ┴──┴─► ring in memory (64 KiB) ─► segments `console.<offset>`
+//!                                                                              (two of 64 KiB, a new vmhost reads them)
 //! ```
 //!
 //! Why these two ways in:
@@ -15,6 +16,11 @@
 //! - A guest's serial port must not be held up either. Into a FIFO that nobody reads, QEMU would: the guest then waits
 //!   10 ms for each byte. A **socket** chardev throws bytes away while nobody is connected and hands over the last ones
 //!   after QEMU's death. So the only bytes lost are those that a guest prints while vmhost is down.
+//! - Cloud Hypervisor's socket is no such thing: what it could not write yet is lost when it ends, a panic's last lines
+//!   first, and a reader that dies with bytes unread ends the port for good. The FIFO it writes to without waiting, as
+//!   its stdout. Version 53 raises no interrupt for a byte that found no room, though: after 64 KiB without vmhost the
+//!   guest's kernel prints on, but a program that prints to the console waits, until vmhost is back and says Hello (the
+//!   agent then sets the console going again).
 
 use std::{
     collections::VecDeque,

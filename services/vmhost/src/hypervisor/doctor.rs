@@ -8,7 +8,7 @@ use std::{
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::{
-    HypervisorSettings, image,
+    HypervisorSettings, cloud_hypervisor, image,
     nic::TUN_DEVICE,
     tools::{self, NFT},
 };
@@ -44,7 +44,7 @@ pub fn diagnose(settings: &HypervisorSettings) -> Vec<Check> {
         check_tool(tools::QEMU),
         check_tool(tools::VHOST_DEVICE_VSOCK),
         check_images(&settings.image_dir),
-        check_tool(tools::CLOUD_HYPERVISOR),
+        check_cloud_hypervisor(),
         check_network(),
     ]
 }
@@ -100,6 +100,17 @@ fn check_tool(tool: tools::Tool) -> Check {
     match tool.find() {
         Some(path) => Check::good(tool.name, path.display().to_string()),
         None => Check::bad(tool.name, tool.missing(), Some(tool.fix.to_owned())),
+    }
+}
+
+fn check_cloud_hypervisor() -> Check {
+    let tool = tools::CLOUD_HYPERVISOR;
+    match cloud_hypervisor::installed() {
+        Ok((path, version)) => {
+            let confinement = cloud_hypervisor::confinement(cloud_hypervisor::has_landlock());
+            Check::good(tool.name, format!("{}, version {version}, {confinement}", path.display()))
+        }
+        Err(problem) => Check::bad(tool.name, problem, Some(tool.fix.to_owned())),
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -30,6 +30,7 @@ use tokio::{
 use super::{
     AGENT_PORT, Console, Launch, LaunchError, Machine, MachineExit,
     console::{self, Recorder},
+    events::Events,
     procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
     record::Record,
     socket::SocketDir,
@@ -58,8 +59,10 @@ pub(super) struct Kind {
     pub(super) processes: &'static [&'static str],
     /// How the guest agent is reached.
     pub(super) agent: Agent,
-    /// The guest's serial port: the name of a socket in the directory.
+    /// The guest's serial port: the name of a socket in the directory. `None`: what the processes print is all.
     pub(super) serial: Option<&'static str>,
+    /// How its hypervisor tells what happens, if it does.
+    pub(super) events: Option<Events>,
     /// Whether its processes start others, which must end with it.
     pub(super) has_children: bool,
 }
@@ -93,6 +96,26 @@ impl Agent {
     }
 }
 
+/// What comes from a machine by itself.
+struct Sources {
+    /// What its processes print.
+    output: Option<pipe::Receiver>,
+    events: Option<pipe::Receiver>,
+    /// The guest agent's knock.
+    knocks: Option<UnixListener>,
+}
+
+impl Sources {
+    /// Of a machine that an earlier vmhost launched. A FIFO that is gone costs messages, not the machine.
+    fn of_adopted(kind: Kind, launch: &Launch) -> Self {
+        let missing =
+            |error: &io::Error| tracing::warn!(vm_id = %launch.vm_id, %error, "an adopted machine lacks a FIFO");
+        let output = console::open_output(&launch.dir).inspect_err(missing).ok();
+        let events = kind.events.and_then(|events| events.open(&launch.dir).inspect_err(missing).ok());
+        Self { output, events, knocks: None }
+    }
+}
+
 /// A machine whose processes are being started. Its methods block.
 pub(super) struct Starting {
     kind: Kind,
@@ -100,9 +123,8 @@ pub(super) struct Starting {
     record: Record,
     recorder: Recorder,
     output: File,
-    receiver: pipe::Receiver,
+    sources: Sources,
     sockets: SocketDir,
-    knocks: Option<UnixListener>,
     /// In the order of their start.
     processes: Vec<(&'static str, Held)>,
 }
@@ -119,12 +141,15 @@ impl Starting {
         let record = Record::begin(dir, launch.vm_id, kind.driver)
             .map_err(cannot(format!("record a new machine in {}", dir.display())))?;
         let (output, receiver) = console::make_output(dir).map_err(cannot("make the FIFO for output"))?;
+        let events =
+            kind.events.map(|events| events.make(dir)).transpose().map_err(cannot("make the FIFO for events"))?;
         let sockets = SocketDir::open(dir).map_err(cannot("open the machine's directory"))?;
         let knocks = kind.agent.knock_socket(&sockets).map(UnixListener::bind).transpose();
         let knocks = knocks.map_err(cannot("listen for the guest agent's knock"))?;
         let recorder = Recorder::open(dir);
         let launch = launch.clone();
-        Ok(Self { kind, launch, record, recorder, output, receiver, sockets, knocks, processes: Vec::new() })
+        let sources = Sources { output: Some(receiver), events, knocks };
+        Ok(Self { kind, launch, record, recorder, output, sources, sockets, processes: Vec::new() })
     }
 
     pub(super) fn sockets(&self) -> &SocketDir {
@@ -190,14 +215,14 @@ impl Starting {
         self.processes.sort_by_key(|(name, _)| rank(*name));
         let processes = self.processes.into_iter().map(|(_, process)| process).collect();
         let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder);
-        HostMachine::watch_over(core, Some(self.receiver), self.knocks, tasks)
+        HostMachine::watch_over(core, self.sources, tasks)
     }
 
     /// Something failed: ends what runs, and says what it had printed.
     pub(super) async fn abandon(self, error: LaunchError) -> LaunchError {
-        let Self { kind, launch, recorder, output, receiver, processes, .. } = self;
+        let Self { kind, launch, recorder, output, sources, processes, .. } = self;
         let ended = processes.iter().find(|(_, process)| !process.runs());
-        let ended = ended.map(|&(name, ref process)| MachineExit { process: name, status: process.reap() });
+        let ended = ended.map(|&(name, ref process)| MachineExit { process: name, status: process.reap(), why: None });
         let roots: Vec<ProcessId> = processes.iter().map(|(_, process)| process.id).collect();
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots) };
@@ -205,7 +230,9 @@ impl Starting {
             return error;
         }
         drop(output);
-        let _ = tokio::time::timeout(CONSOLE_DRAIN, recorder.record(receiver)).await;
+        if let Some(output) = sources.output {
+            let _ = tokio::time::timeout(CONSOLE_DRAIN, recorder.record(output)).await;
+        }
         recorder.persist();
         match ended {
             Some(exit) => {
@@ -259,10 +286,8 @@ pub(super) async fn adopt(kind: Kind, launch: &Launch, tasks: &Tasks) -> Result<
     let core = core.await.map_err(io::Error::from).map_err(cannot("read the machine's record"))??;
     match core {
         Some(core) => {
-            // A FIFO that is gone costs messages, not the machine.
-            let output = console::open_output(&launch.dir)
-                .inspect_err(|error| tracing::warn!(vm_id = %launch.vm_id, %error, "no output of the adopted machine"));
-            Ok(Some(HostMachine::watch_over(core, output.ok(), None, tasks)))
+            let sources = Sources::of_adopted(kind, launch);
+            Ok(Some(HostMachine::watch_over(core, sources, tasks)))
         }
         None => sweep(launch).await.map(|_| None),
     }
@@ -294,6 +319,8 @@ struct Core {
     recorder: Recorder,
     /// Whether the agent has said that it serves, if it says so ([`Agent::Hybrid`]).
     knocked: watch::Sender<bool>,
+    /// Why it was ended, if its hypervisor told.
+    why: OnceLock<&'static str>,
     exit: watch::Sender<Option<MachineExit>>,
 }
 
@@ -302,7 +329,7 @@ impl Core {
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
         let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
-        Self { kind, marks, processes, sockets, recorder, knocked, exit }
+        Self { kind, marks, processes, sockets, recorder, knocked, why: OnceLock::new(), exit }
     }
 
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
@@ -384,7 +411,17 @@ impl Core {
         let _ = tokio::time::timeout(CONSOLE_DRAIN, console_open.recv()).await;
         let recorder = self.recorder.clone();
         let _ = tokio::task::spawn_blocking(move || recorder.persist()).await;
-        self.exit.send_replace(Some(MachineExit { process: self.kind.processes[cause], status: statuses[cause] }));
+        let (process, status) = (self.kind.processes[cause], statuses[cause]);
+        self.exit.send_replace(Some(MachineExit { process, status, why: self.why.get().copied() }));
+    }
+
+    /// Ends the machine when its hypervisor says that the guest is over.
+    async fn heed_events(&self, events: Events, source: pipe::Receiver) {
+        if let Some(why) = events.await_verdict(source).await {
+            // Set once: there is one task that heeds, and it ends here.
+            let _ = self.why.set(why);
+            self.kill().await;
+        }
     }
 
     async fn record_serial(&self, socket: &str) {
@@ -457,16 +494,11 @@ struct HostMachine {
 }
 
 impl HostMachine {
-    fn watch_over(
-        core: Core,
-        output: Option<pipe::Receiver>,
-        knocks: Option<UnixListener>,
-        tasks: &Tasks,
-    ) -> Arc<dyn Machine> {
+    fn watch_over(core: Core, sources: Sources, tasks: &Tasks) -> Arc<dyn Machine> {
         let machine = Self { core: Arc::new(core), tasks: tasks.child() };
         // Open for as long as one task holds its sender: as long as console bytes may come.
         let (console_guard, console_open) = mpsc::channel(1);
-        if let Some(output) = output {
+        if let Some(output) = sources.output {
             let guard = console_guard.clone();
             machine.spawn("machine output", move |core| async move {
                 core.recorder.record(output).await;
@@ -479,7 +511,10 @@ impl HostMachine {
                 drop(console_guard);
             });
         }
-        if let Some(knocks) = knocks {
+        if let (Some(events), Some(source)) = (machine.core.kind.events, sources.events) {
+            machine.spawn("machine events", move |core| async move { core.heed_events(events, source).await });
+        }
+        if let Some(knocks) = sources.knocks {
             machine.spawn("machine agent's knock", |core| async move { core.await_knock(knocks).await });
         }
         machine.spawn("machine console store", |core| async move { core.recorder.keep_persisting().await });

@@ -5,8 +5,9 @@
 //!       │  └───── adopt(dir) ───►    │  └─── wait() ────► how its main process ended
 //!       └──────── sweep(dir)         └────── kill(), console(), pids()
 //!
-//!   qemu     qemu-system-x86_64 + vhost-device-vsock, KVM or emulation   a real guest kernel
-//!   process  the guest agent as a plain process                          no isolation
+//!   cloud-hypervisor  cloud-hypervisor, KVM                                       a real guest kernel
+//!   qemu              qemu-system-x86_64 + vhost-device-vsock, KVM or emulation   a real guest kernel
+//!   process           the guest agent as a plain process                          no isolation
 //! ```
 //!
 //! Rules that every implementation keeps, and `tests/hypervisor_conformance.rs` proves:
@@ -15,12 +16,13 @@
 //!   [`Hypervisor::sweep`] finds it even when vmhost was killed between starting it and writing its record.
 //! - A process is named by pid *and* start time, and signalled through a pidfd: a reused pid is never hit.
 //! - Each launch has a fresh directory. Nothing is made outside it.
-//! - Cloud Hypervisor fits the same seam: API socket, vsock socket and record in `dir`, its pidfd for `wait`.
 //!
 //! This module must not know about jobs, the registry, or what the guest agent says.
 
+mod cloud_hypervisor;
 mod console;
 mod doctor;
+mod events;
 mod image;
 mod machine;
 mod nic;
@@ -31,11 +33,17 @@ mod record;
 mod socket;
 mod tools;
 
-use std::{ffi::OsString, fmt, io, path::PathBuf, sync::Arc};
+use std::{
+    ffi::OsString,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use blixard::{config::DriverChoice, id::VmId};
 use tokio::net::UnixStream;
 
+pub use cloud_hypervisor::CloudHypervisor;
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
 pub use doctor::{Check, diagnose};
@@ -69,7 +77,7 @@ pub struct Launch {
 /// A way to run VMs.
 #[tonic::async_trait]
 pub trait Hypervisor: Send + Sync + 'static {
-    /// "qemu", "process".
+    /// "cloud-hypervisor", "qemu", "process".
     fn name(&self) -> &'static str;
 
     /// Whether its machines have a network interface when [`Launch::nic`] says so.
@@ -117,10 +125,12 @@ pub use machine::CONNECT_PATIENCE;
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineExit {
-    /// The process whose end ended the machine: "qemu", "vhost-device-vsock", "guest agent".
+    /// The process whose end ended the machine: "cloud-hypervisor", "qemu", "vhost-device-vsock", "guest agent".
     pub process: &'static str,
     /// How it ended.
     pub status: ProcessExit,
+    /// Why the machine was ended, where its hypervisor told. A hint: there may be a reason of which nothing is known.
+    pub why: Option<&'static str>,
 }
 
 /// How a process ended.
@@ -144,6 +154,9 @@ impl MachineExit {
 
 impl fmt::Display for MachineExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(why) = self.why {
+            write!(f, "{why}: ")?;
+        }
         match self.status {
             ProcessExit::Exited(code) => write!(f, "{} exited with status {code}", self.process),
             ProcessExit::Signaled(signal) => write!(f, "{} was killed by signal {signal}", self.process),
@@ -209,6 +222,16 @@ fn list(names: &[String]) -> String {
     if names.is_empty() { "none (make one with `make guest-image`)".to_owned() } else { names.join(", ") }
 }
 
+/// The images there are, for the line that says which driver was chosen.
+fn images_in_words(image_dir: &Path) -> String {
+    let images = image::names(image_dir);
+    if images.is_empty() {
+        format!("no image in {} yet (make guest-image)", image_dir.display())
+    } else {
+        format!("images: {}", images.join(", "))
+    }
+}
+
 /// What the drivers need to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HypervisorSettings {
@@ -240,14 +263,32 @@ pub fn choose(
     settings: &HypervisorSettings,
 ) -> Result<(Arc<dyn Hypervisor>, String), ChooseError> {
     match choice {
-        DriverChoice::Auto | DriverChoice::Qemu => {
-            let (qemu, why) = Qemu::find(settings)?;
-            let asked = if choice == DriverChoice::Auto { "the best this machine can run" } else { "as asked" };
-            Ok((Arc::new(qemu), format!("qemu: {asked}; {why}")))
+        DriverChoice::Auto => choose_best(settings),
+        DriverChoice::CloudHypervisor => {
+            let (driver, why) = CloudHypervisor::find(settings)?;
+            Ok((Arc::new(driver), format!("cloud-hypervisor: as asked; {why}")))
+        }
+        DriverChoice::Qemu => {
+            let (driver, why) = Qemu::find(settings)?;
+            Ok((Arc::new(driver), format!("qemu: as asked; {why}")))
         }
         DriverChoice::Process => {
             let why = "process: as asked; jobs run as plain processes of this machine, WITHOUT isolation".to_owned();
             Ok((Arc::new(Process::new(settings)?), why))
         }
     }
+}
+
+fn choose_best(settings: &HypervisorSettings) -> Result<(Arc<dyn Hypervisor>, String), ChooseError> {
+    let best = "the best this machine can run";
+    let passed_over = match CloudHypervisor::find(settings) {
+        Ok((driver, why)) => return Ok((Arc::new(driver), format!("cloud-hypervisor: {best}; {why}"))),
+        // Without KVM it is no choice at all, and QEMU says so itself.
+        Err(ChooseError::Missing { missing, .. }) if doctor::kvm().is_ok() => {
+            format!(", not cloud-hypervisor: {}", missing.join("; "))
+        }
+        Err(ChooseError::Missing { .. }) => String::new(),
+    };
+    let (driver, why) = Qemu::find(settings)?;
+    Ok((Arc::new(driver), format!("qemu: {best}{passed_over}; {why}")))
 }

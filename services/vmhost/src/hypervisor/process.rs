@@ -22,6 +22,7 @@ const KIND: Kind = Kind {
     processes: &[AGENT],
     agent: Agent::Direct(AGENT_SOCKET),
     serial: None,
+    events: None,
     has_children: true,
 };
 

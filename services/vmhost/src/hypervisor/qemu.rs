@@ -22,6 +22,7 @@ use blixard_chassis::Tasks;
 use super::{
     ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
     image::{self, Image},
+    images_in_words,
     machine::{self, Agent, Kind, Starting, cannot},
     socket::SocketDir,
     tools,
@@ -47,6 +48,7 @@ const KIND: Kind = Kind {
     processes: &[QEMU, VSOCK],
     agent: Agent::Hybrid(AGENT_SOCKET),
     serial: Some(SERIAL_SOCKET),
+    events: None,
     has_children: false,
 };
 
@@ -81,13 +83,8 @@ impl Qemu {
             Err(problem) => (false, format!("with emulation (TCG), for {problem}")),
         };
         let image_dir = std::path::absolute(&settings.image_dir).unwrap_or_else(|_| settings.image_dir.clone());
-        let images = image::names(&image_dir);
-        let images = if images.is_empty() {
-            format!("no image in {} yet (make guest-image)", image_dir.display())
-        } else {
-            format!("images: {}", images.join(", "))
-        };
-        Ok((Self { boot: Boot { qemu, vsock, kvm }, image_dir, tasks: Tasks::new() }, format!("{why}; {images}")))
+        let why = format!("{why}; {}", images_in_words(&image_dir));
+        Ok((Self { boot: Boot { qemu, vsock, kvm }, image_dir, tasks: Tasks::new() }, why))
     }
 }
 

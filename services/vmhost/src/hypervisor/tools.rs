@@ -27,7 +27,7 @@ pub(super) const NFT: Tool = Tool { name: "nft", env: "NFT", fix: "apt-get insta
 pub(super) const CLOUD_HYPERVISOR: Tool = Tool {
     name: "cloud-hypervisor",
     env: "CLOUD_HYPERVISOR",
-    fix: "see https://github.com/cloud-hypervisor/cloud-hypervisor/releases",
+    fix: "see https://github.com/cloud-hypervisor/cloud-hypervisor/releases/tag/v53.0",
 };
 
 impl Tool {

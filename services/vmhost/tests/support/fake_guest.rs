@@ -100,7 +100,7 @@ impl Machine for FakeMachine {
 
     async fn wait(&self) -> MachineExit {
         let _ = self.guest.told.killed.subscribe().wait_for(|&killed| killed).await;
-        MachineExit { process: "fake guest", status: ProcessExit::Exited(0) }
+        MachineExit { process: "fake guest", status: ProcessExit::Exited(0), why: None }
     }
 
     async fn kill(&self) {

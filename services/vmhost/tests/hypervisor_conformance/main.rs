@@ -1,6 +1,9 @@
 //! What every hypervisor driver must do, run against each of them: the same functions, a real guest agent at the other
-//! end. The QEMU part boots a real guest kernel; where QEMU is missing it says `SKIPPED`, and fails instead with
-//! `BLIXARD_REQUIRE_QEMU=1`.
+//! end. The QEMU and Cloud Hypervisor parts boot a real guest kernel; where they cannot they say `SKIPPED`, and fail instead
+//! with `BLIXARD_REQUIRE_QEMU=1` and `BLIXARD_REQUIRE_CLOUD_HYPERVISOR=1`. A machine that has Cloud Hypervisor but no
+//! hardware virtualization runs its part in an emulated machine that does (see `nested`).
+
+mod nested;
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +18,14 @@ use std::{
 use blixard::{
     config::DriverChoice,
     id::VmId,
-    pb::guest::v1::{HelloRequest, HelloResponse, ShutdownRequest, guest_service_client::GuestServiceClient},
+    pb::{
+        common::v1::JobSpec,
+        guest::v1::{
+            ConfigureRequest, HelloRequest, HelloResponse, RunRequest, RunResponse, RunStart, ShutdownRequest,
+            guest_service_client::GuestServiceClient, run_request, run_response,
+        },
+    },
+    time::Timestamp,
 };
 use blixard_vmhost::hypervisor::{
     CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
@@ -23,6 +33,7 @@ use blixard_vmhost::hypervisor::{
 };
 use hyper_util::rt::TokioIo;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 
 /// For anything that takes milliseconds on an idle machine.
@@ -51,22 +62,30 @@ impl Bed {
     }
 
     async fn qemu() -> Option<Self> {
+        let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
+        Self::isolated(DriverChoice::Qemu, required).await
+    }
+
+    async fn cloud_hypervisor() -> Option<Self> {
+        let required = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
+        Self::isolated(DriverChoice::CloudHypervisor, required).await
+    }
+
+    async fn isolated(choice: DriverChoice, required: bool) -> Option<Self> {
         static TURN: Semaphore = Semaphore::const_new(1);
-        let image_dir = env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project().join("images"), PathBuf::from);
-        let settings = HypervisorSettings { image_dir, agent_command: Vec::new() };
-        let missing = match choose(DriverChoice::Qemu, &settings) {
+        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new() };
+        let missing = match choose(choice, &settings) {
             Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => None,
             Ok((_, why)) => Some(why),
             Err(error) => Some(error.to_string()),
         };
         if let Some(missing) = missing {
-            let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
-            assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
-            eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
+            assert!(!required, "required, but {missing}");
+            eprintln!("SKIPPED: no guest is booted here: {missing}");
             return None;
         }
         let turn = TURN.acquire().await.expect("never closed");
-        let mut bed = Self::of(DriverChoice::Qemu, settings);
+        let mut bed = Self::of(choice, settings);
         bed.turn = Some(turn);
         Some(bed)
     }
@@ -100,6 +119,10 @@ impl Drop for Bed {
         let left = processes_where(|proc| contains(&fs::read(proc.join("environ")).unwrap_or_default(), &mark));
         left.into_iter().for_each(kill_from_outside);
     }
+}
+
+fn image_dir() -> PathBuf {
+    env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project().join("images"), PathBuf::from)
 }
 
 fn project() -> PathBuf {
@@ -189,6 +212,27 @@ async fn client(machine: &Arc<dyn Machine>) -> Result<GuestServiceClient<Channel
     Ok(GuestServiceClient::new(channel.map_err(|error| format!("{error:?}"))?))
 }
 
+/// Runs a script in a guest that has no identity yet.
+async fn run(mut guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> tonic::Streaming<RunResponse> {
+    let configure = ConfigureRequest {
+        vm_id: launch.vm_id.to_string(),
+        hostname: "tried".to_owned(),
+        time: Some(Timestamp::now().into()),
+        entropy: vec![7; 64].into(),
+    };
+    guest.configure(configure).await.expect("is configured");
+    let spec = JobSpec {
+        command: ["/bin/sh", "-c", script].map(String::from).to_vec(),
+        vcpus: Some(1),
+        memory_mib: Some(128),
+        ..JobSpec::default()
+    };
+    let start = RunStart { job_id: VmId::random().to_string(), attempt: 1, spec: Some(spec), ..RunStart::default() };
+    let start = RunRequest { message: Some(run_request::Message::Start(start)) };
+    let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
+    guest.run(requests).await.expect("begins").into_inner()
+}
+
 fn text(console: &Console) -> String {
     String::from_utf8_lossy(&console.tail).into_owned()
 }
@@ -202,19 +246,18 @@ async fn end(machine: &Arc<dyn Machine>) -> MachineExit {
     within(SOON, "wait", machine.wait()).await
 }
 
-/// Runs each of these for each driver.
+/// Runs each of the first for each driver, and each of the second for those with a kernel in the guest.
 macro_rules! conformance {
-    ($($test:ident)*) => {
-        mod process {
+    (all: $($test:ident)*; isolated: $($isolated:ident)*;) => {
+        conformance!(process: $($test)*);
+        conformance!(qemu: $($test)* $($isolated)*);
+        conformance!(cloud_hypervisor: $($test)* $($isolated)*);
+    };
+    ($driver:ident: $($test:ident)*) => {
+        mod $driver {
             $(#[tokio::test]
             async fn $test() {
-                super::$test(super::Bed::process().await.expect("runs anywhere")).await;
-            })*
-        }
-        mod qemu {
-            $(#[tokio::test]
-            async fn $test() {
-                if let Some(bed) = super::Bed::qemu().await {
+                if let Some(bed) = super::Bed::$driver().await {
                     super::$test(bed).await;
                 }
             })*
@@ -223,6 +266,7 @@ macro_rules! conformance {
 }
 
 conformance! {
+    all:
     a_launched_machine_says_hello_on_every_connection
     a_guest_that_is_shut_down_ends_clean_and_leaves_nothing
     kill_leaves_nothing_behind
@@ -233,7 +277,12 @@ conformance! {
     a_directory_is_launched_into_once
     an_unknown_image_is_refused_and_starts_nothing
     a_deep_directory_is_no_obstacle
-    processes_are_detached_from_vmhost
+    processes_are_detached_from_vmhost;
+    isolated:
+    auto_takes_the_best_that_runs_here
+    a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
+    a_guest_whose_kernel_panics_ends_and_its_console_says_so
+    a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -245,9 +294,10 @@ async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
     let second = hello(&machine).await;
     assert_eq!(first.boot_id, second.boot_id);
 
-    let host = fs::read_to_string("/proc/sys/kernel/osrelease").expect("host's kernel");
-    let isolated = bed.choice == DriverChoice::Qemu;
-    assert_eq!(first.kernel_release == host.trim(), !isolated, "{}", first.kernel_release);
+    // By its memory, not by its kernel: that may be the host's too (see `nested`).
+    let isolated = bed.choice != DriverChoice::Process;
+    let memory_mib = first.memory_total_kib / 1024;
+    assert_eq!(memory_mib, if isolated { memory_mib.clamp(128, 256) } else { 0 });
     if isolated {
         until("the guest's kernel prints to the console", || !machine.console().tail.is_empty()).await;
     }
@@ -339,14 +389,88 @@ async fn a_dead_machine_is_not_adopted_and_what_is_left_of_it_is_ended(bed: Bed)
     until("the process that was left has ended", || left.has_ended()).await;
 }
 
-#[tokio::test]
-async fn a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended() {
-    let Some(bed) = Bed::qemu().await else { return };
+async fn auto_takes_the_best_that_runs_here(bed: Bed) {
+    let best = choose(DriverChoice::CloudHypervisor, &bed.settings).map_or("qemu", |_| "cloud-hypervisor");
+    let (driver, why) = choose(DriverChoice::Auto, &bed.settings).expect("one runs here");
+    assert_eq!(driver.name(), best, "{why}");
+    assert!(why.starts_with(&format!("{best}: the best this machine can run")), "{why}");
+    assert!(why.contains("; images: "), "{why}");
+}
+
+/// An agent that listens may be reached before it serves, and then breaks (see `machine.rs`).
+async fn a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended(bed: Bed) {
     let launch = bed.launch();
     drop(start(&bed.driver(), &launch).await);
     let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts");
     assert!(adopted.is_none());
     assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn a_guest_whose_kernel_panics_ends_and_its_console_says_so(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    // The module by which its kernel tells of a panic is inserted only once the agent serves.
+    let script = "i=0; while [ ! -d /sys/module/pvpanic_pci ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; \
+        echo c > /proc/sysrq-trigger";
+    let output = run(client(&machine).await.expect("connects"), &launch, script).await;
+    let exit = within(BOOT, "wait", machine.wait()).await;
+    drop(output);
+    let console = text(&machine.console());
+    assert!(console.contains("Kernel panic - not syncing: sysrq triggered crash"), "{exit}; {console}");
+    let told = (bed.choice == DriverChoice::CloudHypervisor).then_some("the guest's kernel panicked");
+    assert_eq!(exit.why, told, "{exit}; {console}");
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+async fn a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let guest = client(&machine).await.expect("connects");
+    // As when vmhost died long ago: nobody reads, and hardly anything more finds room.
+    drop(machine);
+    fill(&launch.dir.join("output"));
+    // In lines longer than what a serial port takes without an interrupt.
+    let script = "yes lines that are longer than the sixteen bytes of a serial port | head -c 8000 > /dev/console";
+    let mut output = run(guest, &launch, script).await;
+    let exited = async {
+        loop {
+            match output.message().await.expect("it runs").expect("its end comes").message {
+                Some(run_response::Message::Exited(exited)) => return exited.exit.expect("it was started").exit_code,
+                Some(run_response::Message::Started(_) | run_response::Message::Output(_)) | None => {}
+            }
+        }
+    };
+    tokio::pin!(exited);
+    // It may have to wait for vmhost, or not.
+    let done = tokio::select! {
+        code = &mut exited => Some(code),
+        () = until("the console is full", || waiting_bytes(&launch.dir.join("output")) >= 65_536) => None,
+    };
+
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives");
+    hello(&adopted).await;
+    let code = match done {
+        Some(code) => code,
+        None => within(BOOT, "the job's end", exited).await,
+    };
+    assert_eq!(code, Some(0));
+    end(&adopted).await;
+}
+
+/// Leaves room for a few lines in a FIFO.
+fn fill(fifo: &Path) {
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK;
+    let fifo = rustix::fs::open(fifo, flags, rustix::fs::Mode::empty()).expect("opens");
+    rustix::io::write(fifo, &[b'.'; 65_000]).expect("has room");
+}
+
+/// What is in a FIFO and has not been read.
+fn waiting_bytes(fifo: &Path) -> u64 {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let fifo = rustix::fs::open(fifo, flags, rustix::fs::Mode::empty()).expect("opens");
+    rustix::io::ioctl_fionread(fifo).expect("a FIFO")
 }
 
 /// A process that carries a VM's mark, as one does that vmhost started and never got to record.

@@ -1,0 +1,157 @@
+//! What Cloud Hypervisor is told about a VM: the bodies of `vm.create` and `vm.add-net`, with the field names of its API.
+//!
+//! Whatever is not named here is its default; what would be dangerous as a default is named.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::super::{Launch, Nic, image::Image};
+
+/// The first CID that is not reserved. The guest's address in its own vsock proxy only, so every VM may have the same.
+const GUEST_CID: u32 = 3;
+const BYTES_PER_MIB: u64 = 1024 * 1024;
+
+/// The body of `vm.create`.
+#[derive(Debug, Serialize)]
+pub(super) struct VmConfig {
+    payload: Payload,
+    cpus: Cpus,
+    memory: Memory,
+    rng: Rng,
+    /// The first one is /dev/vda.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<Disk>,
+    vsock: Vsock,
+    serial: Console,
+    console: Console,
+    /// A device by which the guest's kernel says that it panics.
+    pvpanic: bool,
+    landlock_enable: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Payload {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    cmdline: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpus {
+    boot_vcpus: u32,
+    max_vcpus: u32,
+    /// Whether the guest may run VMs itself: on unless it is said.
+    nested: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Memory {
+    size: u64,
+    /// Only devices outside the hypervisor's process would need it.
+    shared: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Rng {
+    src: &'static str,
+}
+
+/// An image's disk, which all of its VMs share.
+#[derive(Debug, Serialize)]
+struct Disk {
+    path: PathBuf,
+    readonly: bool,
+    /// Otherwise the format would be guessed from the disk's own bytes.
+    image_type: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Vsock {
+    cid: u32,
+    socket: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
+struct Console {
+    mode: ConsoleMode,
+}
+
+#[derive(Debug, Serialize)]
+enum ConsoleMode {
+    Off,
+    /// The hypervisor's stdout.
+    Tty,
+}
+
+impl VmConfig {
+    /// The VM of a launch. `vsock`: the name of a socket in its directory.
+    pub(super) fn new(launch: &Launch, image: Image, vsock: &str, landlock: bool) -> Self {
+        Self {
+            payload: Payload { kernel: image.kernel, initramfs: image.initramfs, cmdline: image.cmdline },
+            cpus: Cpus { boot_vcpus: launch.vcpus, max_vcpus: launch.vcpus, nested: false },
+            memory: Memory { size: u64::from(launch.memory_mib) * BYTES_PER_MIB, shared: false },
+            rng: Rng { src: "/dev/urandom" },
+            disks: image.root_disk.into_iter().map(|path| Disk { path, readonly: true, image_type: "Raw" }).collect(),
+            // Relative to the launch's directory, which the hypervisor runs in: no path is too long for a socket. With
+            // the dot, for Landlock's rule is about the path's parent, and that of a bare name is empty.
+            vsock: Vsock { cid: GUEST_CID, socket: Path::new(".").join(vsock) },
+            // To stdout, which is a FIFO that neither grows nor blocks. Not a file, which has no bound, and not a socket
+            // (`console.rs` says why).
+            serial: Console { mode: ConsoleMode::Tty },
+            console: Console { mode: ConsoleMode::Off },
+            pvpanic: true,
+            landlock_enable: landlock,
+        }
+    }
+}
+
+/// The body of `vm.add-net`. Its TAP is not named but passed, open, with the call. Its MTU is not named either: to set it
+/// the hypervisor would need a right; in the TAP's network namespace it tells the guest the one that the TAP has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct NetConfig {
+    pub(super) id: String,
+    /// The guest's address: "52:54:00:12:34:56".
+    pub(super) mac: String,
+    /// Two for each descriptor: one to receive, one to send.
+    pub(super) num_queues: usize,
+}
+
+impl NetConfig {
+    /// The interface of a launch, of one queue.
+    pub(super) fn new(nic: &Nic) -> Self {
+        Self { id: "net0".to_owned(), mac: nic.mac.to_string(), num_queues: 2 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blixard::id::VmId;
+
+    use super::*;
+
+    #[test]
+    fn the_config_of_a_vm() {
+        let image = Image {
+            kernel: "/images/default/vmlinux".into(),
+            initramfs: "/images/default/initramfs".into(),
+            cmdline: "console=ttyS0 quiet".to_owned(),
+            root_disk: Some("/images/tools/root.erofs".into()),
+        };
+        let launch = Launch {
+            vm_id: VmId::random(),
+            image: "default".to_owned(),
+            vcpus: 2,
+            memory_mib: 512,
+            dir: "/var/lib/blixard/vm".into(),
+            nic: None,
+        };
+        insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));
+    }
+
+    #[test]
+    fn the_config_of_a_network_device() {
+        let nic = Nic { tap: "blx0".into(), mac: "52:54:00:12:34:56".parse().expect("an address") };
+        insta::assert_json_snapshot!(NetConfig::new(&nic));
+    }
+}

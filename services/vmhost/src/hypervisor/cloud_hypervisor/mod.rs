@@ -1,0 +1,219 @@
+//! Cloud Hypervisor: for production. KVM only.
+//!
+//! ```text
+//!   vmhost ─► socket `api` ──► cloud-hypervisor ── stdout, FIFO `output` ─► console: the guest's serial port too
+//!      │                        │       └───────── FIFO `events` ─────────► why the machine is over
+//!      └────► socket `vsock` ──►└─► guest, vsock port 1024
+//! ```
+//!
+//! A VM is made in steps: the process, `vm.create`, what has to be passed as a descriptor, `vm.boot`. From then on the
+//! API is not needed: a pidfd and the guest agent answer everything, and adoption asks them alone.
+//!
+//! A guest that resets would be booted again by the same process. Here a machine boots once, as with QEMU, so the event of
+//! a reset ends it; should that event be lost, the agent's new boot id tells.
+//!
+//! It runs under its own seccomp filters, and where the kernel has it under Landlock: it opens the image's files, its own
+//! directory and nothing else.
+
+mod api;
+#[cfg(test)]
+mod api_tests;
+mod config;
+#[cfg(test)]
+mod tests;
+mod version;
+
+use std::{ffi::OsString, io, os::unix::net::UnixStream, path::PathBuf, sync::Arc, time::Duration};
+
+use blixard_chassis::Tasks;
+use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
+use tokio::runtime::Handle;
+
+use self::{
+    api::{Api, ApiError, Ping},
+    config::{NetConfig, VmConfig},
+};
+use super::{
+    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
+    events::Events,
+    image::{self, Image},
+    images_in_words,
+    machine::{self, Agent, Kind, Starting, cannot},
+    tools,
+};
+
+const VMM: &str = "cloud-hypervisor";
+/// Where it takes calls. It leaves a file of this name with `.lock` appended beside it.
+const API_SOCKET: &str = "api";
+/// Where its vsock proxy takes connections to the guest.
+const VSOCK_SOCKET: &str = "vsock";
+const EVENTS_FIFO: &str = "events";
+/// It listens after a few milliseconds; the rest is for a loaded host.
+const API_PATIENCE: Duration = Duration::from_secs(20);
+/// The Landlock version that it insists on. Linux 6.2 has it.
+const LANDLOCK_ABI: ABI = ABI::V3;
+
+const KIND: Kind = Kind {
+    driver: "cloud-hypervisor",
+    processes: &[VMM],
+    agent: Agent::Hybrid(VSOCK_SOCKET),
+    serial: None,
+    events: Some(Events { fifo: EVENTS_FIFO, verdict }),
+    has_children: false,
+};
+
+/// Machines that Cloud Hypervisor runs.
+pub struct CloudHypervisor {
+    boot: Boot,
+    image_dir: PathBuf,
+    tasks: Tasks,
+}
+
+/// What every boot needs.
+#[derive(Debug, Clone)]
+struct Boot {
+    program: PathBuf,
+    landlock: bool,
+}
+
+impl CloudHypervisor {
+    /// The driver, and in half a line how it will run.
+    ///
+    /// # Errors
+    /// What is missing, each with what to do about it.
+    pub fn find(settings: &HypervisorSettings) -> Result<(Self, String), ChooseError> {
+        let (kvm, installed) = (doctor::kvm(), installed());
+        let (program, version) = match (kvm, installed) {
+            (Ok(()), Ok(installed)) => installed,
+            (kvm, installed) => {
+                let missing = [kvm.err(), installed.err()].into_iter().flatten().collect();
+                return Err(ChooseError::Missing { driver: KIND.driver, missing });
+            }
+        };
+        let landlock = has_landlock();
+        let image_dir = std::path::absolute(&settings.image_dir).unwrap_or_else(|_| settings.image_dir.clone());
+        let why = format!("version {version}, {}; {}", confinement(landlock), images_in_words(&image_dir));
+        Ok((Self { boot: Boot { program, landlock }, image_dir, tasks: Tasks::new() }, why))
+    }
+}
+
+/// The program and its version, if it is there and one that this driver is made for; else what is wrong.
+pub(super) fn installed() -> Result<(PathBuf, String), String> {
+    let tool = tools::CLOUD_HYPERVISOR;
+    let program = tool.find().ok_or_else(|| tool.missing())?;
+    let version = version::check(&program)?;
+    Ok((program, version))
+}
+
+/// How its process is confined, in words.
+pub(super) fn confinement(landlock: bool) -> &'static str {
+    if landlock {
+        "confined by seccomp and Landlock"
+    } else {
+        "confined by seccomp, without Landlock (Linux 6.2 has it)"
+    }
+}
+
+/// Whether this kernel offers what it insists on when it is told to use Landlock.
+pub(super) fn has_landlock() -> bool {
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    ruleset.handle_access(AccessFs::from_all(LANDLOCK_ABI)).and_then(Ruleset::create).is_ok()
+}
+
+#[tonic::async_trait]
+impl Hypervisor for CloudHypervisor {
+    fn name(&self) -> &'static str {
+        KIND.driver
+    }
+
+    fn images(&self) -> Vec<String> {
+        image::names(&self.image_dir)
+    }
+
+    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        machine::launch(KIND, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            boot.start(starting, image, &what)
+        })
+        .await
+    }
+
+    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
+        machine::adopt(KIND, launch, &self.tasks).await
+    }
+
+    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
+        machine::sweep(launch).await
+    }
+}
+
+impl Boot {
+    fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
+        let (api, pid) = self.start_vmm(starting)?;
+        let config = VmConfig::new(launch, image, VSOCK_SOCKET, self.landlock);
+        Handle::current().block_on(async {
+            check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
+            api.create(&config).await.map_err(failed("create the VM"))?;
+            if let Some(nic) = &launch.nic {
+                // By a call of its own: `vm.create` takes no descriptors.
+                let tap = nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?;
+                api.add_net(&NetConfig::new(nic), vec![tap])
+                    .await
+                    .map_err(failed("give the VM its network interface"))?;
+            }
+            api.boot().await.map_err(failed("boot the VM"))
+        })
+    }
+
+    /// Starts the process and waits until it takes calls.
+    fn start_vmm(&self, starting: &mut Starting) -> Result<(Api, u32), LaunchError> {
+        let pid = starting.start(VMM, &self.program, &arguments())?;
+        let socket = starting.sockets().for_us(API_SOCKET);
+        let ready = || UnixStream::connect(&socket).is_ok();
+        starting.wait_until("reach cloud-hypervisor's API", API_PATIENCE, ready)?;
+        Ok((Api::new(socket), pid))
+    }
+}
+
+/// Paths are relative to the launch's directory, which it runs in: in its options a comma would end one.
+fn arguments() -> Vec<OsString> {
+    let api = format!("path={API_SOCKET}");
+    let events = format!("path={EVENTS_FIFO}");
+    ["--api-socket", &api, "--event-monitor", &events, "--seccomp", "true"].map(OsString::from).to_vec()
+}
+
+fn failed(action: &str) -> impl FnOnce(ApiError) -> LaunchError {
+    let action = action.to_owned();
+    move |error| cannot(action)(io::Error::other(error))
+}
+
+/// Whether who answers is whom we started, and one that we know how to talk to: the program may have been replaced since
+/// the driver was chosen.
+fn check(ping: &Ping, pid: u32) -> Result<(), LaunchError> {
+    let problem = if ping.pid != pid {
+        format!("process {} answers on the API socket of process {pid}", ping.pid)
+    } else if version::major(&ping.version) != Some(version::SUPPORTED) {
+        version::other(&format!("cloud-hypervisor says that it is version {}", ping.version))
+    } else if !ping.features.iter().any(|feature| feature == "kvm") {
+        format!("this cloud-hypervisor was built without KVM, with: {}", ping.features.join(", "))
+    } else {
+        return Ok(());
+    };
+    Err(cannot("use this cloud-hypervisor")(io::Error::other(problem)))
+}
+
+/// What an event says about the machine's end.
+fn verdict(event: &str) -> Option<&'static str> {
+    #[derive(serde::Deserialize)]
+    struct Event {
+        source: String,
+        event: String,
+    }
+    let event: Event = serde_json::from_str(event).ok()?;
+    match (event.source.as_str(), event.event.as_str()) {
+        ("guest", "panic") => Some("the guest's kernel panicked"),
+        ("vm", "rebooting") => Some("the guest reset itself"),
+        _ => None,
+    }
+}

@@ -94,6 +94,8 @@ pub(super) struct Creation {
 pub(super) struct BootFailures {
     pub(super) count: u32,
     pub(super) not_before: Timestamp,
+    /// The registry's revision of the latest that counted.
+    revision: u64,
 }
 
 /// Counts that decisions need.
@@ -248,7 +250,7 @@ impl Engine {
             self.end_boot(before.made_for, before.class.vcpus);
             let failed_to_boot = before.state == VmState::Starting && vm.state == VmState::Failed;
             if failed_to_boot && entry.ours && !self.fleet.is_lost(entry.node) {
-                self.on_boot_failure(now, entry.class, &vm.reason, effects);
+                self.on_boot_failure(now, entry.class, before.revision, vm, effects);
             }
         }
         self.offer_room(entry.node);
@@ -262,9 +264,14 @@ impl Engine {
     }
 
     /// Waits longer after each failure in a row; from the third on each failure also fails a job that waits for this image,
-    /// so that a broken image ends its jobs with a reason.
-    fn on_boot_failure(&mut self, now: Timestamp, class: Class, why: &str, effects: &mut Vec<Effect>) {
+    /// so that a broken image ends its jobs with a reason. VMs that were starting together, as on a node whose vmhost was away for
+    /// long, are one failure: in a row is what began after the one before had failed. `began`: the revision as of which it was Starting.
+    fn on_boot_failure(&mut self, now: Timestamp, class: Class, began: u64, vm: &Vm, effects: &mut Vec<Effect>) {
         let failures = self.boot_failures.entry(class.image).or_default();
+        if began <= failures.revision {
+            return;
+        }
+        failures.revision = vm.revision;
         failures.count += 1;
         failures.not_before = Timestamp(now.0 + (500 << failures.count.min(6)));
         let (count, not_before) = (failures.count, failures.not_before);
@@ -272,7 +279,7 @@ impl Engine {
         if count < MAX_BOOT_FAILURES || self.lead.is_none() {
             return;
         }
-        let reason = format!("{count} VMs in a row failed to start; the last: {why}");
+        let reason = format!("{count} VMs in a row failed to start; the last: {}", vm.reason);
         if let Some(job_id) = self.queue.first_waiting_for(&class) {
             self.fail_job(job_id, reason, false, effects);
         }

@@ -532,3 +532,48 @@ fn a_job_for_a_node_that_is_cordoned_says_so() {
     engine.step(at(0), Input::Job(queued(2, 11, spec(|_| {}))));
     assert_eq!(engine.waits_for(job_id(2)).as_deref(), Some("a node that is ready and has the image"));
 }
+
+/// The tickets of the VMs that are to be made.
+fn tickets(effects: &[Effect]) -> Vec<u64> {
+    let ticket = |effect: &Effect| match effect {
+        Effect::CreateVm { ticket, .. } => Some(*ticket),
+        _ => None,
+    };
+    effects.iter().filter_map(ticket).collect()
+}
+
+#[test]
+fn vms_that_fail_to_boot_one_after_the_other_fail_a_job_and_those_that_fail_together_count_once() {
+    let mut engine = engine(Settings { max_vms: 10, ..settings() });
+    let mut revision = 10;
+    let mut next = || {
+        revision += 1;
+        revision
+    };
+    let mut effects = Vec::new();
+    for id in 1..=3 {
+        effects.extend(engine.step(at(0), Input::Job(queued(id, next(), spec(|_| {})))));
+    }
+    let (mut now, mut made) = (0, 100);
+    let mut failed = Vec::new();
+    for round in 1..=3 {
+        let mut starting = Vec::new();
+        for ticket in tickets(&effects) {
+            made += 1;
+            starting.push(made);
+            let vm = vm(made, next(), VmKind::Ephemeral, VmState::Starting);
+            engine.step(at(now), Input::Created { ticket, result: Ok(vm) });
+        }
+        assert!(starting.len() >= 2, "round {round}: {starting:?}");
+        for id in starting {
+            let gone = Vm { reason: "no kernel".into(), ..vm(id, next(), VmKind::Ephemeral, VmState::Failed) };
+            failed.extend(engine.step(at(now), Input::Vm(gone)));
+        }
+        if round < 3 {
+            assert_eq!(reasons(&failed), [""; 0], "round {round}");
+        }
+        now += 60_000;
+        effects = engine.step(at(now), Input::Tick);
+    }
+    assert_eq!(reasons(&failed), ["false: 3 VMs in a row failed to start; the last: no kernel"]);
+}

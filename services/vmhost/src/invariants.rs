@@ -1,5 +1,5 @@
-//! Whether this node is as it has it on record: every process and directory belongs to a VM that it holds, and every VM that it
-//! holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
+//! Whether this node is as it has it on record: every process, directory and network interface belongs to a VM that it holds, and every
+//! VM that it holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
 //! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory.
 //!
 //! VMs begin and end while this looks. So processes and directories are listed first and what should be there afterwards, and
@@ -16,7 +16,7 @@ use std::{
 use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
 
 use crate::{
-    driver::with_sources,
+    driver::{VmHandle, with_sources},
     host::Host,
     hypervisor::{MarkedProcess, end_marked, marked_below},
 };
@@ -41,6 +41,10 @@ pub(crate) enum Violation {
     Record(VmId),
     /// The machine of a VM that takes jobs does not run.
     Machine(VmId, VmState),
+    /// A network interface that is nobody's.
+    Interface(String),
+    /// The network interface of a VM that takes jobs is not there.
+    NoInterface(VmId, String),
 }
 
 /// What was found.
@@ -57,16 +61,20 @@ pub(crate) struct Findings {
 struct Seen {
     processes: Vec<(VmId, MarkedProcess)>,
     directories: Vec<(VmId, PathBuf)>,
+    /// Interfaces by name.
+    taps: BTreeSet<String>,
     vms: BTreeMap<VmId, Held>,
 }
 
 /// A VM that this node holds.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Held {
     state: VmState,
     recorded: bool,
     /// Whether its machine runs; `None`: it has none.
     runs: Option<bool>,
+    /// Its interface.
+    tap: Option<String>,
 }
 
 /// What does not fit. Pure.
@@ -81,7 +89,13 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let works = |state| matches!(state, VmState::Ready | VmState::Busy | VmState::Idle);
     let machines = seen.vms.iter().filter(|(_, held)| works(held.state) && held.runs != Some(true));
     let machines = machines.map(|(id, held)| Violation::Machine(*id, held.state));
-    processes.chain(directories).chain(records).chain(machines).collect()
+    let owned: BTreeSet<&String> = seen.vms.values().filter_map(|held| held.tap.as_ref()).collect();
+    let strays = seen.taps.iter().filter(|tap| !owned.contains(tap)).cloned().map(Violation::Interface);
+    let working = seen.vms.iter().filter(|(_, held)| works(held.state));
+    let missing =
+        working.filter_map(|(id, held)| Some((*id, held.tap.clone().filter(|tap| !seen.taps.contains(tap))?)));
+    let missing = missing.map(|(id, tap)| Violation::NoInterface(id, tap));
+    processes.chain(directories).chain(records).chain(machines).chain(strays).chain(missing).collect()
 }
 
 fn is_deleted(path: &Path) -> bool {
@@ -90,32 +104,33 @@ fn is_deleted(path: &Path) -> bool {
 
 impl Violation {
     fn describe(&self, repaired: bool) -> pb::Violation {
+        use pb::ViolationKind as Kind;
         let (kind, vm_id, subject, problem) = match self {
-            Self::Process(vm_id, process) => (
-                pb::ViolationKind::Process,
-                vm_id,
-                process.to_string(),
-                "a process of a VM that this node does not hold",
-            ),
+            Self::Process(vm_id, process) => {
+                (Kind::Process, Some(vm_id), process.to_string(), "a process of a VM that this node does not hold")
+            }
             Self::Directory(vm_id, path) => {
                 let path = path.display().to_string();
-                (pb::ViolationKind::Directory, vm_id, path, "the directory of a VM that this node does not hold")
+                (Kind::Directory, Some(vm_id), path, "the directory of a VM that this node does not hold")
             }
-            Self::Record(vm_id) => (
-                pb::ViolationKind::Record,
-                vm_id,
-                vm_id.to_string(),
-                "this node holds it and has no record of it on disk",
-            ),
-            Self::Machine(vm_id, state) => {
-                let problem = match state {
-                    VmState::Busy => "it is Busy and its machine does not run",
-                    _ => "it waits for jobs and its machine does not run",
-                };
-                (pb::ViolationKind::Machine, vm_id, vm_id.to_string(), problem)
+            Self::Record(vm_id) => {
+                (Kind::Record, Some(vm_id), vm_id.to_string(), "this node holds it and has no record of it on disk")
+            }
+            Self::Machine(vm_id, VmState::Busy) => {
+                (Kind::Machine, Some(vm_id), vm_id.to_string(), "it is Busy and its machine does not run")
+            }
+            Self::Machine(vm_id, _) => {
+                (Kind::Machine, Some(vm_id), vm_id.to_string(), "it waits for jobs and its machine does not run")
+            }
+            Self::Interface(tap) => {
+                (Kind::Interface, None, tap.clone(), "a network interface of this node's that no VM owns")
+            }
+            Self::NoInterface(vm_id, tap) => {
+                (Kind::Interface, Some(vm_id), tap.clone(), "the network interface of its VM is not there")
             }
         };
-        pb::Violation { kind: kind.into(), vm_id: vm_id.to_string(), subject, problem: problem.to_owned(), repaired }
+        let vm_id = vm_id.map(VmId::to_string).unwrap_or_default();
+        pb::Violation { kind: kind.into(), vm_id, subject, problem: problem.to_owned(), repaired }
     }
 }
 
@@ -161,8 +176,15 @@ pub(crate) async fn check(host: &Arc<Host>, repair: bool) -> Result<Findings, Er
 }
 
 async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error> {
+    let taps = match &host.network {
+        Ok(network) => network.taps().await.map_err(|error| {
+            let error = with_sources(&error);
+            Error::internal(|error_id| tracing::error!(error_id, error, "the network interfaces can't be listed"))
+        })?,
+        Err(_) => BTreeSet::new(),
+    };
     let from = Arc::clone(host);
-    let seen = tokio::task::spawn_blocking(move || see(&from)).await.map_err(io::Error::other).flatten();
+    let seen = tokio::task::spawn_blocking(move || see(&from, taps)).await.map_err(io::Error::other).flatten();
     let seen = seen.map_err(|error| {
         Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory can't be read"))
     })?;
@@ -170,18 +192,20 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
     Ok((Findings { violations: vec![], vms, processes, directories }, differences(&seen)))
 }
 
-fn see(host: &Host) -> io::Result<Seen> {
+fn see(host: &Host, taps: BTreeSet<String>) -> io::Result<Seen> {
     let state_dir = host.state.path();
     let owner = |process: MarkedProcess| Some((host.state.owner(&process.dir)?, process));
     let processes = marked_below(state_dir).into_iter().filter_map(owner).collect();
     let directories = host.state.entries()?;
     // Afterwards: what it holds now it may have begun since, what it does not hold it has not held since.
-    let vms: Vec<_> = host.vms().iter().map(|(id, vm)| (*id, vm.view.borrow().clone())).collect();
-    let held = |(id, view): (VmId, crate::driver::VmView)| {
+    let vms: Vec<_> = host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
+    let held = |(id, vm): (VmId, VmHandle)| {
         let recorded = matches!(host.state.vm(id).vm(), Ok(Some(_)));
-        (id, Held { state: view.state, recorded, runs: view.machine.map(|machine| !machine.pids().is_empty()) })
+        let view = vm.view.borrow().clone();
+        let runs = view.machine.map(|machine| !machine.pids().is_empty());
+        (id, Held { state: view.state, recorded, runs, tap: vm.lease.map(|lease| lease.tap) })
     };
-    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect() })
+    Ok(Seen { processes, directories, taps, vms: vms.into_iter().map(held).collect() })
 }
 
 /// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
@@ -197,8 +221,17 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
             let deleted = deleted.map_err(io::Error::other).flatten();
             deleted.inspect_err(|error| tracing::error!(%error, "a VM's directory can't be deleted")).is_ok()
         }
+        Violation::Interface(_) => match &host.network {
+            Ok(network) => {
+                let settled = network.settle().await;
+                settled
+                    .inspect_err(|error| tracing::error!(error = with_sources(error), "an interface is left"))
+                    .is_ok()
+            }
+            Err(_) => false,
+        },
         // Its driver has it in hand: it notices, or it is the next vmhost that makes an end of it.
-        Violation::Record(_) | Violation::Machine(..) => false,
+        Violation::Record(_) | Violation::Machine(..) | Violation::NoInterface(..) => false,
     }
 }
 
@@ -207,7 +240,7 @@ mod tests {
     use super::*;
 
     fn found(state: VmState, recorded: bool, runs: Option<bool>) -> Vec<Violation> {
-        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs })]);
+        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs, tap: None })]);
         differences(&Seen { vms, ..Seen::default() }).into_iter().collect()
     }
 
@@ -228,12 +261,26 @@ mod tests {
     #[test]
     fn the_directory_of_a_held_vm_may_stay_until_its_end_is_known_but_not_half_deleted() {
         let vm = VmId(uuid::Uuid::nil());
-        let held = Held { state: VmState::Terminated, recorded: true, runs: None };
+        let held = Held { state: VmState::Terminated, recorded: true, runs: None, tap: None };
         let (whole, half) = (PathBuf::from(format!("/s/{vm}")), PathBuf::from(format!("/s/{vm}.deleted")));
         let directories = vec![(vm, whole.clone()), (vm, half.clone())];
         let mut seen = Seen { directories, vms: BTreeMap::from([(vm, held)]), ..Seen::default() };
         assert_eq!(differences(&seen), BTreeSet::from([Violation::Directory(vm, half.clone())]));
         seen.vms.clear();
         assert_eq!(differences(&seen), [whole, half].map(|path| Violation::Directory(vm, path)).into());
+    }
+
+    #[test]
+    fn an_interface_has_an_owner_and_a_vm_that_takes_jobs_the_one_it_was_given() {
+        let vm = VmId(uuid::Uuid::nil());
+        let held = |state| Held { state, recorded: true, runs: Some(true), tap: Some("tap1".into()) };
+        let of = |state, taps: &[&str]| {
+            let taps = taps.iter().map(ToString::to_string).collect();
+            differences(&Seen { taps, vms: BTreeMap::from([(vm, held(state))]), ..Seen::default() })
+        };
+        assert_eq!(of(VmState::Idle, &["tap1"]), BTreeSet::new());
+        assert_eq!(of(VmState::Starting, &[]), BTreeSet::new(), "it may not be made yet");
+        assert_eq!(of(VmState::Idle, &[]), [Violation::NoInterface(vm, "tap1".into())].into());
+        assert_eq!(of(VmState::Starting, &["tap1", "tap2"]), [Violation::Interface("tap2".into())].into());
     }
 }

@@ -443,10 +443,12 @@ fn a_kill_at_any_moment_leaves_nothing() {
             node.crash().await;
         }
         let node = bed.node().await;
+        assert_eq!(node.differences().await, []);
         for hosted in node.hosted().await {
             node.stop_vm(hosted.vm_id.parse().expect("an id"), Some(0)).await.expect("stopped");
         }
         bed.world.assert_nothing_left().await;
+        assert_eq!(node.differences().await, []);
         assert_eq!(taps(), Vec::<String>::new());
         assert_eq!(run("nft list tables").matches("blixard_").count(), 2);
     });

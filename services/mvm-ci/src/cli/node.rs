@@ -104,6 +104,7 @@ fn kind(violation: &common::Violation) -> &'static str {
         common::ViolationKind::Directory => "directory",
         common::ViolationKind::Record => "record",
         common::ViolationKind::Machine => "machine",
+        common::ViolationKind::Interface => "interface",
     }
 }
 

@@ -236,6 +236,11 @@ impl Network {
         Ok(())
     }
 
+    /// The TAPs of this node that are there.
+    pub(crate) async fn taps(&self) -> Result<BTreeSet<String>, KernelError> {
+        Ok(orphans(&self.plan.names, self.kernel.names().await?, &BTreeSet::new()).into_iter().collect())
+    }
+
     /// Settles again and again.
     pub(crate) async fn keep(self: Arc<Self>) {
         loop {

@@ -219,6 +219,7 @@ async fn run(mut guest: GuestServiceClient<Channel>, launch: &Launch, script: &s
         hostname: "tried".to_owned(),
         time: Some(Timestamp::now().into()),
         entropy: vec![7; 64].into(),
+        network: None,
     };
     guest.configure(configure).await.expect("is configured");
     let spec = JobSpec {

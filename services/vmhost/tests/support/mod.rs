@@ -312,6 +312,12 @@ impl Node {
         self.client.clone().cancel_job(request).await.map(drop).map_err(Error::from)
     }
 
+    /// What the node finds to be not as it is on record.
+    pub async fn differences(&self) -> Vec<common::Violation> {
+        let request = pb::CheckInvariantsRequest { repair: false };
+        self.client.clone().check_invariants(request).await.expect("it looks").into_inner().violations
+    }
+
     pub async fn hosted(&self) -> Vec<pb::HostedVm> {
         self.client.clone().list_vms(pb::ListVmsRequest::default()).await.expect("listed").into_inner().vms
     }

@@ -189,6 +189,14 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_given_nothing_and_says_so() {
+        let network = pb::GuestNetwork { mtu: 1500, ..Default::default() };
+        let skipped = |network| request(|r| r.network = network).expect("valid").apply(false).expect("skipped");
+        assert_eq!(skipped(None).len(), 3);
+        assert_eq!(skipped(Some(network))[3], "network: the agent is not PID 1 of a guest");
+    }
+
+    #[test]
     fn each_bad_field_is_refused_by_name() {
         request(|_| {}).expect("valid");
         type Change = fn(&mut pb::ConfigureRequest);

@@ -1,7 +1,7 @@
 //! What must hold after every step. One function, called by the tests, the simulation and, while there is little to look at, by
 //! every debug build.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Engine,
@@ -50,7 +50,16 @@ impl Engine {
                 let sum = tenants.entry(job.tenant).or_default();
                 *sum = (sum.0 + 1, sum.1 + u64::from(job.vcpus));
             }
-            given += usize::from(matches!(job.phase, Phase::Given { .. }));
+            if let Phase::Given { vm_id, .. } = job.phase {
+                given += 1;
+                if !self.jobs_on_vm.get(&vm_id).is_some_and(|jobs| jobs.contains(id)) {
+                    return Some(format!("job {id} has VM {vm_id} and would not be found by it"));
+                }
+            }
+        }
+        let found = self.jobs_on_vm.values().map(BTreeSet::len).sum::<usize>();
+        if given != found {
+            return Some(format!("{given} jobs have VMs and {found} are found by them"));
         }
         if given != self.given {
             return Some(format!("{given} jobs are assigned or running and {} are counted", self.given));

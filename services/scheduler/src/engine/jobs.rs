@@ -265,7 +265,7 @@ impl Engine {
         self.queue.count_job(tenant, vcpus, 1);
         self.given += 1;
         self.fleet.place_mut(node).jobs += 1;
-        self.job_on.insert(vm_id, id);
+        self.jobs_on_vm.entry(vm_id).or_default().insert(id);
         let (reason, lost) = if !self.vms.contains_key(&vm_id) {
             (format!("its VM {vm_id} is gone"), None)
         } else if self.fleet.place(node).given_up {
@@ -284,8 +284,11 @@ impl Engine {
             self.given -= 1;
             let place = self.fleet.place_mut(node);
             place.jobs = place.jobs.saturating_sub(1);
-            if self.job_on.get(&vm_id) == Some(&id) {
-                self.job_on.remove(&vm_id);
+            if let Some(jobs) = self.jobs_on_vm.get_mut(&vm_id) {
+                jobs.remove(&id);
+                if jobs.is_empty() {
+                    self.jobs_on_vm.remove(&vm_id);
+                }
             }
             self.queue.count_job(entry.tenant, entry.vcpus, -1);
         }

@@ -184,8 +184,9 @@ pub struct Engine {
     given: usize,
     /// How many jobs the engine has heard of: the order between jobs of one millisecond.
     heard: u64,
-    /// Which job an Assigned or Running job's VM has.
-    job_on: BTreeMap<VmId, JobId>,
+    /// Assigned and Running jobs by their VM. There may be two of one VM: that the first one has ended is heard after the
+    /// second was given it.
+    jobs_on_vm: BTreeMap<VmId, BTreeSet<JobId>>,
     dependencies: Dependencies,
     queue: Queue,
     orders: Orders,
@@ -220,7 +221,7 @@ impl Engine {
             jobs: BTreeMap::new(),
             given: 0,
             heard: 0,
-            job_on: BTreeMap::new(),
+            jobs_on_vm: BTreeMap::new(),
             dependencies: Dependencies::default(),
             queue: Queue::default(),
             orders: Orders::default(),

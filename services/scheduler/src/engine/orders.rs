@@ -148,9 +148,7 @@ impl Engine {
         for vm_id in self.vms_on(node) {
             self.order_anew(now, OrderKey::Start(vm_id));
             self.order_anew(now, OrderKey::Stop(vm_id));
-            if let Some(job_id) = self.job_on.get(&vm_id).copied()
-                && let Some(attempt) = self.jobs.get(&job_id).map(|job| job.attempt)
-            {
+            for (job_id, attempt) in self.attempts_on(vm_id) {
                 self.order_anew(now, OrderKey::Run(job_id, attempt));
                 self.order_anew(now, OrderKey::Cancel(job_id, attempt));
             }

@@ -255,12 +255,12 @@ impl Engine {
         }
         self.offer_room(entry.node);
         self.offer_to_its_jobs(vm.id);
-        let Some(job) = self.job_on.get(&vm.id).and_then(|job_id| Some((*job_id, self.jobs.get(job_id)?))) else {
-            return;
-        };
         let why = if vm.reason.is_empty() { String::new() } else { format!(": {}", vm.reason) };
         let reason = format!("its VM {} is {}{why}", vm.id, vm.state);
-        effects.push(Effect::LoseAttempt { job_id: job.0, attempt: job.1.attempt, started: true, reason, lost: None });
+        for (job_id, attempt) in self.attempts_on(vm.id) {
+            let reason = reason.clone();
+            effects.push(Effect::LoseAttempt { job_id, attempt, started: true, reason, lost: None });
+        }
     }
 
     /// Waits longer after each failure in a row; from the third on each failure also fails a job that waits for this image,
@@ -324,9 +324,7 @@ impl Engine {
     pub(super) fn give_up_vm(&mut self, vm_id: VmId, effects: &mut Vec<Effect>) {
         let Some(vm) = self.vms.get(&vm_id) else { return };
         let (reason, lost) = self.lost(vm.node);
-        if let Some(job_id) = self.job_on.get(&vm_id).copied()
-            && let Some(attempt) = self.jobs.get(&job_id).map(|job| job.attempt)
-        {
+        for (job_id, attempt) in self.attempts_on(vm_id) {
             let (reason, lost) = (reason.clone(), lost.clone());
             effects.push(Effect::LoseAttempt { job_id, attempt, started: true, reason, lost });
         }
@@ -460,6 +458,12 @@ impl Engine {
         let vcpus = entry.class.vcpus;
         self.insert_vm(id, entry);
         self.end_boot(made_for, vcpus);
+    }
+
+    /// The attempts that are under way on a VM, as far as is known.
+    pub(super) fn attempts_on(&self, vm_id: VmId) -> Vec<(JobId, u32)> {
+        let jobs = self.jobs_on_vm.get(&vm_id).into_iter().flatten();
+        jobs.filter_map(|job_id| Some((*job_id, self.jobs.get(job_id)?.attempt))).collect()
     }
 
     /// The VM that an Assigned or Running job has.

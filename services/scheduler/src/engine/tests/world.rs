@@ -8,6 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod late_news;
+
 const NODES: u8 = 3;
 const TENANT_LIMIT: u32 = 2;
 
@@ -442,6 +444,52 @@ fn planned(number: usize, (isolation, priority, tenant, kind, _): Plan) -> JobSp
     })
 }
 
+/// Submits the plans and lets happen what the steps say, then all that is left, and looks at where everything has come to.
+fn play(plans: &[Plan], steps: Vec<(u8, usize)>, pre_warm: u32, recycle_after_jobs: u32) -> Result<(), TestCaseError> {
+    let settings = Settings {
+        max_vms: 4,
+        tenant_max_jobs: TENANT_LIMIT,
+        pre_warm: warm(pre_warm),
+        recycle_after_jobs,
+        ..settings()
+    };
+    let mut world = World::new(settings);
+    let mut waiting: VecDeque<_> = plans.iter().copied().enumerate().collect();
+    for (kind, choice) in steps {
+        match kind {
+            10 => {
+                if let Some((number, plan)) = waiting.pop_front() {
+                    let id = number as u128 + 1;
+                    let job =
+                        Job { queued_at: world.now, created_at: world.now, ..queued(id, 0, planned(number, plan)) };
+                    world.jobs.insert(job_id(id), job);
+                    world.put_job(job_id(id), |job| job.cancel_requested = plan.4 && choice % 2 == 0);
+                }
+            }
+            11 if choice % 10 == 0 => world.restart(),
+            11 if choice % 10 == 1 => world.change_lead(),
+            12 if choice % 4 == 0 => world.change_node(choice / 4),
+            kind => drop(world.happen(kind, choice)),
+        }
+    }
+    world.settle();
+    prop_assert!(world.jobs.values().all(|job| job.state.is_terminal()), "{}", world.describe());
+    prop_assert!(world.running.is_empty());
+    // No VM is forgotten: what lives is known, and free or kept warm.
+    let live = world.vms.values().filter(|vm| !vm.state.is_terminal());
+    for vm in live {
+        let kept = vm.config.kind == VmKind::Service && vm.state.takes_jobs() && world.engine.vms.contains_key(&vm.id);
+        prop_assert!(
+            kept,
+            "nobody looks after VM {}:
+{}",
+            vm.id,
+            world.describe()
+        );
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -452,33 +500,7 @@ proptest! {
         pre_warm in 0u32..2,
         recycle_after_jobs in 0u32..3,
     ) {
-        let settings = Settings { max_vms: 4, tenant_max_jobs: TENANT_LIMIT, pre_warm: warm(pre_warm), recycle_after_jobs, ..settings() };
-        let mut world = World::new(settings);
-        let mut waiting: VecDeque<_> = plans.iter().copied().enumerate().collect();
-        for (kind, choice) in steps {
-            match kind {
-                10 => if let Some((number, plan)) = waiting.pop_front() {
-                    let id = number as u128 + 1;
-                    let job = Job { queued_at: world.now, created_at: world.now, ..queued(id, 0, planned(number, plan)) };
-                    world.jobs.insert(job_id(id), job);
-                    world.put_job(job_id(id), |job| job.cancel_requested = plan.4 && choice % 2 == 0);
-                },
-                11 if choice % 10 == 0 => world.restart(),
-                11 if choice % 10 == 1 => world.change_lead(),
-                12 if choice % 4 == 0 => world.change_node(choice / 4),
-                kind => drop(world.happen(kind, choice)),
-            }
-        }
-        world.settle();
-        prop_assert!(world.jobs.values().all(|job| job.state.is_terminal()), "{}", world.describe());
-        prop_assert!(world.running.is_empty());
-        // No VM is forgotten: what lives is known, and free or kept warm.
-        let live = world.vms.values().filter(|vm| !vm.state.is_terminal());
-        for vm in live {
-            let kept = vm.config.kind == VmKind::Service && vm.state.takes_jobs() && world.engine.vms.contains_key(&vm.id);
-            prop_assert!(kept, "nobody looks after VM {}:
-{}", vm.id, world.describe());
-        }
+        play(&plans, steps, pre_warm, recycle_after_jobs)?;
     }
 
     /// One shape, one tenant, one priority: in the order of submission, whatever happens to VMs.

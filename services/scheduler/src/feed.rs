@@ -26,7 +26,7 @@ pub(crate) struct Seen {
 /// Submissions that are remembered until somebody waits for them, or they end: more than come between a submission's answer
 /// and the call that follows it.
 const RECENT: usize = 1024;
-/// The longest command with its environment, in bytes, of a job that is remembered so: all of them are 4 MiB at most.
+/// The longest command with its environment, in bytes, of a job that is remembered so: what is long of a job may be 512 KiB.
 const RECENT_BYTES: usize = 4096;
 
 /// See the module. Cheap to clone.

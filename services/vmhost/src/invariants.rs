@@ -86,14 +86,13 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let directories = seen.directories.iter().filter(|(id, path)| !seen.vms.contains_key(id) || is_deleted(path));
     let directories = directories.map(|(id, path)| Violation::Directory(*id, path.clone()));
     let records = seen.vms.iter().filter(|(_, held)| !held.recorded).map(|(id, _)| Violation::Record(*id));
-    let works = |state| matches!(state, VmState::Ready | VmState::Busy | VmState::Idle);
-    let machines = seen.vms.iter().filter(|(_, held)| works(held.state) && held.runs != Some(true));
+    let running = || seen.vms.iter().filter(|(_, held)| held.state.is_running());
+    let machines = running().filter(|(_, held)| held.runs != Some(true));
     let machines = machines.map(|(id, held)| Violation::Machine(*id, held.state));
     let owned: BTreeSet<&String> = seen.vms.values().filter_map(|held| held.tap.as_ref()).collect();
     let strays = seen.taps.iter().filter(|tap| !owned.contains(tap)).cloned().map(Violation::Interface);
-    let working = seen.vms.iter().filter(|(_, held)| works(held.state));
     let missing =
-        working.filter_map(|(id, held)| Some((*id, held.tap.clone().filter(|tap| !seen.taps.contains(tap))?)));
+        running().filter_map(|(id, held)| Some((*id, held.tap.clone().filter(|tap| !seen.taps.contains(tap))?)));
     let missing = missing.map(|(id, tap)| Violation::NoInterface(id, tap));
     processes.chain(directories).chain(records).chain(machines).chain(strays).chain(missing).collect()
 }

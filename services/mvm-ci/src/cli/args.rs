@@ -322,7 +322,8 @@ pub(crate) enum NodeCommand {
         #[arg(long)]
         wait: bool,
     },
-    /// Compare what nodes have on record with their processes and directories; status 1 when something is left that differs.
+    /// Compare what nodes have on record with their processes, directories and network interfaces; status 1 when something is
+    /// left that differs.
     Check {
         /// The nodes; none: every node that is not Lost.
         ids: Vec<String>,

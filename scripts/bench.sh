@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Measures against baselines, prints tables, writes target/bench/*.json. Extra words choose: latency jobs control logs boot
-# registry.
+# idle registry.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 chosen=("$@")
-[ ${#chosen[@]} -gt 0 ] || chosen=(latency jobs control logs boot registry)
+[ ${#chosen[@]} -gt 0 ] || chosen=(latency jobs control logs boot idle registry)
 scheduler=() end_to_end=()
 for name in "${chosen[@]}"; do
     case $name in
         latency | jobs | control) scheduler+=("$name") ;;
-        logs | boot) end_to_end+=("$name") ;;
+        logs | boot | idle) end_to_end+=("$name") ;;
         registry) ;;
         *) echo "bench: no such thing: $name" >&2; exit 2 ;;
     esac

@@ -1,7 +1,7 @@
 //! What the house costs, beside what the same work costs without it, alternated in one run.
 //!
 //! ```text
-//! cargo bench -p mvm-ci --bench end_to_end [-- logs|boot]
+//! cargo bench -p mvm-ci --bench end_to_end [-- logs|boot|idle]
 //! ```
 //! Prints a table and writes `target/bench/end_to_end.json`: {metric: {ours, baseline, ratio}}. A real `mvm-ci` process is measured
 //! over loopback, on the `process` driver; `boot` needs QEMU and ./images (`make guest-image`). How fast jobs go through is
@@ -10,6 +10,7 @@
 //! - logs: a finished log of 256 MiB read through the scheduler and from vmhost, beside a bare tonic stream of as many bytes
 //!   in chunks of the same size.
 //! - boot: StartVm → Ready, beside the same commands started by hand until the same agent answers.
+//! - idle: memory and CPU of `mvm-ci` with 200 idle VMs, each an agent process, beside itself without any.
 
 mod support;
 
@@ -20,10 +21,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use blixard::pb::{
-    common::v1 as common,
-    scheduler::v1::{self as pb, stream_job_logs_response::Record},
-    vmhost::v1::{self as vmhost, stream_logs_response, vm_host_service_client::VmHostServiceClient},
+use blixard::{
+    limits,
+    pb::{
+        common::v1 as common,
+        scheduler::v1::{self as pb, stream_job_logs_response::Record},
+        vmhost::v1::{self as vmhost, stream_logs_response, vm_host_service_client::VmHostServiceClient},
+    },
 };
 use blixard_chassis::client;
 use futures::{StreamExt as _, future::try_join_all};
@@ -34,7 +38,13 @@ use crate::support::{
     fake_vmhost::{FakeVmHost, LOG_BYTES},
     plane::{ControlPlane, Scheduler, job, logs_of, run_job, start_vm},
     table::{self, Row, Table, percentile},
+    usage::{Usage, resident_kib},
 };
+
+/// As many as fit into the memory of a machine of 24 GiB when each asks for as little as it may.
+const IDLE_VMS: usize = 200;
+/// Each VM is asked how it is twice meanwhile.
+const IDLE_FOR: Duration = Duration::from_secs(60);
 
 fn main() -> anyhow::Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
@@ -44,12 +54,15 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(async {
         if runs("logs") {
             let plane = ControlPlane::all_in_one("process")?;
-            plane.service_vms(1).await?;
+            plane.service_vms(1, None).await?;
             logs(&plane, &FakeVmHost::start().await?, &mut table).await?;
             plane.stop().await?;
         }
         if runs("boot") {
             boot(&mut table).await?;
+        }
+        if runs("idle") {
+            idle(&mut table).await?;
         }
         anyhow::Ok(())
     })?;
@@ -119,7 +132,8 @@ async fn boot(table: &mut Table) -> anyhow::Result<()> {
     let plane = ControlPlane::all_in_one("qemu")?;
     let (mut ours, mut baseline) = (Vec::new(), Vec::new());
     for _ in 0..5 {
-        let (vm_id, took) = start_vm(&mut plane.scheduler.clone(), common::VmKind::Service).await?;
+        let config = common::VmConfig { kind: common::VmKind::Service.into(), ..Default::default() };
+        let (vm_id, took) = start_vm(&mut plane.scheduler.clone(), config).await?;
         ours.push(took.as_secs_f64());
         let commands = command_lines(&plane, &vm_id).await?;
         let stop = pb::StopVmRequest { vm_id: vm_id.clone(), grace_ms: Some(0), reason: String::new() };
@@ -185,4 +199,24 @@ async fn by_hand(plane: &ControlPlane, vm_id: &str, commands: &[Vec<String>]) ->
     }
     fs::remove_dir_all(&vm_root)?;
     Ok(took)
+}
+
+async fn idle(table: &mut Table) -> anyhow::Result<()> {
+    let plane = ControlPlane::all_in_one("process")?;
+    let alone = look(&plane).await;
+    plane.service_vms(IDLE_VMS, Some(limits::MIN_MEMORY_MIB)).await?;
+    let with_vms = look(&plane).await;
+    let rows = [("MiB resident", alone.0, with_vms.0), ("% of a core", alone.1, with_vms.1)];
+    for (unit, baseline, ours) in rows {
+        table.insert(format!("idle: mvm-ci with {IDLE_VMS} VMs, {unit} (without)"), Row { unit, ours, baseline });
+    }
+    plane.stop().await
+}
+
+/// Resident MiB afterwards and percent of a core, of a control plane of which nobody wants anything.
+async fn look(plane: &ControlPlane) -> (f64, f64) {
+    let pid = plane.services[0].process.id();
+    let before = Usage::of_process(pid);
+    tokio::time::sleep(IDLE_FOR).await;
+    (resident_kib(pid) / 1024.0, Usage::of_process(pid).since(before) / IDLE_FOR.as_secs_f64() * 100.0)
 }

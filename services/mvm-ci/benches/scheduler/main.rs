@@ -17,7 +17,6 @@
 mod support;
 
 mod redis;
-mod usage;
 
 use std::{
     fs,
@@ -35,8 +34,8 @@ use crate::{
         fake_vmhost::FakeVmHost,
         plane::{ControlPlane, Directory, Scheduler, connect, job, run_job},
         table::{self, Row, Table, load_average, percentile},
+        usage::Usage,
     },
-    usage::Usage,
 };
 
 /// Warm VMs, and processes at once of the baseline.
@@ -84,7 +83,7 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(async {
         if settings.wants("latency") || settings.wants("jobs") {
             let plane = ControlPlane::all_in_one("process")?;
-            let vms = plane.service_vms(AT_ONCE).await?;
+            let vms = plane.service_vms(AT_ONCE, None).await?;
             if settings.wants("latency") {
                 latency(&plane, &vms[0], &mut table).await?;
             }
@@ -267,7 +266,7 @@ async fn control(settings: &Settings, table: &mut Table) -> anyhow::Result<()> {
     let plane = ControlPlane::without_nodes()?;
     let node = FakeVmHost::node(&plane.services[0].endpoint).await?;
     wait_for_node(&plane).await?;
-    plane.service_vms(CALLERS.into_iter().max().unwrap_or(1)).await?;
+    plane.service_vms(CALLERS.into_iter().max().unwrap_or(1), None).await?;
     let directory = Directory::new("redis")?;
     let redis = Redis::start(&directory.0).await?;
     let pids = [plane.services[0].process.id(), plane.services[1].process.id(), std::process::id()];

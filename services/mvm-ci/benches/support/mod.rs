@@ -6,3 +6,4 @@ pub mod baseline;
 pub mod fake_vmhost;
 pub mod plane;
 pub mod table;
+pub mod usage;

@@ -97,7 +97,7 @@ impl ControlPlane {
         let directory = Directory::new(driver)?;
         let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images");
         let mut command = Command::new(env!("CARGO_BIN_EXE_mvm-ci"));
-        command.args(["--driver", driver, "--listen", "127.0.0.1:0", "--max-vms", "64", "--image-dir"]).arg(images);
+        command.args(["--driver", driver, "--listen", "127.0.0.1:0", "--max-vms", "256", "--image-dir"]).arg(images);
         let all = Service::start(command.env("RUST_LOG", "info"), &directory.0, "Control plane ready listen=")?;
         Self::new(vec![all], directory)
     }
@@ -120,8 +120,10 @@ impl ControlPlane {
         Ok(Self { services, endpoint, scheduler, directory })
     }
 
-    pub async fn service_vms(&self, count: usize) -> anyhow::Result<Vec<String>> {
-        let starting = (0..count).map(async |_| start_vm(&mut self.scheduler.clone(), common::VmKind::Service).await);
+    /// Service VMs with so much memory, or the default.
+    pub async fn service_vms(&self, count: usize, memory_mib: Option<u32>) -> anyhow::Result<Vec<String>> {
+        let config = || common::VmConfig { kind: common::VmKind::Service.into(), memory_mib, ..Default::default() };
+        let starting = (0..count).map(async |_| start_vm(&mut self.scheduler.clone(), config()).await);
         let started = futures::future::try_join_all(starting).await?;
         Ok(started.into_iter().map(|(id, _)| id).collect())
     }
@@ -153,8 +155,7 @@ pub fn connect(endpoint: &str) -> anyhow::Result<Scheduler> {
 }
 
 /// Starts a VM and waits until it is Ready; returns its id and how long that took.
-pub async fn start_vm(scheduler: &mut Scheduler, kind: common::VmKind) -> anyhow::Result<(String, Duration)> {
-    let config = common::VmConfig { kind: kind.into(), ..Default::default() };
+pub async fn start_vm(scheduler: &mut Scheduler, config: common::VmConfig) -> anyhow::Result<(String, Duration)> {
     let began = Instant::now();
     let answer = scheduler.start_vm(pb::StartVmRequest { request_id: String::new(), config: Some(config) }).await?;
     let id = answer.into_inner().vm.context("vm")?.id;

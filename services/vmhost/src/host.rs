@@ -360,6 +360,22 @@ impl Host {
         }
     }
 
+    /// Gives back what is kept of the network for a VM that is not here; false: it is here again.
+    pub(crate) async fn return_lease(&self, vm_id: VmId) -> bool {
+        let Ok(network) = &self.network else { return false };
+        if self.vms().contains_key(&vm_id) {
+            return false;
+        }
+        network.detach(vm_id).await;
+        // Under the lock, so that none is taken from a VM of this id that begins meanwhile.
+        let vms = self.vms();
+        let gone = !vms.contains_key(&vm_id);
+        if gone {
+            network.give_back(vm_id);
+        }
+        gone
+    }
+
     /// Deletes what is left of a VM that is not here. Blocking.
     pub(crate) fn delete_leftover(&self, vm_id: VmId, path: &Path) -> io::Result<()> {
         let deleted = path.with_extension(DELETED);

@@ -11,6 +11,7 @@ help:
 	@echo 'make chaos-registry   kill, pause and cut off three replicas under load (SEED=, SECONDS=)'
 	@echo 'make sim          years of failures in seconds (SEED=, STEPS=, RUNS=, TRACE=1)'
 	@echo 'make chaos-scheduler  the same for a whole fleet and its jobs (SEED=, SECONDS=, JOBS=)'
+	@echo 'make chaos-node  VMs begin and end while their vmhost is killed (SEED=, CYCLES=, GUESTS=)'
 	@echo 'make bench-scheduler  only how fast jobs go through, beside fork/exec and Redis Streams'
 	@echo 'make bench-registry  only the registry beside etcd, alone and as three replicas'
 	@echo 'make guest-image  build the default image into ./images'

@@ -36,7 +36,7 @@ pub struct Config {
     pub vm_manager: VmManagerConfig,
     /// How jobs are queued and shared out.
     pub scheduler: SchedulerConfig,
-    /// What the registry forgets, and when.
+    /// What is forgotten, and when.
     pub retention: RetentionConfig,
 }
 
@@ -212,7 +212,7 @@ impl<T> Assignments<T> {
     }
 }
 
-/// What the registry forgets, and when.
+/// What is forgotten, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetentionConfig {
     /// Events are kept for this many days …
@@ -221,6 +221,10 @@ pub struct RetentionConfig {
     pub max_events: u32,
     /// VMs and jobs that have ended are kept for this many days.
     pub ended_days: u32,
+    /// Of each attempt's output its node keeps so much, in MiB; then the oldest goes.
+    pub max_log_mib: u32,
+    /// The output and artifacts that a node keeps may take so much of their file system; then those of the oldest attempts go.
+    pub node_log_percent: u32,
 }
 
 /// Which VM driver to use.
@@ -296,7 +300,14 @@ impl Default for Config {
             },
             // A week covers any watcher's absence and last weekend's questions. A million events are some 200 MB, and the
             // database's snapshots, which hold up writers, take a second with as much. What ended last month is still listed.
-            retention: RetentionConfig { events_days: 7, max_events: 1_000_000, ended_days: 30 },
+            // A log of 1 GiB is more than anybody reads, and of the disk half is left for whatever else is there.
+            retention: RetentionConfig {
+                events_days: 7,
+                max_events: 1_000_000,
+                ended_days: 30,
+                max_log_mib: 1024,
+                node_log_percent: 50,
+            },
         }
     }
 }
@@ -820,6 +831,24 @@ pub const SETTINGS: &[Setting] = &[
         set: |config, value| number(value, 1, 3650).map(|n| config.retention.ended_days = n),
         get: |config| config.retention.ended_days.to_string(),
     },
+    Setting {
+        key: "retention.max_log_mib",
+        env: "BLIXARD_RETENTION_MAX_LOG_MIB",
+        flag: "retention-max-log-mib",
+        help: "How much of an attempt's output its node keeps, in MiB; the oldest goes",
+        allowed: "a whole number from 32 to 1048576",
+        set: |config, value| number(value, 32, 1_048_576).map(|n| config.retention.max_log_mib = n),
+        get: |config| config.retention.max_log_mib.to_string(),
+    },
+    Setting {
+        key: "retention.node_log_percent",
+        env: "BLIXARD_RETENTION_NODE_LOG_PERCENT",
+        flag: "retention-node-log-percent",
+        help: "How much of its file system a node's logs and artifacts may take; those of the oldest attempts go",
+        allowed: "a whole number from 1 to 90",
+        set: |config, value| number(value, 1, 90).map(|n| config.retention.node_log_percent = n),
+        get: |config| config.retention.node_log_percent.to_string(),
+    },
 ];
 
 fn number(value: &str, min: u32, max: u32) -> Option<u32> {
@@ -920,7 +949,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
         environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20

@@ -19,7 +19,7 @@ use blixard::{
 use blixard_chassis::{Server, Tasks, client, metrics, secrets::SecretKey, server::BindError, with_causes};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
-use blixard_vmhost::{HealthConfig, Pace, VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig};
 use tokio::sync::watch;
 
 /// How long each part has to end. VMs outlive it, so there is little to wait for.
@@ -151,6 +151,7 @@ impl Parts {
             node_labels: config.server.node_labels.0.clone(),
             network: config.network.clone(),
             health: HealthConfig::from(&config.vm_manager),
+            logs: LogLimits::from(&config.retention),
             pace: Pace::default(),
         };
         let vmhost = VmHost::start(vmhost, &self.services).await.map_err(|error| StartError::new(&error))?;

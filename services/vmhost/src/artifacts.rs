@@ -38,6 +38,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 const INDEX: &str = "index.json";
+const DROPPED: &str = "the node has dropped it, to bound what logs and artifacts take of its disk";
 
 /// Where an attempt's files are.
 #[derive(Debug, Clone)]
@@ -89,6 +90,48 @@ impl ArtifactDir {
         let Some((number, entry)) = found else { return Ok(None) };
         let file = entry.problem.is_empty().then(|| File::open(self.0.join(number.to_string()))).transpose()?;
         Ok(Some((entry.into(), file)))
+    }
+
+    /// How much is kept. Blocking.
+    pub(crate) fn bytes(&self) -> io::Result<u64> {
+        Ok(self.kept_files()?.iter().map(|(_, bytes)| bytes).sum())
+    }
+
+    /// The files but for the index, with their lengths.
+    fn kept_files(&self) -> io::Result<Vec<(PathBuf, u64)>> {
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
+            Err(error) => return Err(error),
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_name().to_str().is_some_and(|name| name.parse::<usize>().is_ok()) {
+                files.push((entry.path(), entry.metadata()?.len()));
+            }
+        }
+        Ok(files)
+    }
+
+    /// Drops what is kept; the index says so from before the first file goes. Returns how many bytes are gone. Blocking.
+    pub(crate) fn drop_files(&self) -> io::Result<u64> {
+        let files = self.kept_files()?;
+        if files.is_empty() {
+            return Ok(0);
+        }
+        let mut index = self.index()?;
+        index
+            .iter_mut()
+            .filter(|entry| entry.problem.is_empty())
+            .for_each(|entry| DROPPED.clone_into(&mut entry.problem));
+        let beside = self.0.join(INDEX).with_extension("new");
+        let mut file = File::create(&beside)?;
+        file.write_all(&serde_json::to_vec(&index)?)?;
+        file.sync_data()?;
+        fs::rename(&beside, self.0.join(INDEX))?;
+        files.iter().try_for_each(|(path, _)| fs::remove_file(path))?;
+        Ok(files.iter().map(|(_, bytes)| bytes).sum())
     }
 
     /// Fetches files from a guest, unless that was done before.

@@ -1,10 +1,15 @@
-//! Deletes what the registry has forgotten: the logs and artifacts of jobs, and the consoles of VMs, that are not on record any more.
+//! Deletes what the registry has forgotten: the logs and artifacts of jobs, and the consoles of VMs, that are not on record any more. And
+//! drops output and artifacts of the oldest attempts when all of them take too much of the disk.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blixard::{error::Error, id::JobId};
 
-use crate::host::Host;
+use crate::{host::Host, logs::Dropped};
 
 /// How often. What is forgotten was kept for days: nobody waits for its room.
 pub(crate) const EVERY: Duration = Duration::from_secs(600);
@@ -13,6 +18,44 @@ pub(crate) const EVERY: Duration = Duration::from_secs(600);
 pub(crate) const FIRST_AFTER: Duration = Duration::from_secs(300);
 /// How many jobs are asked about at once: what the registry takes.
 const BATCH: usize = 1000;
+
+/// How often it is asked whether logs take too much: a number is compared.
+pub(crate) const MAKE_ROOM_EVERY: Duration = Duration::from_secs(5);
+/// How often it is looked, whatever was written: artifacts are not counted as they come.
+const LOOK_EVERY: Duration = Duration::from_secs(600);
+
+/// Keeps what logs take within its bound, for ever.
+pub(crate) async fn keep_room(host: &Arc<Host>) {
+    let mut looked: Option<Instant> = None;
+    loop {
+        let due = looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY);
+        let from = Arc::clone(host);
+        let made =
+            blocking(
+                move || if due || from.logs.may_be_crowded()? { from.logs.make_room().map(Some) } else { Ok(None) },
+            );
+        match made.await {
+            Ok(None) => {}
+            Ok(Some(dropped)) => {
+                looked = Some(Instant::now());
+                if dropped.attempts > 0 {
+                    let Dropped { attempts, bytes, .. } = dropped;
+                    tracing::warn!(
+                        attempts,
+                        bytes,
+                        "output and artifacts of the oldest attempts dropped: logs took too much of the disk"
+                    );
+                }
+                if dropped.crowded {
+                    tracing::warn!("the logs of attempts that run take more of the disk than all may");
+                    tokio::time::sleep(host.pace.clean_every).await;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "whether logs take too much of the disk is looked at again later"),
+        }
+        tokio::time::sleep(host.pace.make_room_every).await;
+    }
+}
 
 /// Cleans now and then, for ever.
 pub(crate) async fn keep_clean(host: &Arc<Host>) {

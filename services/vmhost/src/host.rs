@@ -35,7 +35,7 @@ use crate::{
     invariants,
     lease::LEASE,
     lifecycle::{Limits, Run},
-    logs::{Fence, LogStore},
+    logs::{Fence, LogLimits, LogStore},
     net::{self, Network, Unavailable},
     node_lease::{self, NodeLease},
     records::{self, DELETED, StateDir, VmRecord},
@@ -78,6 +78,8 @@ pub struct VmHostConfig {
     pub network: NetworkConfig,
     /// How VMs are watched.
     pub health: HealthConfig,
+    /// How large logs grow.
+    pub logs: LogLimits,
     /// Times that only tests change.
     pub pace: Pace,
 }
@@ -110,11 +112,18 @@ pub struct Pace {
     pub first_cleaning_after: Duration,
     /// And how often from then on.
     pub clean_every: Duration,
+    /// How often it is asked whether logs take too much of the disk.
+    pub make_room_every: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { lease: LEASE, first_cleaning_after: cleaning::FIRST_AFTER, clean_every: cleaning::EVERY }
+        Self {
+            lease: LEASE,
+            first_cleaning_after: cleaning::FIRST_AFTER,
+            clean_every: cleaning::EVERY,
+            make_room_every: cleaning::MAKE_ROOM_EVERY,
+        }
     }
 }
 
@@ -191,6 +200,8 @@ impl VmHost {
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-clean", async move { cleaning::keep_clean(&own).await });
         let own = Arc::clone(&host);
+        tasks.spawn_until_end("vmhost-log-room", async move { cleaning::keep_room(&own).await });
+        let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-invariants", async move { invariants::keep(&own).await });
         let leaving = Arc::clone(&host);
         tasks.spawn("vmhost-leave", async move {
@@ -252,7 +263,7 @@ impl Host {
         Ok(Self {
             state,
             network: network.map(Arc::new),
-            logs: LogStore::open(&config.log_dir).map_err(log_dir)?,
+            logs: LogStore::open(&config.log_dir, config.logs).map_err(log_dir)?,
             consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
             hypervisor,
             registry: Registry::new(&config.registry_endpoint, config.node_id).map_err(StartError::Registry)?,
@@ -358,6 +369,22 @@ impl Host {
         if let Ok(network) = &self.network {
             network.give_back(vm_id);
         }
+    }
+
+    /// Gives back what is kept of the network for a VM that is not here; false: it is here again.
+    pub(crate) async fn return_lease(&self, vm_id: VmId) -> bool {
+        let Ok(network) = &self.network else { return false };
+        if self.vms().contains_key(&vm_id) {
+            return false;
+        }
+        network.detach(vm_id).await;
+        // Under the lock, so that none is taken from a VM of this id that begins meanwhile.
+        let vms = self.vms();
+        let gone = !vms.contains_key(&vm_id);
+        if gone {
+            network.give_back(vm_id);
+        }
+        gone
     }
 
     /// Deletes what is left of a VM that is not here. Blocking.

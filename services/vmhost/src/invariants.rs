@@ -1,5 +1,5 @@
-//! Whether this node is as it has it on record: every process, directory and network interface belongs to a VM that it holds, and every
-//! VM that it holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
+//! Whether this node is as it has it on record: every process, directory, network interface and address belongs to a VM that it holds, to
+//! one only, and every VM that it holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
 //! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory.
 //!
 //! VMs begin and end while this looks. So processes and directories are listed first and what should be there afterwards, and
@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -19,6 +20,7 @@ use crate::{
     driver::{VmHandle, with_sources},
     host::Host,
     hypervisor::{MarkedProcess, end_marked, marked_below},
+    net::Lease,
 };
 
 /// How often the node looks by itself. Reading the environment of every process costs about 10 µs each.
@@ -45,6 +47,18 @@ pub(crate) enum Violation {
     Interface(String),
     /// The network interface of a VM that takes jobs is not there.
     NoInterface(VmId, String),
+    /// Another held VM was given the same.
+    GivenTwice(VmId, Given),
+    /// An address is kept for a VM that is not held.
+    Lease(VmId, String),
+}
+
+/// What no two VMs may have.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Given {
+    Address(IpAddr),
+    Mac(String),
+    Tap(String),
 }
 
 /// What was found.
@@ -63,6 +77,8 @@ struct Seen {
     directories: Vec<(VmId, PathBuf)>,
     /// Interfaces by name.
     taps: BTreeSet<String>,
+    /// Whom addresses are kept for, and the first of them.
+    leases: BTreeMap<VmId, String>,
     vms: BTreeMap<VmId, Held>,
 }
 
@@ -73,8 +89,23 @@ struct Held {
     recorded: bool,
     /// Whether its machine runs; `None`: it has none.
     runs: Option<bool>,
-    /// Its interface.
-    tap: Option<String>,
+    /// What it was given of the network.
+    lease: Option<Lease>,
+}
+
+impl Held {
+    fn tap(&self) -> Option<&String> {
+        self.lease.as_ref().map(|lease| &lease.tap)
+    }
+
+    fn given(&self) -> impl Iterator<Item = Given> + use<'_> {
+        let of = |lease: &Lease| {
+            let v6 = lease.address6.map(|address| Given::Address(address.into()));
+            let rest = [Given::Mac(lease.mac.to_string()), Given::Tap(lease.tap.clone())];
+            [Given::Address(lease.address.into())].into_iter().chain(v6).chain(rest).collect::<Vec<_>>()
+        };
+        self.lease.iter().flat_map(of)
+    }
 }
 
 /// What does not fit. Pure.
@@ -89,12 +120,23 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let running = || seen.vms.iter().filter(|(_, held)| held.state.is_running());
     let machines = running().filter(|(_, held)| held.runs != Some(true));
     let machines = machines.map(|(id, held)| Violation::Machine(*id, held.state));
-    let owned: BTreeSet<&String> = seen.vms.values().filter_map(|held| held.tap.as_ref()).collect();
+    let owned: BTreeSet<&String> = seen.vms.values().filter_map(Held::tap).collect();
     let strays = seen.taps.iter().filter(|tap| !owned.contains(tap)).cloned().map(Violation::Interface);
-    let missing =
-        running().filter_map(|(id, held)| Some((*id, held.tap.clone().filter(|tap| !seen.taps.contains(tap))?)));
-    let missing = missing.map(|(id, tap)| Violation::NoInterface(id, tap));
-    processes.chain(directories).chain(records).chain(machines).chain(strays).chain(missing).collect()
+    let missing = running().filter_map(|(id, held)| Some((*id, held.tap().filter(|tap| !seen.taps.contains(*tap))?)));
+    let missing = missing.map(|(id, tap)| Violation::NoInterface(id, tap.clone()));
+    let leases = seen.leases.iter().filter(|(id, _)| !seen.vms.contains_key(id));
+    let leases = leases.map(|(id, address)| Violation::Lease(*id, address.clone()));
+    let of_vms = processes.chain(directories).chain(records).chain(machines);
+    of_vms.chain(strays).chain(missing).chain(leases).chain(given_twice(&seen.vms)).collect()
+}
+
+fn given_twice(vms: &BTreeMap<VmId, Held>) -> impl Iterator<Item = Violation> + use<> {
+    let mut owners: BTreeMap<Given, Vec<VmId>> = BTreeMap::new();
+    for (id, held) in vms {
+        held.given().for_each(|given| owners.entry(given).or_default().push(*id));
+    }
+    let twice = owners.into_iter().filter(|(_, owners)| owners.len() > 1);
+    twice.flat_map(|(given, owners)| owners.into_iter().map(move |id| Violation::GivenTwice(id, given.clone())))
 }
 
 fn is_deleted(path: &Path) -> bool {
@@ -127,6 +169,21 @@ impl Violation {
             Self::NoInterface(vm_id, tap) => {
                 (Kind::Interface, Some(vm_id), tap.clone(), "the network interface of its VM is not there")
             }
+            Self::GivenTwice(vm_id, Given::Address(address)) => {
+                (Kind::Address, Some(vm_id), address.to_string(), "two VMs that this node holds have this address")
+            }
+            Self::GivenTwice(vm_id, Given::Mac(mac)) => {
+                (Kind::Address, Some(vm_id), mac.clone(), "two VMs that this node holds have this hardware address")
+            }
+            Self::GivenTwice(vm_id, Given::Tap(tap)) => {
+                (Kind::Address, Some(vm_id), tap.clone(), "two VMs that this node holds have this network interface")
+            }
+            Self::Lease(vm_id, address) => (
+                Kind::Address,
+                Some(vm_id),
+                address.clone(),
+                "an address is kept for a VM that this node does not hold",
+            ),
         };
         let vm_id = vm_id.map(VmId::to_string).unwrap_or_default();
         pb::Violation { kind: kind.into(), vm_id, subject, problem: problem.to_owned(), repaired }
@@ -175,15 +232,19 @@ pub(crate) async fn check(host: &Arc<Host>, repair: bool) -> Result<Findings, Er
 }
 
 async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error> {
-    let taps = match &host.network {
-        Ok(network) => network.taps().await.map_err(|error| {
-            let error = with_sources(&error);
-            Error::internal(|error_id| tracing::error!(error_id, error, "the network interfaces can't be listed"))
-        })?,
-        Err(_) => BTreeSet::new(),
+    let (taps, leases) = match &host.network {
+        Ok(network) => {
+            let taps = network.taps().await.map_err(|error| {
+                let error = with_sources(&error);
+                Error::internal(|error_id| tracing::error!(error_id, error, "the network interfaces can't be listed"))
+            })?;
+            (taps, network.leases())
+        }
+        Err(_) => Default::default(),
     };
+    let seen = Seen { taps, leases, ..Seen::default() };
     let from = Arc::clone(host);
-    let seen = tokio::task::spawn_blocking(move || see(&from, taps)).await.map_err(io::Error::other).flatten();
+    let seen = tokio::task::spawn_blocking(move || see(&from, seen)).await.map_err(io::Error::other).flatten();
     let seen = seen.map_err(|error| {
         Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory can't be read"))
     })?;
@@ -191,7 +252,7 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
     Ok((Findings { violations: vec![], vms, processes, directories }, differences(&seen)))
 }
 
-fn see(host: &Host, taps: BTreeSet<String>) -> io::Result<Seen> {
+fn see(host: &Host, before: Seen) -> io::Result<Seen> {
     let state_dir = host.state.path();
     let owner = |process: MarkedProcess| Some((host.state.owner(&process.dir)?, process));
     let processes = marked_below(state_dir).into_iter().filter_map(owner).collect();
@@ -202,9 +263,9 @@ fn see(host: &Host, taps: BTreeSet<String>) -> io::Result<Seen> {
         let recorded = matches!(host.state.vm(id).vm(), Ok(Some(_)));
         let view = vm.view.borrow().clone();
         let runs = view.machine.map(|machine| !machine.pids().is_empty());
-        (id, Held { state: view.state, recorded, runs, tap: vm.lease.map(|lease| lease.tap) })
+        (id, Held { state: view.state, recorded, runs, lease: vm.lease })
     };
-    Ok(Seen { processes, directories, taps, vms: vms.into_iter().map(held).collect() })
+    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect(), ..before })
 }
 
 /// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
@@ -229,18 +290,31 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
             }
             Err(_) => false,
         },
-        // Its driver has it in hand: it notices, or it is the next vmhost that makes an end of it.
-        Violation::Record(_) | Violation::Machine(..) | Violation::NoInterface(..) => false,
+        Violation::Lease(vm_id, _) => host.return_lease(*vm_id).await,
+        // Its driver has it in hand: it notices, or it is the next vmhost that makes an end of it. And whose of two VMs an address is,
+        // nobody can tell.
+        Violation::Record(_) | Violation::Machine(..) | Violation::NoInterface(..) | Violation::GivenTwice(..) => false,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::Mac;
 
     fn found(state: VmState, recorded: bool, runs: Option<bool>) -> Vec<Violation> {
-        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs, tap: None })]);
+        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs, lease: None })]);
         differences(&Seen { vms, ..Seen::default() }).into_iter().collect()
+    }
+
+    fn lease(index: u8) -> Lease {
+        let tap = format!("tap{index}");
+        let (mac, address) = (Mac([2, 0, 0, 0, 0, index]), [10, 0, 0, index].into());
+        Lease { index: index.into(), tap, mac, address, address6: None }
+    }
+
+    fn with_lease(state: VmState, lease: Lease) -> Held {
+        Held { state, recorded: true, runs: Some(true), lease: Some(lease) }
     }
 
     #[test]
@@ -260,7 +334,7 @@ mod tests {
     #[test]
     fn the_directory_of_a_held_vm_may_stay_until_its_end_is_known_but_not_half_deleted() {
         let vm = VmId(uuid::Uuid::nil());
-        let held = Held { state: VmState::Terminated, recorded: true, runs: None, tap: None };
+        let held = Held { state: VmState::Terminated, recorded: true, runs: None, lease: None };
         let (whole, half) = (PathBuf::from(format!("/s/{vm}")), PathBuf::from(format!("/s/{vm}.deleted")));
         let directories = vec![(vm, whole.clone()), (vm, half.clone())];
         let mut seen = Seen { directories, vms: BTreeMap::from([(vm, held)]), ..Seen::default() };
@@ -272,7 +346,7 @@ mod tests {
     #[test]
     fn an_interface_has_an_owner_and_a_vm_that_takes_jobs_the_one_it_was_given() {
         let vm = VmId(uuid::Uuid::nil());
-        let held = |state| Held { state, recorded: true, runs: Some(true), tap: Some("tap1".into()) };
+        let held = |state| with_lease(state, lease(1));
         let of = |state, taps: &[&str]| {
             let taps = taps.iter().map(ToString::to_string).collect();
             differences(&Seen { taps, vms: BTreeMap::from([(vm, held(state))]), ..Seen::default() })
@@ -281,5 +355,26 @@ mod tests {
         assert_eq!(of(VmState::Starting, &[]), BTreeSet::new(), "it may not be made yet");
         assert_eq!(of(VmState::Idle, &[]), [Violation::NoInterface(vm, "tap1".into())].into());
         assert_eq!(of(VmState::Starting, &["tap1", "tap2"]), [Violation::Interface("tap2".into())].into());
+    }
+
+    #[test]
+    fn what_is_given_is_given_to_one_vm_that_is_held() {
+        let [one, two] = [1, 2].map(|id| VmId(uuid::Uuid::from_u128(id)));
+        let of = |second: Lease, kept: &[VmId]| {
+            let vms = [(one, lease(1)), (two, second)].map(|(id, lease)| (id, with_lease(VmState::Starting, lease)));
+            let leases = kept.iter().map(|id| (*id, "10.0.0.1".to_owned())).collect();
+            differences(&Seen { vms: vms.into(), leases, ..Seen::default() })
+        };
+        assert_eq!(of(lease(2), &[one, two]), BTreeSet::new());
+        for (second, given) in [
+            (Lease { address: lease(1).address, ..lease(2) }, Given::Address(lease(1).address.into())),
+            (Lease { mac: lease(1).mac, ..lease(2) }, Given::Mac(lease(1).mac.to_string())),
+            (Lease { tap: lease(1).tap, ..lease(2) }, Given::Tap(lease(1).tap)),
+        ] {
+            let both = [one, two].map(|id| Violation::GivenTwice(id, given.clone()));
+            assert_eq!(of(second, &[]), both.into());
+        }
+        let gone = VmId(uuid::Uuid::from_u128(3));
+        assert_eq!(of(lease(2), &[gone, one]), [Violation::Lease(gone, "10.0.0.1".into())].into());
     }
 }

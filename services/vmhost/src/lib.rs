@@ -42,4 +42,5 @@ mod reporter;
 mod service;
 
 pub use host::{HealthConfig, Pace, StartError, VmHost, VmHostConfig};
+pub use logs::{LogLimits, NodeLogs};
 pub use service::Service;

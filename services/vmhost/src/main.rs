@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use blixard::config::Config;
 use blixard_chassis::{SecretKey, Server, Tasks, metrics, settings, telemetry};
-use blixard_vmhost::{HealthConfig, Pace, VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig};
 use clap::{Arg, ArgMatches, Command};
 
 #[tokio::main]
@@ -80,6 +80,7 @@ fn host_config(
         secret_key,
         network: config.network,
         health: HealthConfig::from(&config.vm_manager),
+        logs: LogLimits::from(&config.retention),
         node_labels: config.server.node_labels.0,
         pace: Pace::default(),
     }

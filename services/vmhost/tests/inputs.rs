@@ -4,7 +4,11 @@
 
 mod support;
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blixard::{
     config::DriverChoice,
@@ -12,12 +16,12 @@ use blixard::{
     id::{JobId, VmId},
     pb::{
         common::v1::{self as common, JobState, VmKind},
-        vmhost::v1 as pb,
+        vmhost::v1::{self as pb, stream_logs_response::Record},
     },
     vm::VmState,
 };
 use blixard_chassis::SecretKey;
-use blixard_vmhost::hypervisor::choose;
+use blixard_vmhost::{LogLimits, NodeLogs, hypervisor::choose};
 use sha2::{Digest, Sha256};
 use support::{Node, World, command, faulty::Faulty, shell, wait_for};
 
@@ -295,4 +299,42 @@ async fn what_the_registry_has_forgotten_is_deleted_and_nothing_while_it_is_away
     assert_eq!(node.follow(jobs[1], 0).await.stdout, b"x\n");
     assert!(world.log_dir().join(running.to_string()).exists());
     assert_eq!(list(&node, jobs[0]).await.unwrap_err().reason, Reason::ArtifactNotFound);
+}
+
+#[tokio::test]
+async fn output_and_artifacts_of_the_oldest_attempts_make_room_and_say_so() {
+    let mut world = World::new().await;
+    world.logs = LogLimits { segment_bytes: 16 * 1024, attempt_bytes: 1 << 30, node: NodeLogs::Bytes(300_000) };
+    world.pace.make_room_every = Duration::from_millis(10);
+    let node = world.node().await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    let artifact = world.dir.path().join("file").to_str().unwrap().to_owned();
+    // 108,894 bytes of each: three are too many.
+    let script = format!("seq 1 20000; head -c 40000 /dev/zero > {artifact}");
+    let mut jobs = Vec::new();
+    for _ in 0..3 {
+        let spec = common::JobSpec { artifacts: vec![artifact.clone()], ..shell(&script) };
+        let job = world.run(&node, vm, spec).await;
+        assert_eq!(world.wait_job(job).await.state(), JobState::Succeeded);
+        jobs.push(job);
+    }
+    let since = Instant::now();
+    while list(&node, jobs[0]).await.unwrap()[0].problem.is_empty() {
+        assert!(since.elapsed() < support::SOON, "nothing is dropped");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let dropped = list(&node, jobs[0]).await.unwrap().remove(0);
+    assert!(dropped.problem.contains("dropped") && dropped.size_bytes == 40_000, "{dropped:?}");
+    let refused = get(&node, jobs[0], &artifact, 0).await.unwrap_err();
+    assert!(refused.reason == Reason::ArtifactNotFound && refused.message.contains("dropped"), "{refused}");
+
+    let request = pb::StreamLogsRequest { job_id: jobs[0].to_string(), attempt: 1, offset: 100, follow: true };
+    let mut records = node.client.clone().stream_logs(request).await.unwrap().into_inner();
+    let Some(Record::Gap(gap)) = records.message().await.unwrap().unwrap().record else { panic!("a gap") };
+    let Some(Record::End(end)) = records.message().await.unwrap().unwrap().record else { panic!("the end") };
+    assert_eq!((gap.from_offset, gap.to_offset, end.end_offset), (100, 108_894, 108_894));
+    assert!(gap.reason.contains("dropped") && end.state() == JobState::Succeeded, "{gap:?} {end:?}");
+
+    assert_eq!(get(&node, jobs[2], &artifact, 0).await.unwrap().1.len(), 40_000);
+    assert_eq!(node.follow(jobs[2], 0).await.stdout.len(), 108_894);
 }

@@ -105,6 +105,7 @@ fn kind(violation: &common::Violation) -> &'static str {
         common::ViolationKind::Record => "record",
         common::ViolationKind::Machine => "machine",
         common::ViolationKind::Interface => "interface",
+        common::ViolationKind::Address => "address",
     }
 }
 

@@ -15,6 +15,7 @@
 //!
 //! Nothing here knows VMs, guests or the registry.
 
+mod bound;
 mod reader;
 mod record;
 mod segment;
@@ -28,10 +29,11 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
 };
 
 use blixard::{
+    config::RetentionConfig,
     id::JobId,
     job::{ExitStatus, JobState},
     time::Timestamp,
@@ -41,6 +43,7 @@ use tokio::sync::watch;
 use crate::artifacts::ArtifactDir;
 
 pub(crate) use self::{
+    bound::Dropped,
     reader::{Item, LogReader},
     writer::LogWriter,
 };
@@ -48,18 +51,38 @@ pub(crate) use self::{
 /// Size at which a segment is closed. A reader scans one segment to find its offset: 16 MiB from the page cache take
 /// about 5 ms.
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
-/// How much of one attempt's log is kept: beyond it the oldest segments are dropped, so that a job that writes for ever
-/// can't fill the disk.
-const KEEP_BYTES: u64 = 1024 * 1024 * 1024;
-
 /// What the name of a job's directory ends with while it is being deleted.
 const DELETED: &str = ".deleted";
 
 /// How large logs grow.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    segment_bytes: u64,
-    keep_bytes: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogLimits {
+    /// Size at which a segment is closed.
+    pub segment_bytes: u64,
+    /// How much of one attempt's log is kept: beyond it the oldest segments are dropped, so that a job that writes for ever can't fill the
+    /// disk.
+    pub attempt_bytes: u64,
+    /// How much all logs and artifacts of the node may take.
+    pub node: NodeLogs,
+}
+
+/// How much that is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeLogs {
+    /// Of the file system that they are on.
+    Percent(u32),
+    /// Just so many bytes.
+    Bytes(u64),
+}
+
+impl From<&RetentionConfig> for LogLimits {
+    fn from(config: &RetentionConfig) -> Self {
+        Self {
+            segment_bytes: SEGMENT_BYTES,
+            attempt_bytes: u64::from(config.max_log_mib) * 1024 * 1024,
+            node: NodeLogs::Percent(config.node_log_percent),
+        }
+    }
 }
 
 /// What an attempt came to.
@@ -127,20 +150,21 @@ pub(crate) enum Fence {
 #[derive(Debug)]
 pub(crate) struct LogStore {
     dir: PathBuf,
-    limits: Limits,
+    limits: LogLimits,
+    /// What all logs took when it was last looked; nobody has: as much as can be.
+    known_bytes: AtomicU64,
+    /// What has been written since.
+    written: Arc<AtomicU64>,
     /// Logs that have a writer.
     live: Mutex<HashMap<(JobId, u32), watch::Receiver<LogState>>>,
 }
 
 impl LogStore {
     /// Opens the directory, making it when it is not there.
-    pub(crate) fn open(dir: &Path) -> io::Result<Self> {
-        Self::with_limits(dir, Limits { segment_bytes: SEGMENT_BYTES, keep_bytes: KEEP_BYTES })
-    }
-
-    fn with_limits(dir: &Path, limits: Limits) -> io::Result<Self> {
+    pub(crate) fn open(dir: &Path, limits: LogLimits) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned(), limits, live: Mutex::default() })
+        let (known_bytes, written) = (AtomicU64::new(u64::MAX), Arc::default());
+        Ok(Self { dir: dir.to_owned(), limits, known_bytes, written, live: Mutex::default() })
     }
 
     /// Whether an attempt may begin.
@@ -192,7 +216,7 @@ impl LogStore {
     }
 
     fn open_writer(&self, live: &mut LiveLogs<'_>, job: JobId, attempt: u32) -> io::Result<LogWriter> {
-        let writer = LogWriter::open(&self.attempt_dir(job, attempt), self.limits)?;
+        let writer = LogWriter::open(&self.attempt_dir(job, attempt), self.limits, Arc::clone(&self.written))?;
         live.insert((job, attempt), writer.watch());
         Ok(writer)
     }

@@ -135,7 +135,7 @@ impl LogReader {
     }
 }
 
-const DROPPED: &str = "the node keeps only the newest part of a log this long";
+const DROPPED: &str = "the node has dropped this part, to bound what logs take of its disk";
 const DAMAGED: &str = "this part of the log is damaged on the node's disk";
 
 /// Joins small neighbours.

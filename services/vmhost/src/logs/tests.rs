@@ -6,7 +6,11 @@ use proptest::prelude::*;
 
 use super::*;
 
-const SMALL: Limits = Limits { segment_bytes: 300, keep_bytes: u64::MAX };
+const SMALL: LogLimits = LogLimits { segment_bytes: 300, attempt_bytes: u64::MAX, node: NodeLogs::Bytes(u64::MAX) };
+
+fn open(dir: &Path) -> LogStore {
+    LogStore::open(dir, LogLimits::from(&blixard::config::Config::default().retention)).unwrap()
+}
 
 fn job() -> JobId {
     JobId(uuid::Uuid::from_u128(1))
@@ -27,7 +31,11 @@ fn succeeded() -> Outcome {
 
 /// Reads from an offset to what the log has now, checking that nothing is missing or twice.
 fn read_all(store: &LogStore, from: u64) -> (Vec<(i32, u8)>, Vec<pb::LogGap>) {
-    let (mut reader, state) = store.read(job(), 1, from).unwrap().expect("the log is there");
+    read_all_of(store, job(), from)
+}
+
+fn read_all_of(store: &LogStore, job: JobId, from: u64) -> (Vec<(i32, u8)>, Vec<pb::LogGap>) {
+    let (mut reader, state) = store.read(job, 1, from).unwrap().expect("the log is there");
     let until = state.borrow().next;
     let (mut bytes, mut gaps, mut at) = (Vec::new(), Vec::new(), from);
     while reader.offset() < until {
@@ -77,7 +85,7 @@ proptest! {
     #[test]
     fn any_appends_and_crashes_then_any_read_gives_the_exact_bytes(ops in ops(), from in 0..20_000u64) {
         let dir = tempfile::tempdir().unwrap();
-        let store = LogStore::with_limits(dir.path(), SMALL).unwrap();
+        let store = LogStore::open(dir.path(), SMALL).unwrap();
         let mut writer = store.begin(job(), 1).unwrap().unwrap();
         let mut sent: Vec<(i32, u8)> = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
@@ -116,7 +124,7 @@ proptest! {
 #[tokio::test]
 async fn the_end_is_found_after_a_restart_and_closes_the_fence() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     assert_eq!(store.fence(job(), 1).unwrap(), Fence::Open);
     let mut writer = store.begin(job(), 1).unwrap().unwrap();
     assert_eq!(store.fence(job(), 1).unwrap(), Fence::Running);
@@ -124,7 +132,7 @@ async fn the_end_is_found_after_a_restart_and_closes_the_fence() {
     writer.finish(end(succeeded(), 5)).await;
     assert_eq!(store.fence(job(), 1).unwrap(), Fence::Ended);
 
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     assert_eq!(store.fence(job(), 1).unwrap(), Fence::Ended);
     let (_, state) = store.read(job(), 1, 0).unwrap().unwrap();
     assert_eq!(*state.borrow(), LogState { next: 5, end: Some(Arc::new(end(succeeded(), 5))) });
@@ -139,7 +147,7 @@ async fn the_end_is_found_after_a_restart_and_closes_the_fence() {
 fn an_attempt_whose_log_was_never_begun_may_begin() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir_all(dir.path().join(job().to_string()).join("1")).unwrap();
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     assert_eq!(store.fence(job(), 1).unwrap(), Fence::Open);
     assert!(store.read(job(), 1, 0).unwrap().is_none(), "no log yet");
 }
@@ -147,7 +155,7 @@ fn an_attempt_whose_log_was_never_begun_may_begin() {
 #[test]
 fn a_log_beyond_its_limit_loses_its_oldest_part_and_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::with_limits(dir.path(), Limits { segment_bytes: 300, keep_bytes: 1000 }).unwrap();
+    let store = LogStore::open(dir.path(), LogLimits { attempt_bytes: 1000, ..SMALL }).unwrap();
     let mut writer = store.begin(job(), 1).unwrap().unwrap();
     for number in 0..40u64 {
         writer.append(&[chunk(number * 100, LogStream::Stdout, &[b'x'; 100])]).unwrap();
@@ -166,7 +174,7 @@ fn a_log_beyond_its_limit_loses_its_oldest_part_and_says_so() {
 #[test]
 fn damage_in_the_middle_is_a_gap_and_the_rest_is_read() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::with_limits(dir.path(), SMALL).unwrap();
+    let store = LogStore::open(dir.path(), SMALL).unwrap();
     let mut writer = store.begin(job(), 1).unwrap().unwrap();
     for number in 0..9u64 {
         writer.append(&[chunk(number * 100, LogStream::Stdout, &[b'x'; 100])]).unwrap();
@@ -184,7 +192,7 @@ fn damage_in_the_middle_is_a_gap_and_the_rest_is_read() {
 #[test]
 fn many_small_records_come_out_as_few_chunks() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     let mut writer = store.begin(job(), 1).unwrap().unwrap();
     for number in 0..2000u64 {
         writer.append(&[chunk(number * 10, LogStream::Stdout, b"ten bytes\n")]).unwrap();
@@ -197,7 +205,7 @@ fn many_small_records_come_out_as_few_chunks() {
 #[tokio::test]
 async fn a_follower_is_woken_by_the_writer() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     let mut writer = store.begin(job(), 1).unwrap().unwrap();
     let (mut reader, mut state) = store.read(job(), 1, 0).unwrap().unwrap();
     let mut seen = Vec::new();
@@ -216,7 +224,7 @@ async fn a_follower_is_woken_by_the_writer() {
 #[tokio::test]
 async fn a_jobs_directory_is_deleted_unless_an_attempt_is_being_written_and_a_half_deleted_one_goes_too() {
     let dir = tempfile::tempdir().unwrap();
-    let store = LogStore::open(dir.path()).unwrap();
+    let store = open(dir.path());
     let (writing, ended) = (job(), JobId(uuid::Uuid::from_u128(2)));
     let log = store.begin(ended, 1).unwrap().unwrap();
     log.finish(end(succeeded(), 0)).await;
@@ -232,4 +240,97 @@ async fn a_jobs_directory_is_deleted_unless_an_attempt_is_being_written_and_a_ha
     assert_eq!(store.fence(ended, 1).unwrap(), Fence::Open);
     assert_eq!(store.fence(writing, 1).unwrap(), Fence::Running);
     assert!(dir.path().join("consoles").exists());
+}
+
+/// An attempt that has printed so many bytes, and its end.
+async fn ended(store: &LogStore, job: JobId, bytes: u64) {
+    let mut writer = store.begin(job, 1).unwrap().unwrap();
+    for offset in (0..bytes).step_by(1000) {
+        writer.append(&[chunk(offset, LogStream::Stdout, &[b'x'; 1000])]).unwrap();
+    }
+    writer.finish(end(succeeded(), bytes)).await;
+    store.close(job, 1);
+    // So that the order of their ends shows in the times of their files.
+    let now = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(job.0.as_u128() as u64);
+    for segment in segment::list(&store.attempt_dir(job, 1)).unwrap() {
+        File::options().append(true).open(segment.path).unwrap().set_modified(now).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn beyond_the_bound_of_a_node_the_oldest_ended_attempts_lose_their_output_and_keep_their_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = LogLimits { segment_bytes: 4000, attempt_bytes: u64::MAX, node: NodeLogs::Bytes(100_000) };
+    let store = LogStore::open(dir.path(), limits).unwrap();
+    let jobs = [1, 2, 3, 4].map(|id| JobId(uuid::Uuid::from_u128(id)));
+    assert!(store.may_be_crowded().unwrap(), "nobody has looked");
+    let mut running = store.begin(jobs[0], 1).unwrap().unwrap();
+    for offset in (0..30_000).step_by(1000) {
+        running.append(&[chunk(offset, LogStream::Stdout, &[b'r'; 1000])]).unwrap();
+    }
+    ended(&store, jobs[1], 30_000).await;
+    ended(&store, jobs[2], 20_000).await;
+    assert_eq!(store.make_room().unwrap(), Dropped::default());
+    assert!(!store.may_be_crowded().unwrap());
+
+    let (mut behind, _) = store.read(jobs[1], 1, 0).unwrap().unwrap();
+    let first = behind.read(30_000).unwrap();
+    assert!(matches!(first.first(), Some(Item::Chunk(_))));
+    ended(&store, jobs[3], 30_000).await;
+    assert!(store.may_be_crowded().unwrap());
+    let dropped = store.make_room().unwrap();
+    assert!(dropped.attempts == 1 && dropped.bytes > 30_000 && !dropped.crowded, "{dropped:?}");
+    assert!(!store.may_be_crowded().unwrap());
+
+    // The oldest has its end and nothing else, also after a restart; the others are whole.
+    let store = LogStore::open(dir.path(), limits).unwrap();
+    let (_, state) = store.read(jobs[1], 1, 0).unwrap().unwrap();
+    assert_eq!(*state.borrow(), LogState { next: 30_000, end: Some(Arc::new(end(succeeded(), 30_000))) });
+    assert_eq!(store.fence(jobs[1], 1).unwrap(), Fence::Ended);
+    let (bytes, gaps) = read_all_of(&store, jobs[1], 10);
+    assert_eq!((bytes.len(), gaps.len(), gaps[0].from_offset, gaps[0].to_offset), (0, 1, 10, 30_000));
+    assert!(read_all_of(&store, jobs[1], 30_000).1.is_empty(), "whoever has all of it misses nothing");
+    for (job, whole) in [(jobs[2], 20_000), (jobs[3], 30_000)] {
+        let (bytes, gaps) = read_all_of(&store, job, 0);
+        assert_eq!((bytes.len(), gaps.len()), (whole, 0));
+    }
+    // A reader that is behind gets what it still has open, and then the gap.
+    let mut at = behind.offset();
+    while at < 30_000 {
+        for item in behind.read(30_000).unwrap() {
+            match item {
+                Item::Chunk(chunk) => at = chunk.offset + chunk.data.len() as u64,
+                Item::Gap(gap) => {
+                    assert_eq!(gap.from_offset, at);
+                    at = gap.to_offset;
+                }
+            }
+        }
+    }
+    assert_eq!(at, 30_000);
+}
+
+#[tokio::test]
+async fn what_runs_keeps_its_output_and_a_crash_while_room_is_made_costs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = LogLimits { node: NodeLogs::Bytes(1000), segment_bytes: 4000, attempt_bytes: u64::MAX };
+    let store = LogStore::open(dir.path(), limits).unwrap();
+    let other = JobId(uuid::Uuid::from_u128(2));
+    let mut running = store.begin(job(), 1).unwrap().unwrap();
+    running.append(&[chunk(0, LogStream::Stdout, &[b'r'; 9000])]).unwrap();
+    ended(&store, other, 20_000).await;
+    // As if the crash had fallen between the segment with the end and the deletion of the others.
+    let segments = segment::list(&store.attempt_dir(other, 1)).unwrap();
+    let saved: Vec<_> =
+        segments.iter().map(|segment| (segment.path.clone(), fs::read(&segment.path).unwrap())).collect();
+    assert!(store.make_room().unwrap().crowded, "what runs is more than there may be");
+    for (path, bytes) in &saved[1..] {
+        fs::write(path, bytes).unwrap();
+    }
+    assert_eq!(store.fence(other, 1).unwrap(), Fence::Ended);
+    let (bytes, gaps) = read_all_of(&store, other, 0);
+    assert_eq!((gaps.len(), bytes.len() as u64), (1, 20_000 - (gaps[0].to_offset - gaps[0].from_offset)));
+    assert!(store.make_room().unwrap().bytes > 4000);
+    assert_eq!(segment::list(&store.attempt_dir(other, 1)).unwrap().len(), 1);
+    assert_eq!(read_all(&store, 0).0.len(), 9000);
 }

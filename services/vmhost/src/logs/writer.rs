@@ -8,14 +8,17 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use blixard::{pb::common::v1 as pb, time::Timestamp};
 use tokio::sync::watch;
 
 use super::{
-    EndRecord, Limits, LogState,
+    EndRecord, LogLimits, LogState,
     record::{self, Kind},
     segment::{self, Segment},
 };
@@ -24,7 +27,9 @@ use super::{
 #[derive(Debug)]
 pub(crate) struct LogWriter {
     dir: PathBuf,
-    limits: Limits,
+    limits: LogLimits,
+    /// Counts what all writers of the node write.
+    written: Arc<AtomicU64>,
     /// Oldest first. The last one is `file`, when there is one.
     segments: VecDeque<(Segment, u64)>,
     file: Option<File>,
@@ -35,7 +40,7 @@ pub(crate) struct LogWriter {
 
 impl LogWriter {
     /// Opens a log for appending: a torn record at its end, left by a crash, is cut off.
-    pub(super) fn open(dir: &Path, limits: Limits) -> io::Result<Self> {
+    pub(super) fn open(dir: &Path, limits: LogLimits, written: Arc<AtomicU64>) -> io::Result<Self> {
         let mut segments = VecDeque::new();
         for segment in segment::list(dir)? {
             let bytes = fs::metadata(&segment.path)?.len();
@@ -53,7 +58,7 @@ impl LogWriter {
         }
         let next = state.next;
         let state = watch::Sender::new(state);
-        Ok(Self { dir: dir.to_owned(), limits, segments, file, buffer: Vec::new(), next, state })
+        Ok(Self { dir: dir.to_owned(), limits, written, segments, file, buffer: Vec::new(), next, state })
     }
 
     /// The offset of the next byte.
@@ -136,6 +141,7 @@ impl LogWriter {
             return Err(error);
         }
         *bytes += self.buffer.len() as u64;
+        self.written.fetch_add(self.buffer.len() as u64, Ordering::Relaxed);
         self.next = next;
         Ok(())
     }
@@ -145,7 +151,7 @@ impl LogWriter {
         self.file = Some(OpenOptions::new().read(true).append(true).create(true).open(&segment.path)?);
         self.segments.push_back((segment, 0));
         let mut total: u64 = self.segments.iter().map(|(_, bytes)| bytes).sum();
-        while total + self.limits.segment_bytes > self.limits.keep_bytes && self.segments.len() > 1 {
+        while total + self.limits.segment_bytes > self.limits.attempt_bytes && self.segments.len() > 1 {
             let Some((oldest, bytes)) = self.segments.pop_front() else { break };
             fs::remove_file(&oldest.path)?;
             total -= bytes;

@@ -165,6 +165,12 @@ impl Network {
         self.guests().by_vm.insert(vm_id, Held { guest: Guest { lease, egress }, attached: true });
     }
 
+    /// Whom addresses are kept for, and the first of them.
+    pub(crate) fn leases(&self) -> BTreeMap<VmId, String> {
+        let guests = self.guests();
+        guests.by_vm.iter().map(|(vm_id, held)| (*vm_id, held.guest.lease.address.to_string())).collect()
+    }
+
     /// A VM's record is gone, and so is its TAP.
     pub(crate) fn give_back(&self, vm_id: VmId) {
         self.guests().by_vm.remove(&vm_id);

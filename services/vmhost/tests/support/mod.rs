@@ -29,7 +29,7 @@ use blixard::{
 };
 use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
-    HealthConfig, Pace, StartError, VmHost, VmHostConfig,
+    HealthConfig, LogLimits, Pace, StartError, VmHost, VmHostConfig,
     hypervisor::{Hypervisor, HypervisorSettings, choose},
 };
 use fake_registry::FakeRegistry;
@@ -49,6 +49,7 @@ pub struct World {
     pub secret_key: Option<SecretKey>,
     pub network: NetworkConfig,
     pub health: HealthConfig,
+    pub logs: LogLimits,
     pub pace: Pace,
 }
 
@@ -74,6 +75,7 @@ impl World {
             secret_key: SecretKey::from_bytes(&[7; 32]),
             network: Config::default().network,
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
+            logs: LogLimits::from(&Config::default().retention),
             pace: Pace::default(),
         }
     }
@@ -105,6 +107,7 @@ impl World {
             node_labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
             network: self.network.clone(),
             health: self.health,
+            logs: self.logs,
             pace: self.pace,
         }
     }

@@ -335,10 +335,14 @@ async fn restore(
     let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
     let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
     let link = link(host, launch, &machine, network);
-    let problem = match tokio::time::timeout(RESTORE_PATIENCE, link.introduce()).await {
-        Ok(Ok(_)) => return Ok(Started { machine, link, restored: true }),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("its agent did not answer within {} s", RESTORE_PATIENCE.as_secs()),
+    let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
+    let problem = tokio::select! {
+        introduced = introduced => match introduced {
+            Ok(Ok(_)) => return Ok(Started { machine, link, restored: true }),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("its agent did not answer within {} s", RESTORE_PATIENCE.as_secs()),
+        },
+        exit = machine.wait() => exit.to_string(),
     };
     machine.kill().await;
     Err(problem)

@@ -254,7 +254,7 @@ impl World {
     }
 }
 
-fn processes_with(mark: Vec<u8>) -> Vec<u32> {
+pub fn processes_with(mark: Vec<u8>) -> Vec<u32> {
     let pids = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| *pid != std::process::id())

@@ -60,6 +60,8 @@ pub struct FirecrackerConfig {
     pub driver: DriverChoice,
     /// How many VMs may run at once.
     pub max_concurrent_vms: u32,
+    /// How many templates a node keeps; 0: every VM boots.
+    pub templates: u32,
     /// Memory of a VM that asks for none, in MiB.
     pub default_memory_mb: u32,
     /// Virtual CPUs of a VM that asks for none.
@@ -252,6 +254,8 @@ impl Default for Config {
             firecracker: FirecrackerConfig {
                 driver: DriverChoice::Auto,
                 max_concurrent_vms: 10,
+                // Each takes as much of the disk as its VMs have memory, at most.
+                templates: 0,
                 default_memory_mb: 512,
                 default_vcpus: 2,
                 flake_dir: "./microvms".into(),
@@ -499,6 +503,15 @@ pub const SETTINGS: &[Setting] = &[
         allowed: "a whole number from 1 to 10000",
         set: |config, value| number(value, 1, 10_000).map(|n| config.firecracker.max_concurrent_vms = n),
         get: |config| config.firecracker.max_concurrent_vms.to_string(),
+    },
+    Setting {
+        key: "firecracker.templates",
+        env: "BLIXARD_TEMPLATES",
+        flag: "templates",
+        help: "How many templates a node keeps: saved machines from which VMs are restored instead of booted",
+        allowed: "a whole number from 0 to 1000; 0: every VM boots",
+        set: |config, value| number(value, 0, 1_000).map(|n| config.firecracker.templates = n),
+        get: |config| config.firecracker.templates.to_string(),
     },
     Setting {
         key: "firecracker.default_memory_mb",
@@ -949,7 +962,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
         environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20

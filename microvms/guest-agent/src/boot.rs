@@ -139,6 +139,11 @@ pub(crate) fn finish(modules: &[String]) {
     report("bring up the loopback interface", network::loopback_up());
 }
 
+/// Finds devices that the machine has got since its kernel looked, whatever else tells of them.
+pub(crate) fn look_for_devices() {
+    report("look for devices", fs::write("/sys/bus/pci/rescan", "1"));
+}
+
 /// Switches the machine off. Returns only when the kernel refuses.
 pub(crate) fn power_off() {
     rustix::fs::sync();

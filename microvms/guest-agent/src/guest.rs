@@ -16,7 +16,7 @@ use crate::{
     admission::{AttemptId, Decision, DeniedReason, Held, Seen, decide},
     attempt::Attempt,
     command,
-    identity::{Configuration, Identity},
+    identity::{Configuration, Configured, Identity},
     image::ImageDefaults,
     input,
     lease::Lease,
@@ -30,6 +30,8 @@ const DELIVERY_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct State {
     vm_id: Option<VmId>,
+    /// Made by the first Configure.
+    boot_id: Option<String>,
     held: Option<Arc<Attempt>>,
     seen: Seen,
 }
@@ -67,10 +69,12 @@ pub(crate) struct Work {
 }
 
 /// What Hello tells beside the identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Status {
     /// The VM it was configured as.
     pub(crate) vm_id: Option<VmId>,
+    /// Empty before it was.
+    pub(crate) boot_id: String,
     /// The attempt whose end the host may not know.
     pub(crate) owed: Option<AttemptId>,
 }
@@ -95,23 +99,24 @@ impl Guest {
     pub(crate) fn status(&self) -> Status {
         let state = self.lock();
         let owed = state.held.as_ref().filter(|attempt| attempt.is_owed()).map(|attempt| attempt.id);
-        Status { vm_id: state.vm_id, owed }
+        Status { vm_id: state.vm_id, boot_id: state.boot_id.clone().unwrap_or_default(), owed }
     }
 
-    /// Takes on an identity. Returns the steps that were skipped.
+    /// Takes on an identity.
     ///
     /// # Errors
     /// It has another name already and a job that runs under it, or a step failed.
-    pub(crate) fn configure(&self, configuration: &Configuration) -> Result<Vec<String>, Error> {
+    pub(crate) fn configure(&self, configuration: &Configuration) -> Result<Configured, Error> {
         let mut state = self.lock();
         let live = state.held.as_ref().is_some_and(|attempt| attempt.is_live());
         if let Some(current) = state.vm_id.filter(|&current| current != configuration.vm_id && live) {
             let message = format!("this guest runs a job as VM {current}");
             return Err(Error::new(Reason::GuestRefused, message).with("vm_id", current));
         }
-        let skipped = configuration.apply(self.identity.owns_guest)?;
+        let configured = configuration.apply(self.identity.owns_guest)?;
         state.vm_id = Some(configuration.vm_id);
-        Ok(skipped)
+        let boot_id = state.boot_id.get_or_insert(configured.boot_id).clone();
+        Ok(Configured { boot_id, ..configured })
     }
 
     /// The attempt `id`: the one it holds, or a new one that this call starts. The host has its output up to `offset`.

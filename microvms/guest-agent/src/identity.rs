@@ -1,9 +1,14 @@
 //! Who the guest is: what it says of itself, and what its host tells it to be.
+//!
+//! A guest may be one of many that were restored from the same saved memory. So nothing that tells it from others exists before
+//! Configure: what is random is drawn after the host's entropy has gone into the kernel's pool. Only then is the kernel's boot id read for the
+//! first time, which is when the kernel makes it. What clones have in common is older: the layout of the agent's memory and the
+//! keys of its hash tables, on which nothing secret depends.
 
 use std::{fs, io, path::Path};
 
 use blixard::{
-    error::{Error, invalid},
+    error::{Error, Reason, invalid},
     id::VmId,
     pb::guest::v1 as pb,
     time::Timestamp,
@@ -15,13 +20,14 @@ use rustix::{
 
 use crate::network::Network;
 
+/// What programs take for the id of the machine that they run on.
+const MACHINE_ID: &str = "/etc/machine-id";
+
 /// What stays the same until the guest restarts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
     /// As `uname -r` prints it.
     pub(crate) kernel_release: String,
-    /// Random; new with each start.
-    pub(crate) boot_id: String,
     /// Whether the agent is PID 1 of a guest, and so may give it a name, a time and entropy.
     pub(crate) owns_guest: bool,
 }
@@ -30,19 +36,24 @@ impl Identity {
     /// Reads it from the kernel.
     #[must_use]
     pub(crate) fn read(owns_guest: bool) -> Self {
-        Self {
-            kernel_release: uname().release().to_string_lossy().into_owned(),
-            boot_id: if owns_guest { kernel_boot_id() } else { None }
-                .unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
-            owns_guest,
-        }
+        Self { kernel_release: uname().release().to_string_lossy().into_owned(), owns_guest }
     }
 }
 
-/// The kernel's own: unlike a random number of ours it does not wait for entropy, which comes with Configure.
-fn kernel_boot_id() -> Option<String> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(text.trim().to_owned())
+/// The kernel's own id of its boot, drawn when it is read for the first time.
+fn kernel_boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// What a configuration came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Configured {
+    /// The steps that were done.
+    pub(crate) done: Vec<&'static str>,
+    /// The others, each with the reason.
+    pub(crate) skipped: Vec<String>,
+    /// Random; new with each start.
+    pub(crate) boot_id: String,
 }
 
 /// The guest's memory.
@@ -104,30 +115,50 @@ impl Configuration {
         })
     }
 
-    /// Makes the guest so. Returns the steps that were skipped because the machine is not the agent's own.
+    /// Makes the guest so. Steps are skipped when the machine is not the agent's own.
     ///
     /// # Errors
-    /// A step that must not be skipped failed: the guest is not to be used.
-    pub(crate) fn apply(&self, owns_guest: bool) -> Result<Vec<String>, Error> {
+    /// A step failed: the guest is not to be used.
+    pub(crate) fn apply(&self, owns_guest: bool) -> Result<Configured, Error> {
         if !owns_guest {
             let why = "the agent is not PID 1 of a guest";
             let network = self.network.as_ref().map(|_| "network");
-            let steps = ["hostname", "time", "entropy"].into_iter().chain(network);
-            return Ok(steps.map(|step| format!("{step}: {why}")).collect());
+            let steps = ["entropy", "clock", "hostname", "machine-id"].into_iter().chain(network);
+            let skipped = steps.map(|step| format!("{step}: {why}")).collect();
+            return Ok(Configured { done: vec!["boot-id"], skipped, boot_id: uuid::Uuid::new_v4().to_string() });
         }
-        let failed = |step: &'static str| {
-            move |error: io::Error| {
-                Error::new(blixard::error::Reason::GuestRefused, format!("cannot set the guest's {step}: {error}"))
+        let mut done = Vec::new();
+        let mut step = |name: &'static str, result: io::Result<()>| match result {
+            Ok(()) => {
+                done.push(name);
+                Ok(())
             }
+            Err(error) => Err(Error::new(Reason::GuestRefused, format!("cannot set the guest's {name}: {error}"))),
         };
-        sethostname(self.hostname.as_bytes()).map_err(|error| failed("hostname")(error.into()))?;
-        set_clock(self.time).map_err(failed("clock"))?;
-        add_entropy(&self.entropy).map_err(failed("entropy"))?;
+        // First: whatever is random after it is this guest's alone.
+        step("entropy", add_entropy(&self.entropy))?;
+        let mut boot_id = String::new();
+        step("boot-id", kernel_boot_id().map(|id| boot_id = id))?;
+        step("clock", set_clock(self.time))?;
+        step("hostname", sethostname(self.hostname.as_bytes()).map_err(Into::into))?;
+        step("machine-id", set_machine_id(Path::new(MACHINE_ID), self.vm_id))?;
         if let Some(network) = &self.network {
-            network.apply().map_err(failed("network"))?;
+            step("network", network.apply())?;
         }
-        Ok(Vec::new())
+        Ok(Configured { done, skipped: Vec::new(), boot_id })
     }
+}
+
+/// Replaces the file, whatever it is: an image may have one of its own, or a link.
+fn set_machine_id(path: &Path, vm_id: VmId) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    fs::write(&beside, format!("{}\n", vm_id.0.simple()))?;
+    fs::rename(&beside, path)
 }
 
 fn set_clock(time: Timestamp) -> io::Result<()> {
@@ -191,9 +222,29 @@ mod tests {
     #[test]
     fn a_process_is_given_nothing_and_says_so() {
         let network = pb::GuestNetwork { mtu: 1500, ..Default::default() };
-        let skipped = |network| request(|r| r.network = network).expect("valid").apply(false).expect("skipped");
-        assert_eq!(skipped(None).len(), 3);
-        assert_eq!(skipped(Some(network))[3], "network: the agent is not PID 1 of a guest");
+        let apply = |network| request(|r| r.network = network).expect("valid").apply(false).expect("skipped");
+        assert_eq!(apply(None).skipped.len(), 4);
+        let configured = apply(Some(network));
+        assert_eq!(configured.skipped[4], "network: the agent is not PID 1 of a guest");
+        assert_eq!(configured.done, ["boot-id"]);
+        assert_ne!(configured.boot_id, apply(None).boot_id);
+    }
+
+    #[test]
+    fn the_machine_id_of_an_image_is_replaced_and_a_link_not_followed() {
+        let root = tempfile::tempdir().expect("tempdir");
+        let (path, outside) = (root.path().join("etc/machine-id"), root.path().join("outside"));
+        let vm_id = VmId::random();
+        set_machine_id(&path, vm_id).expect("is set");
+        assert_eq!(fs::read_to_string(&path).expect("there"), format!("{}\n", vm_id.0.simple()));
+
+        fs::write(&outside, "the image's").expect("writes");
+        fs::remove_file(&path).expect("removes");
+        std::os::unix::fs::symlink(&outside, &path).expect("links");
+        std::os::unix::fs::symlink(&outside, path.with_extension("new")).expect("links");
+        set_machine_id(&path, vm_id).expect("is set");
+        assert_eq!(fs::read_to_string(&path).expect("there").len(), 33);
+        assert_eq!(fs::read_to_string(&outside).expect("there"), "the image's");
     }
 
     #[test]

@@ -59,6 +59,10 @@ usage: blixard-guest-agent --listen vsock:PORT | unix:PATH
 
 /// Between SIGTERM and SIGKILL of the job's processes when the agent itself is told to end by a signal.
 const SIGNALLED_GRACE: Duration = Duration::from_secs(2);
+/// What the console says once all is ready but there is no vsock device. Part of the contract.
+const WAITS_FOR_DEVICE: &str = "blixard-guest-agent: serves, and waits for a vsock device";
+/// Between two looks for one: a small part of what restoring a guest takes.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// How long the last answers may take to be sent.
 const FLUSH_GRACE: Duration = Duration::from_secs(1);
 /// A stream may have this much under way to the host and back, so that output does not wait for round trips.
@@ -186,9 +190,23 @@ where
 /// Tells the host that the guest serves, by a connection to the host's port of the same number that is closed at once.
 /// Hypervisors turn it into one to the Unix socket `<vsock socket>_1024`. A host that waits for it need not poll, and
 /// must not: vhost-device-vsock 0.3.0 breaks when it is connected to while the guest's driver starts.
+///
+/// A guest whose host means to save it has no vsock device, and gets one when it has been restored.
 async fn knock() {
-    // A host that does not listen is no fault.
-    let _ = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, VSOCK_PORT)).await;
+    let mut told = false;
+    loop {
+        let knock = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, VSOCK_PORT)).await;
+        // A host that does not listen is no fault.
+        if knock.err().and_then(|error| error.raw_os_error()) != Some(libc::ENODEV) {
+            return;
+        }
+        if !told {
+            eprintln!("{WAITS_FOR_DEVICE}");
+            told = true;
+        }
+        tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+        boot::look_for_devices();
+    }
 }
 
 /// SIGCHLD reaps; SIGTERM and SIGINT end the guest.

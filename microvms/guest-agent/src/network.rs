@@ -7,6 +7,7 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use blixard::{
@@ -19,10 +20,15 @@ use rustix::{
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with},
 };
 
+use crate::boot;
+
 const INTERFACES: &str = "/sys/class/net";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Linux' least (RFC 791) and most.
 const MTU: std::ops::RangeInclusive<u32> = 68..=65_535;
+/// How long the interface may take to appear: milliseconds, and the rest for a loaded host.
+const PATIENCE: Duration = Duration::from_secs(5);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// The loopback interface's index.
 const LOOPBACK: u32 = 1;
 
@@ -67,7 +73,7 @@ impl Network {
 
     /// Makes the interface so. Again changes nothing.
     pub(crate) fn apply(&self) -> io::Result<()> {
-        let (name, index) = find(Path::new(INTERFACES), &self.mac)?;
+        let (name, index) = find_soon(Path::new(INTERFACES), &self.mac)?;
         // Nobody else can have these addresses, and nobody but the host says what the routes are.
         for (setting, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
             let _ = fs::write(Path::new("/proc/sys/net/ipv6/conf").join(&name).join(setting), value);
@@ -81,6 +87,20 @@ impl Network {
             netlink.add_default_route(index, *gateway)?;
         }
         if self.resolvers.is_empty() { Ok(()) } else { fs::write(RESOLV_CONF, resolv_conf(&self.resolvers)) }
+    }
+}
+
+/// Waits for the interface: a guest that was restored has got it a moment ago.
+fn find_soon(interfaces: &Path, mac: &str) -> io::Result<(String, u32)> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match find(interfaces, mac) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
+                boot::look_for_devices();
+                std::thread::sleep(LOOK_AGAIN_AFTER);
+            }
+            result => return result,
+        }
     }
 }
 

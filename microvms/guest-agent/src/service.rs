@@ -17,7 +17,7 @@ use crate::{
     attempt::{Attempt, StreamNumber},
     boot, file,
     guest::{Guest, Work},
-    identity::{Configuration, Memory},
+    identity::{Configuration, Configured, Memory},
     input,
     lease::Lease,
 };
@@ -42,7 +42,7 @@ impl GuestService for Service {
         Ok(Response::new(pb::HelloResponse {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: self.0.identity.kernel_release.clone(),
-            boot_id: self.0.identity.boot_id.clone(),
+            boot_id: status.boot_id,
             configured: status.vm_id.is_some(),
             vm_id: status.vm_id.map(|id| id.to_string()).unwrap_or_default(),
             job_id: status.owed.map(|id| id.job_id.to_string()).unwrap_or_default(),
@@ -57,8 +57,9 @@ impl GuestService for Service {
         request: Request<pb::ConfigureRequest>,
     ) -> Result<Response<pb::ConfigureResponse>, Status> {
         let configuration = Configuration::parse(request.into_inner())?;
-        let skipped = self.0.configure(&configuration)?;
-        Ok(Response::new(pb::ConfigureResponse { skipped }))
+        let Configured { done, skipped, boot_id } = self.0.configure(&configuration)?;
+        let done = done.into_iter().map(str::to_owned).collect();
+        Ok(Response::new(pb::ConfigureResponse { skipped, done, boot_id }))
     }
 
     async fn run(&self, request: Request<Streaming<pb::RunRequest>>) -> Result<Response<Self::RunStream>, Status> {

@@ -145,6 +145,7 @@ impl Parts {
             image_dir: config.firecracker.image_dir.clone(),
             agent_command,
             max_vms: config.firecracker.max_concurrent_vms,
+            templates: config.firecracker.templates,
             registry_endpoint: endpoint.clone(),
             advertise_endpoint: endpoint.clone(),
             secret_key: Some(secret_key.clone()),

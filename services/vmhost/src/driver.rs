@@ -35,6 +35,7 @@ use crate::{
     records::{AttemptRecord, VmDir, VmRecord},
     registry::cut,
     reporter::{Report, Reporter},
+    templates::{self, Started},
 };
 
 /// Commands that wait for a busy driver. The scheduler has at most a few under way for one VM.
@@ -86,7 +87,7 @@ type Reply = oneshot::Sender<Result<(), Error>>;
 /// What a driver's own tasks tell it.
 pub(crate) enum Event {
     Input(Input),
-    Launched(Arc<dyn Machine>),
+    Launched(Started),
     AgentUp {
         boot_id: String,
     },
@@ -190,6 +191,8 @@ struct Driver {
     record: VmRecord,
     life: Lifecycle,
     machine: Option<(Arc<dyn Machine>, Arc<AgentLink>)>,
+    /// Whether the machine was booted, so that a template would have helped.
+    booted: bool,
     attempt_record: Option<AttemptRecord>,
     attempt: Option<Attempt>,
     reports: mpsc::Sender<Report>,
@@ -228,6 +231,7 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
         record,
         life,
         machine,
+        booted: false,
         attempt_record,
         attempt: log.map(Attempt::Open),
         reports,
@@ -285,15 +289,12 @@ impl Driver {
         self.dir.create()?;
         self.dir.intend_vm(&self.record).await?;
         let (host, launch) = (Arc::clone(&self.host), self.launch.clone());
+        let network = host.guest_network(&self.record);
         let events = self.event_sender.clone();
         // Not among the VM's own tasks: a launch that vmhost's end cuts in half leaves what recovery has to sweep.
         self.host.tasks.spawn("vm-launch", async move {
-            let launched = match host.attach(&launch).await {
-                Ok(()) => host.hypervisor.launch(&launch).await.map_err(|error| with_sources(&error)),
-                Err(error) => Err(error),
-            };
-            let event = match launched {
-                Ok(machine) => Event::Launched(machine),
+            let event = match templates::start(&host, &launch, network).await {
+                Ok(started) => Event::Launched(started),
                 Err(reason) => Event::Input(Input::LaunchFailed { reason }),
             };
             let _ = events.send(event).await;
@@ -321,9 +322,8 @@ impl Driver {
     async fn handle(&mut self, event: Event) -> bool {
         match event {
             Event::Input(input) => self.step(input).await,
-            Event::Launched(machine) => {
-                let network = self.host.guest_network(&self.record);
-                let link = Arc::new(AgentLink::new(self.id, Arc::clone(&machine), network));
+            Event::Launched(Started { machine, link, restored }) => {
+                self.booted = !restored;
                 self.machine = Some((Arc::clone(&machine), link));
                 self.watch_machine(machine);
                 let boot_deadline = Timestamp::now().plus(self.host.boot_patience());
@@ -335,6 +335,9 @@ impl Driver {
                 self.note_vm();
                 self.watch_health();
                 self.step(Input::AgentUp).await;
+                if self.booted {
+                    self.host.templates.want(&self.launch);
+                }
             }
             Event::MachineExited(exit) => {
                 tracing::info!(vm_id = %self.id, %exit, "machine ended");

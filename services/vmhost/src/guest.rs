@@ -27,6 +27,8 @@ use crate::hypervisor::Machine;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two tries to reach an agent that refuses: [`Machine::connect`] itself waits for one that is not up yet.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
+/// What makes a guest one of its own, beside its network.
+const STEPS: [&str; 5] = ["entropy", "boot-id", "clock", "hostname", "machine-id"];
 /// How much randomness a guest is given.
 const ENTROPY_BYTES: usize = 64;
 
@@ -64,14 +66,21 @@ impl Agent {
         Ok(Self { client, hello: Arc::new(hello) })
     }
 
-    /// Gives the guest its identity, if it has none yet.
-    async fn configure(&self, vm_id: VmId, network: Option<&pb::GuestNetwork>) -> Result<(), Error> {
+    /// Gives the guest its identity, if it has none yet, and has each step of it confirmed.
+    async fn configure(self, vm_id: VmId, network: Option<&pb::GuestNetwork>, own: bool) -> Result<Self, Error> {
         if self.hello.configured {
             return if self.hello.vm_id == vm_id.to_string() {
-                Ok(())
+                Ok(self)
             } else {
                 Err(refused(vm_id, &format!("the guest says that it is VM {}", self.hello.vm_id)))
             };
+        }
+        if !self.hello.boot_id.is_empty() {
+            let version = &self.hello.agent_version;
+            let problem = format!(
+                "the guest has an identity of its own, which its clones would share: its agent (version {version}) is not the                  one that belongs to this vmhost; make the image anew (make guest-image)"
+            );
+            return Err(refused(vm_id, &problem));
         }
         let mut entropy = vec![0; ENTROPY_BYTES];
         let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut entropy));
@@ -84,9 +93,27 @@ impl Agent {
             network: network.cloned(),
         };
         let answer = self.client.clone().configure(client::request(request, CALL_TIMEOUT)).await?.into_inner();
+        confirmed(&answer, network.is_some(), own).map_err(|problem| refused(vm_id, &problem))?;
         tracing::debug!(%vm_id, skipped = ?answer.skipped, kernel = self.hello.kernel_release, "guest configured");
-        Ok(())
+        let hello = pb::HelloResponse {
+            configured: true,
+            vm_id: vm_id.to_string(),
+            boot_id: answer.boot_id,
+            ..(*self.hello).clone()
+        };
+        Ok(Self { hello: Arc::new(hello), ..self })
     }
+}
+
+/// Whether every step of an identity was done. `own`: in a guest of its own none may be missing, for what is not its alone it may share
+/// with all that were restored from the same memory.
+fn confirmed(answer: &pb::ConfigureResponse, network: bool, own: bool) -> Result<(), String> {
+    if answer.boot_id.is_empty() {
+        return Err("the guest has no boot id after Configure".to_owned());
+    }
+    let steps = STEPS.into_iter().chain(network.then_some("network"));
+    let missing: Vec<&str> = steps.filter(|step| own && !answer.done.iter().any(|done| done == step)).collect();
+    if missing.is_empty() { Ok(()) } else { Err(format!("the guest has not confirmed: {}", missing.join(", "))) }
 }
 
 fn refused(vm_id: VmId, problem: &str) -> Error {
@@ -98,24 +125,29 @@ pub(crate) struct AgentLink {
     vm_id: VmId,
     machine: Arc<dyn Machine>,
     network: Option<pb::GuestNetwork>,
+    /// Whether the guest is a machine of its own.
+    own: bool,
     current: Mutex<Option<Agent>>,
 }
 
 impl AgentLink {
-    /// A way to the agent of `machine`; nothing is connected yet.
-    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>, network: Option<pb::GuestNetwork>) -> Self {
-        Self { vm_id, machine, network, current: Mutex::default() }
+    /// A way to the agent of `machine`; nothing is connected yet. `own`: the guest has a kernel of its own.
+    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>, network: Option<pb::GuestNetwork>, own: bool) -> Self {
+        Self { vm_id, machine, network, own, current: Mutex::default() }
     }
 
     /// Waits until the agent answers, and gives it its identity. Tries for ever: the caller has the deadline. An error is final.
     pub(crate) async fn introduce(&self) -> Result<Agent, Error> {
         loop {
             let agent = match self.agent().await {
-                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref()).await.map(|()| agent),
+                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), self.own).await,
                 Err(error) => Err(error),
             };
             match agent {
-                Ok(agent) => return Ok(agent),
+                Ok(agent) => {
+                    *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(agent.clone());
+                    return Ok(agent);
+                }
                 Err(error) if matches!(error.reason, Reason::GuestRefused | Reason::InvalidField) => return Err(error),
                 Err(error) => tracing::debug!(vm_id = %self.vm_id, %error, "the guest agent does not answer yet"),
             }
@@ -181,5 +213,30 @@ impl AgentLink {
         tracing::debug!(vm_id = %self.vm_id, %status, "a call to the guest agent failed; trying on a new connection");
         self.forget();
         call(self.agent().await?.client).await.map_err(Error::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(done: &[&str]) -> pb::ConfigureResponse {
+        let done = done.iter().map(ToString::to_string).collect();
+        pb::ConfigureResponse { done, boot_id: "1".to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_guest_of_its_own_must_have_done_every_step_and_a_process_none() {
+        let all = [&STEPS[..], &["network"]].concat();
+        assert_eq!(confirmed(&answer(&all), true, true), Ok(()));
+        assert_eq!(confirmed(&answer(&STEPS), false, true), Ok(()));
+        assert_eq!(confirmed(&answer(&["boot-id"]), true, false), Ok(()));
+        for at in 0..all.len() {
+            let (mut done, missing) = (all.clone(), all[at]);
+            done.remove(at);
+            assert_eq!(confirmed(&answer(&done), true, true), Err(format!("the guest has not confirmed: {missing}")));
+        }
+        let unnamed = pb::ConfigureResponse { boot_id: String::new(), ..answer(&all) };
+        assert!(confirmed(&unnamed, true, true).is_err() && confirmed(&unnamed, true, false).is_err());
     }
 }

@@ -42,6 +42,7 @@ use crate::{
     recovery,
     registry::Registry,
     service::Service,
+    templates::{self, TemplateStore, Wanted},
 };
 
 /// How long a guest may take to boot to its agent: QEMU without hardware virtualization on a busy host needs half a minute.
@@ -66,6 +67,8 @@ pub struct VmHostConfig {
     pub agent_command: Vec<OsString>,
     /// How many VMs may run at once.
     pub max_vms: u32,
+    /// How many templates may be kept; 0: every VM boots.
+    pub templates: u32,
     /// Where the registry answers, as `http://host:port`.
     pub registry_endpoint: String,
     /// Where others reach this vmhost, as `http://host:port`.
@@ -153,6 +156,9 @@ pub enum StartError {
     /// The VMs on disk can't be read.
     #[error("cannot read the VM state directory")]
     Recovery(#[source] io::Error),
+    /// What an earlier vmhost left of templates can't be taken up or taken away.
+    #[error("cannot use the templates in the VM state directory")]
+    Templates(#[source] io::Error),
 }
 
 /// The VMs of one node, and the service that speaks for them.
@@ -184,8 +190,10 @@ impl VmHost {
         hypervisor: Arc<dyn Hypervisor>,
         tasks: &Tasks,
     ) -> Result<Self, StartError> {
-        let host = Arc::new(Host::open(config, hypervisor, tasks.clone()).await?);
+        let (host, wanted_templates) = Host::open(config, hypervisor, tasks.clone()).await?;
+        let host = Arc::new(host);
         recovery::recover(&host).await.map_err(StartError::Recovery)?;
+        templates::spawn_maker(&host, wanted_templates, tasks);
         if let Ok(network) = &host.network {
             if let Err(error) = network.settle().await {
                 tracing::error!(error = with_sources(&error), "the guests' network can't be set up; it is tried again");
@@ -233,6 +241,7 @@ pub(crate) struct Host {
     pub(crate) logs: LogStore,
     pub(crate) consoles: Consoles,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) templates: Arc<TemplateStore>,
     /// The guests' network, or why there is none.
     pub(crate) network: Result<Arc<Network>, Unavailable>,
     pub(crate) registry: Registry,
@@ -251,7 +260,11 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    async fn open(config: VmHostConfig, hypervisor: Arc<dyn Hypervisor>, tasks: Tasks) -> Result<Self, StartError> {
+    async fn open(
+        config: VmHostConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        tasks: Tasks,
+    ) -> Result<(Self, Wanted), StartError> {
         let log_dir = |source| StartError::LogDir { path: config.log_dir.clone(), source };
         let state = StateDir::open(&config.vm_state_dir).map_err(|error| StartError::StateDir(error.into()))?;
         let network = Network::open(&config.network, &config.node_id, state.path(), &*hypervisor, &tasks).await;
@@ -260,8 +273,11 @@ impl Host {
             Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
-        Ok(Self {
+        let templates = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
+        let (templates, wanted_templates) = templates.map_err(StartError::Templates)?;
+        let host = Self {
             state,
+            templates: Arc::new(templates),
             network: network.map(Arc::new),
             logs: LogStore::open(&config.log_dir, config.logs).map_err(log_dir)?,
             consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
@@ -278,7 +294,8 @@ impl Host {
             labels: config.node_labels,
             secret_key: config.secret_key,
             vms: Mutex::default(),
-        })
+        };
+        Ok((host, wanted_templates))
     }
 
     /// The node, as it registers.
@@ -448,8 +465,13 @@ impl Host {
                 Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
             };
         }
-        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
-        self.capacity.room_for(config.memory_mib, alive.map(|vm| vm.config.memory_mib), self.max_vms)?;
+        let alive = alive_memory(&vms);
+        let beside = alive.iter().copied().chain(self.templates.being_made());
+        if self.capacity.room_for(config.memory_mib, beside, self.max_vms).is_err() {
+            // Not because of a template.
+            self.capacity.room_for(config.memory_mib, alive.into_iter(), self.max_vms)?;
+            self.templates.give_way();
+        }
         let lease = match &self.network {
             Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),
             Ok(_) | Err(_) => None,
@@ -466,6 +488,16 @@ impl Host {
         let vm = driver::spawn(self, Beginning::fresh(vm_id, record));
         vms.insert(vm_id, vm.clone());
         Ok(vm)
+    }
+
+    /// Whether a template can be made beside the VMs that are here; `begin` then takes the room.
+    pub(crate) fn has_room_for_template(&self, memory_mib: u32, begin: impl FnOnce()) -> bool {
+        let vms = self.vms();
+        let room = self.capacity.room_for(memory_mib, alive_memory(&vms).into_iter(), self.max_vms).is_ok();
+        if room {
+            begin();
+        }
+        room
     }
 
     /// Ends a VM; returns when that is on disk.
@@ -565,4 +597,10 @@ impl Host {
             },
         }
     }
+}
+
+/// The memory of each VM that has not ended, in MiB.
+fn alive_memory(vms: &BTreeMap<VmId, VmHandle>) -> Vec<u32> {
+    let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
+    alive.map(|vm| vm.config.memory_mib).collect()
 }

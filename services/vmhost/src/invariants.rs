@@ -51,6 +51,10 @@ pub(crate) enum Violation {
     GivenTwice(VmId, Given),
     /// An address is kept for a VM that is not held.
     Lease(VmId, String),
+    /// A process of a template that is not being made.
+    TemplateProcess(MarkedProcess),
+    /// What is left of making or deleting a template.
+    TemplateDirectory(PathBuf),
 }
 
 /// What no two VMs may have.
@@ -80,6 +84,8 @@ struct Seen {
     /// Whom addresses are kept for, and the first of them.
     leases: BTreeMap<VmId, String>,
     vms: BTreeMap<VmId, Held>,
+    /// What is in the templates' place and has no business there.
+    stray_templates: Vec<Violation>,
 }
 
 /// A VM that this node holds.
@@ -126,8 +132,9 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let missing = missing.map(|(id, tap)| Violation::NoInterface(id, tap.clone()));
     let leases = seen.leases.iter().filter(|(id, _)| !seen.vms.contains_key(id));
     let leases = leases.map(|(id, address)| Violation::Lease(*id, address.clone()));
+    let templates = seen.stray_templates.iter().cloned();
     let of_vms = processes.chain(directories).chain(records).chain(machines);
-    of_vms.chain(strays).chain(missing).chain(leases).chain(given_twice(&seen.vms)).collect()
+    of_vms.chain(strays).chain(missing).chain(leases).chain(given_twice(&seen.vms)).chain(templates).collect()
 }
 
 fn given_twice(vms: &BTreeMap<VmId, Held>) -> impl Iterator<Item = Violation> + use<> {
@@ -184,6 +191,12 @@ impl Violation {
                 address.clone(),
                 "an address is kept for a VM that this node does not hold",
             ),
+            Self::TemplateProcess(process) => {
+                (Kind::Process, None, process.to_string(), "a process of a template that is not being made")
+            }
+            Self::TemplateDirectory(path) => {
+                (Kind::Directory, None, path.display().to_string(), "what is left of making or deleting a template")
+            }
         };
         let vm_id = vm_id.map(VmId::to_string).unwrap_or_default();
         pb::Violation { kind: kind.into(), vm_id, subject, problem: problem.to_owned(), repaired }
@@ -255,8 +268,10 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
 fn see(host: &Host, before: Seen) -> io::Result<Seen> {
     let state_dir = host.state.path();
     let owner = |process: MarkedProcess| Some((host.state.owner(&process.dir)?, process));
-    let processes = marked_below(state_dir).into_iter().filter_map(owner).collect();
-    let directories = host.state.entries()?;
+    let (of_templates, processes): (Vec<_>, Vec<_>) =
+        marked_below(state_dir).into_iter().partition(|process| host.templates.owns(&process.dir));
+    let processes = processes.into_iter().filter_map(owner).collect();
+    let (directories, template_directories) = (host.state.entries()?, host.templates.entries()?);
     // Afterwards: what it holds now it may have begun since, what it does not hold it has not held since.
     let vms: Vec<_> = host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
     let held = |(id, vm): (VmId, VmHandle)| {
@@ -265,13 +280,17 @@ fn see(host: &Host, before: Seen) -> io::Result<Seen> {
         let runs = view.machine.map(|machine| !machine.pids().is_empty());
         (id, Held { state: view.state, recorded, runs, lease: vm.lease })
     };
-    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect(), ..before })
+    let of_templates = of_templates.into_iter().filter(|process| !host.templates.accounts_for(&process.dir));
+    let left = template_directories.into_iter().filter(|path| !host.templates.accounts_for(path));
+    let stray_templates =
+        of_templates.map(Violation::TemplateProcess).chain(left.map(Violation::TemplateDirectory)).collect();
+    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect(), stray_templates, ..before })
 }
 
 /// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
 async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
     match violation {
-        Violation::Process(_, process) => {
+        Violation::Process(_, process) | Violation::TemplateProcess(process) => {
             let ended = end_marked(std::slice::from_ref(process)).await;
             ended.inspect_err(|error| tracing::error!(error = with_sources(error), "a process does not end")).is_ok()
         }
@@ -280,6 +299,12 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
             let deleted = tokio::task::spawn_blocking(move || host.delete_leftover(vm_id, &path)).await;
             let deleted = deleted.map_err(io::Error::other).flatten();
             deleted.inspect_err(|error| tracing::error!(%error, "a VM's directory can't be deleted")).is_ok()
+        }
+        Violation::TemplateDirectory(path) => {
+            let (templates, path) = (Arc::clone(&host.templates), path.clone());
+            let deleted = tokio::task::spawn_blocking(move || templates.delete_leftover(&path)).await;
+            let deleted = deleted.map_err(io::Error::other).flatten();
+            deleted.inspect_err(|error| tracing::error!(%error, "a template's directory can't be deleted")).is_ok()
         }
         Violation::Interface(_) => match &host.network {
             Ok(network) => {

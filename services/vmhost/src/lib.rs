@@ -8,7 +8,7 @@
 //!                                           └── reporter ──► registry
 //! ```
 //! `node_lease` ends what runs here when the registry is silent for too long, `health` what does not answer, `cleaning` deletes what
-//! the registry has forgotten, `invariants` finds and ends what nothing here accounts for, `net` is what guests reach. What a VM
+//! the registry has forgotten, `invariants` finds and ends what nothing here accounts for, `net` is what guests reach, `templates` what they are restored from. What a VM
 //! holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
 //! does not find (`recovery`). VMs outlive this process.
 //!
@@ -40,6 +40,7 @@ mod recovery;
 mod registry;
 mod reporter;
 mod service;
+mod templates;
 
 pub use host::{HealthConfig, Pace, StartError, VmHost, VmHostConfig};
 pub use logs::{LogLimits, NodeLogs};

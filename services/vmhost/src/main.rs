@@ -75,6 +75,7 @@ fn host_config(
         image_dir: config.firecracker.image_dir,
         agent_command: vec![agent.into()],
         max_vms: config.firecracker.max_concurrent_vms,
+        templates: config.firecracker.templates,
         registry_endpoint: registry.unwrap_or_default(),
         advertise_endpoint: advertise,
         secret_key,

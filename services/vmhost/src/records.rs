@@ -5,6 +5,7 @@
 //!              <vm>/vm.json        the VM: config, whether its end is wanted, what it came to
 //!              <vm>/attempt.json   its latest attempt; how that ended is the last record of the attempt's log
 //!              <vm>/machine/       the hypervisor's
+//!              .templates/         see `templates`
 //! ```
 //! A VM's record is written beside its place, flushed and renamed, *before* it is acted on. What only refines it (a boot id, an end) is
 //! renamed, too, but not flushed: that survives the death of vmhost. The death of the whole machine is the death of its VMs, and an
@@ -177,6 +178,12 @@ impl VmDir {
     /// Where the hypervisor keeps what it needs.
     pub(crate) fn machine(&self) -> PathBuf {
         self.path.join("machine")
+    }
+
+    /// An empty one for the machine, in place of the one that there is.
+    pub(crate) fn renew_machine(&self) -> io::Result<()> {
+        self.remove_machine()?;
+        DirBuilder::new().mode(0o700).create(self.machine())
     }
 
     /// Removes the machine's part of it.

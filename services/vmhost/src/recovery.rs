@@ -7,8 +7,9 @@
 //! | StartVm arrived | no `vm.json` | removes the directory; the registry still says Starting and the scheduler sends StartVm again |
 //! | `vm.json` written | no machine | the same |
 //! | a TAP made, whole or half | a TAP that no record owns any more | the same; deletes the TAP |
-//! | processes started | processes, perhaps without a record of theirs | ends them (by their environment), then the same |
-//! | the agent answered | `guest_boot` | adopts; reports Ready (again) |
+//! | processes started, to boot or restored from a template | processes, perhaps without a record of theirs | ends them (by their environment), then the same |
+//! | the agent answered, but its identity was not noted | processes | the same |
+//! | the agent's identity was noted | `guest_boot` | adopts; reports Ready (again) |
 //! | Ready reported | `guest_boot` | the same; the report changes nothing |
 //! | RunJob arrived | perhaps an empty log directory | nothing: the job is still Assigned and RunJob comes again; the fence lets an attempt pass whose log was never begun |
 //! | `attempt.json` written, its input being fetched | the attempt, unknown to the guest | attaches; the guest never heard of it: reports it lost, never started, and the scheduler queues it again for free |
@@ -25,6 +26,8 @@
 //! | the machine died | no machine | reports the attempt lost, then Failed |
 //! | `end` written | `end` in `vm.json` | ends what is left, reports that end |
 //! | the end reported | the same | the same; the registry has it already; removes the directory |
+//! | a template was begun | `.templates/<key>.new`, perhaps processes | ends and removes them (`templates`) |
+//! | a template became whole | `.templates/<key>` | uses it while it is current, else removes it |
 //!
 //! A VM of the registry that has no directory here, and a VM here that the registry takes for ended, are found when the node
 //! registers (`reconcile`).
@@ -145,7 +148,12 @@ async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopte
     };
     let adopted = host.hypervisor.adopt(&host.launch(id, &record.config)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
-    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record)));
+    let link = Arc::new(AgentLink::new(
+        id,
+        Arc::clone(&machine),
+        host.guest_network(record),
+        host.hypervisor.has_guest_kernel(),
+    ));
     let problem = match tokio::time::timeout(ADOPT_PATIENCE, link.introduce()).await {
         Ok(Ok(agent)) if agent.hello.boot_id == *guest_boot => return Ok(Some((machine, link))),
         Ok(Ok(_)) => "its guest restarted".to_owned(),

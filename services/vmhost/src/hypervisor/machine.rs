@@ -209,6 +209,12 @@ impl Starting {
         Ok(())
     }
 
+    /// The guest's agent serves already: no knock will come.
+    pub(super) fn agent_serves(&self) -> Result<(), LaunchError> {
+        let knocked = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), std::fs::remove_file);
+        knocked.map_err(cannot("note that the guest agent serves"))
+    }
+
     /// All processes run: from here on the machine is watched over.
     pub(super) fn finish(mut self, tasks: &Tasks) -> Arc<dyn Machine> {
         let rank = |name| self.kind.processes.iter().position(|&process| process == name);

@@ -29,8 +29,10 @@ mod nic;
 mod process;
 mod procfs;
 mod qemu;
+mod qmp;
 mod record;
 mod socket;
+mod template;
 mod tools;
 
 use std::{
@@ -85,6 +87,16 @@ pub trait Hypervisor: Send + Sync + 'static {
         true
     }
 
+    /// Whether its guests have a kernel of their own.
+    fn has_guest_kernel(&self) -> bool {
+        true
+    }
+
+    /// How it saves machines and restores them, if it does.
+    fn templates(&self) -> Option<&dyn Templates> {
+        None
+    }
+
     /// The images it can boot now, sorted.
     fn images(&self) -> Vec<String>;
 
@@ -98,6 +110,24 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Ends every process that belongs to `launch`, whatever was or was not recorded, and says how many there were.
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError>;
+}
+
+/// Saving a machine whose agent serves but has no identity yet, and restoring any number of machines from it.
+#[tonic::async_trait]
+pub trait Templates: Send + Sync {
+    /// What a template for such a launch depends on, in words: only one that was saved with the same may be used. Blocking.
+    ///
+    /// # Errors
+    /// There is no such image.
+    fn basis(&self, launch: &Launch) -> Result<String, LaunchError>;
+
+    /// Boots `launch`, which has no network interface, and saves it into the directory `into`, which is empty and on the same file system as
+    /// the launch's. Nothing of it runs afterwards. A caller that drops the future before its end must sweep.
+    async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError>;
+
+    /// Starts a machine from a directory that [`Templates::save`] has filled: otherwise as [`Hypervisor::launch`]. Once it
+    /// returns the directory may go.
+    async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError>;
 }
 
 /// A running machine. Dropping it leaves the machine running.

@@ -6,11 +6,15 @@
 //!
 //! Both processes are one machine: the end of either ends the other. `vhost-device-vsock` serves one VM each, so the
 //! guest's CID needs to be unique in that process only. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
-//! the guest agent do not answer, and what is not there cannot be misused.
+//! the guest agent do not answer, and what is not there cannot be misused. Only a machine that is saved or restored has
+//! one, until it has been (see `qmp`).
+//!
+//! A machine with a vhost-user device can neither be saved nor be filled. So a template has none, nor a network interface, but empty ports
+//! for both. They are plugged into a machine that has been restored before it goes on, and its guest, which waits for them, finds them.
 
 use std::{
     ffi::OsString,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
@@ -20,12 +24,13 @@ use std::{
 use blixard_chassis::Tasks;
 
 use super::{
-    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
+    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
     image::{self, Image},
     images_in_words,
     machine::{self, Agent, Kind, Starting, cannot},
+    qmp::{self, Qmp},
     socket::SocketDir,
-    tools,
+    template, tools,
 };
 
 const QEMU: &str = "qemu";
@@ -38,6 +43,15 @@ const AGENT_SOCKET: &str = "vsock";
 const VHOST_SOCKET: &str = "vhost";
 /// Where QEMU offers the serial port.
 const SERIAL_SOCKET: &str = "serial";
+/// Where QEMU's monitor meets us, if it has one.
+const MONITOR_SOCKET: &str = "monitor";
+/// A saved machine's memory and devices, in a template's directory.
+const STATE_FILE: &str = "state";
+/// What a guest's console says when it can be saved (see `guest.proto`).
+const WAITS_FOR_DEVICE: &[u8] = b"serves, and waits for a vsock device";
+/// The ports into which a restored machine's devices are plugged.
+const VSOCK_PORT: &str = "port1";
+const NIC_PORT: &str = "port2";
 /// The first CID that is not reserved.
 const GUEST_CID: u32 = 3;
 /// vhost-device-vsock listens after a few milliseconds; the rest is for a loaded host.
@@ -51,6 +65,9 @@ const KIND: Kind = Kind {
     events: None,
     has_children: false,
 };
+
+/// A machine that is to be saved.
+const TEMPLATE: Kind = Kind { processes: &[QEMU], ..KIND };
 
 /// Machines that QEMU runs.
 pub struct Qemu {
@@ -114,28 +131,127 @@ impl Hypervisor for Qemu {
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
         machine::sweep(launch).await
     }
+
+    fn templates(&self) -> Option<&dyn Templates> {
+        Some(self)
+    }
+}
+
+#[tonic::async_trait]
+impl Templates for Qemu {
+    fn basis(&self, launch: &Launch) -> Result<String, LaunchError> {
+        let basis = template::basis(launch, &self.image_dir, KIND.driver, &[&self.boot.qemu])?;
+        Ok(format!("{basis}\n{:?}", self.boot.accelerator()))
+    }
+
+    async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        let (give, take) = std::sync::mpsc::channel();
+        let machine = machine::launch(TEMPLATE, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            let arguments = boot.template_arguments(starting.sockets(), &image, &what);
+            let qmp = boot.start_with_monitor(starting, arguments, Stdio::null())?;
+            // Whoever takes it waits for this.
+            let _ = give.send(qmp);
+            Ok(())
+        })
+        .await?;
+        let waits = |machine: &dyn Machine| {
+            machine.console().tail.windows(WAITS_FOR_DEVICE.len()).any(|at| at == WAITS_FOR_DEVICE)
+        };
+        let file = into.join(STATE_FILE);
+        let saved = match template::until_ready(&*machine, waits).await {
+            Ok(()) => tokio::task::spawn_blocking(move || {
+                let mut qmp = take.recv().map_err(io::Error::other)?;
+                qmp.save(fs::File::create_new(file)?)
+            })
+            .await
+            .map_err(io::Error::from)
+            .flatten()
+            .map_err(cannot("save the machine")),
+            Err(error) => Err(error),
+        };
+        machine.kill().await;
+        saved
+    }
+
+    async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError> {
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        let file = template.join(STATE_FILE);
+        machine::launch(KIND, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            let file = fs::File::open(&file).map_err(cannot(format!("open {}", file.display())))?;
+            boot.start_vsock(starting, &what)?;
+            let mut arguments = boot.template_arguments(starting.sockets(), &image, &what);
+            arguments.extend(["-incoming", "defer"].map(OsString::from));
+            arguments.extend(vsock_backend(starting.sockets()));
+            arguments.extend(what.nic.iter().flat_map(|_| nic_backend()));
+            let mut qmp = boot.start_with_monitor(starting, arguments, stdin(&what)?)?;
+            qmp.fill(file).map_err(cannot("restore the machine"))?;
+            qmp.plug(&vsock_device(), VSOCK_PORT).map_err(cannot("give the machine its vsock device"))?;
+            if let Some(nic) = &what.nic {
+                qmp.plug(&nic_device(nic), NIC_PORT).map_err(cannot("give the machine its network interface"))?;
+            }
+            qmp.resume().map_err(cannot("let the machine go on"))
+        })
+        .await
+    }
 }
 
 impl Boot {
     fn start(&self, starting: &mut Starting, image: &Image, launch: &Launch) -> Result<(), LaunchError> {
+        self.start_vsock(starting, launch)?;
+        let mut arguments = self.arguments(starting.sockets(), image, launch);
+        arguments.extend(vsock_backend(starting.sockets()));
+        arguments.extend(["-device".into(), in_words(&vsock_device())]);
+        if let Some(nic) = &launch.nic {
+            arguments.extend(nic_backend());
+            arguments.extend(["-device".into(), in_words(&nic_device(nic))]);
+        }
+        starting.start_with(QEMU, &self.qemu, &arguments, stdin(launch)?).map(drop)
+    }
+
+    fn start_vsock(&self, starting: &mut Starting, launch: &Launch) -> Result<(), LaunchError> {
         let vsock = starting.start(VSOCK, &self.vsock, &vsock_arguments(starting.sockets()))?;
         // QEMU connects once, at its start, and gives up if nobody listens.
         let file = launch.dir.join(VHOST_SOCKET);
         let ready = || file.exists() && listens(vsock, VHOST_SOCKET);
-        starting.wait_until("start vhost-device-vsock", VSOCK_PATIENCE, ready)?;
-        let arguments = self.qemu_arguments(starting.sockets(), image, launch);
-        let stdin = match &launch.nic {
-            Some(nic) => nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?.into(),
-            None => Stdio::null(),
-        };
-        starting.start_with(QEMU, &self.qemu, &arguments, stdin).map(drop)
+        starting.wait_until("start vhost-device-vsock", VSOCK_PATIENCE, ready)
     }
 
-    fn qemu_arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
+    /// Starts QEMU with a monitor for as long as what is returned is held.
+    fn start_with_monitor(
+        &self,
+        starting: &mut Starting,
+        arguments: Vec<OsString>,
+        stdin: Stdio,
+    ) -> Result<Qmp, LaunchError> {
+        let path = starting.sockets().for_us(MONITOR_SOCKET);
+        let expected = qmp::Expected::at(path).map_err(cannot("listen for QEMU's monitor"))?;
+        starting.start_with(QEMU, &self.qemu, &arguments, stdin)?;
+        expected.met(starting)
+    }
+
+    fn accelerator(&self) -> [&'static str; 4] {
+        if self.kvm { ["-accel", "kvm", "-cpu", "host"] } else { ["-accel", "tcg,thread=multi", "-cpu", "max"] }
+    }
+
+    /// Those of a machine that is saved, and of one that is restored.
+    fn template_arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
+        let mut arguments = self.arguments(sockets, image, launch);
+        let monitor = chardev("monitor0", sockets.for_child(MONITOR_SOCKET), "");
+        arguments.extend(["-chardev".into(), monitor, "-mon".into(), "chardev=monitor0,mode=control".into()]);
+        for (number, port) in [VSOCK_PORT, NIC_PORT].iter().enumerate() {
+            let port = format!("pcie-root-port,id={port},chassis={},slot={}", number + 1, number + 1);
+            arguments.extend(["-device".into(), port.into()]);
+        }
+        arguments
+    }
+
+    /// Those that every machine of the image and shape has.
+    fn arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
         let memory = launch.memory_mib;
-        let accelerator: &[&str] =
-            if self.kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg,thread=multi", "-cpu", "max"] };
-        let mut arguments: Vec<OsString> = accelerator.iter().map(OsString::from).collect();
+        let mut arguments: Vec<OsString> = self.accelerator().iter().map(OsString::from).collect();
         let mut add = |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
         add("-name", format!("guest={}", launch.vm_id).into());
         // vhost-user devices work in the guest's memory, so it must be shared.
@@ -150,21 +266,47 @@ impl Boot {
             add("-drive", drive("root0", disk));
             add("-device", "virtio-blk-pci,drive=root0".into());
         }
-        add("-chardev", chardev("vsock0", sockets.for_child(VHOST_SOCKET), ""));
-        add("-device", "vhost-user-vsock-pci,chardev=vsock0".into());
         add("-chardev", chardev("serial0", sockets.for_child(SERIAL_SOCKET), ",server=on,wait=off"));
         add("-serial", "chardev:serial0".into());
-        if let Some(nic) = &launch.nic {
-            // Descriptor 0 is the TAP.
-            add("-netdev", "tap,id=net0,fd=0".into());
-            add("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", nic.mac).into());
-        }
         add("-display", "none".into());
         // It needs no further process, user or privilege, and gets none.
         add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
         arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
         arguments
     }
+}
+
+/// The TAP, which QEMU gets as its descriptor 0, if there is one.
+fn stdin(launch: &Launch) -> Result<Stdio, LaunchError> {
+    match &launch.nic {
+        Some(nic) => Ok(nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?.into()),
+        None => Ok(Stdio::null()),
+    }
+}
+
+fn nic_backend() -> [OsString; 2] {
+    ["-netdev", "tap,id=net0,fd=0"].map(OsString::from)
+}
+
+fn vsock_backend(sockets: &SocketDir) -> [OsString; 2] {
+    ["-chardev".into(), chardev("vsock0", sockets.for_child(VHOST_SOCKET), "")]
+}
+
+/// A device: what it is, and its options.
+type Device = Vec<(&'static str, String)>;
+
+fn vsock_device() -> Device {
+    vec![("driver", "vhost-user-vsock-pci".to_owned()), ("chardev", "vsock0".to_owned())]
+}
+
+fn nic_device(nic: &Nic) -> Device {
+    let (driver, netdev) = ("virtio-net-pci".to_owned(), "net0".to_owned());
+    vec![("driver", driver), ("netdev", netdev), ("mac", nic.mac.to_string()), ("romfile", String::new())]
+}
+
+/// As the command line has it.
+fn in_words(device: &Device) -> OsString {
+    device.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(",").into()
 }
 
 fn vsock_arguments(sockets: &SocketDir) -> Vec<OsString> {

@@ -4,6 +4,7 @@
 //! hardware virtualization runs its part in an emulated machine that does (see `nested`).
 
 mod nested;
+mod templates;
 
 use std::{
     collections::BTreeSet,
@@ -21,8 +22,8 @@ use blixard::{
     pb::{
         common::v1::JobSpec,
         guest::v1::{
-            ConfigureRequest, HelloRequest, HelloResponse, RunRequest, RunResponse, RunStart, ShutdownRequest,
-            guest_service_client::GuestServiceClient, run_request, run_response,
+            ConfigureRequest, ConfigureResponse, HelloRequest, HelloResponse, RunRequest, RunResponse, RunStart,
+            ShutdownRequest, guest_service_client::GuestServiceClient, run_request, run_response,
         },
     },
     time::Timestamp,
@@ -212,16 +213,30 @@ async fn client(machine: &Arc<dyn Machine>) -> Result<GuestServiceClient<Channel
     Ok(GuestServiceClient::new(channel.map_err(|error| format!("{error:?}"))?))
 }
 
-/// Runs a script in a guest that has no identity yet.
-async fn run(mut guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> tonic::Streaming<RunResponse> {
+/// Gives a guest an identity; its boot id.
+async fn named(machine: &Arc<dyn Machine>, launch: &Launch) -> String {
+    configure(&mut client(machine).await.expect("connects"), launch).await.boot_id
+}
+
+async fn configure(guest: &mut GuestServiceClient<Channel>, launch: &Launch) -> ConfigureResponse {
+    let random = || VmId::random().0.into_bytes();
     let configure = ConfigureRequest {
         vm_id: launch.vm_id.to_string(),
-        hostname: "tried".to_owned(),
+        hostname: format!("vm-{}", &launch.vm_id.to_string()[..8]),
         time: Some(Timestamp::now().into()),
-        entropy: vec![7; 64].into(),
+        entropy: [random(), random(), random()].concat().into(),
         network: None,
     };
-    guest.configure(configure).await.expect("is configured");
+    guest.configure(configure).await.expect("is configured").into_inner()
+}
+
+/// Runs a script in a guest that has no identity yet.
+async fn run(mut guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> tonic::Streaming<RunResponse> {
+    configure(&mut guest, launch).await;
+    run_named(guest, script).await
+}
+
+async fn run_named(mut guest: GuestServiceClient<Channel>, script: &str) -> tonic::Streaming<RunResponse> {
     let spec = JobSpec {
         command: ["/bin/sh", "-c", script].map(String::from).to_vec(),
         vcpus: Some(1),
@@ -266,6 +281,8 @@ macro_rules! conformance {
     };
 }
 
+use templates::*;
+
 conformance! {
     all:
     a_launched_machine_says_hello_on_every_connection
@@ -283,7 +300,10 @@ conformance! {
     auto_takes_the_best_that_runs_here
     a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
     a_guest_whose_kernel_panics_ends_and_its_console_says_so
-    a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does;
+    a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does
+    restored_machines_run_jobs_and_no_two_are_alike
+    a_restored_machine_is_adopted_shut_down_and_killed_like_any_other
+    a_template_that_is_damaged_is_refused_and_leaves_nothing;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -291,9 +311,10 @@ async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
     assert!(driver.images().contains(&launch.image));
     let machine = start(&driver, &launch).await;
     let first = hello(&machine).await;
-    assert!(!first.boot_id.is_empty() && !first.kernel_release.is_empty(), "{first:?}");
+    assert!(first.boot_id.is_empty() && !first.kernel_release.is_empty(), "{first:?}");
     let second = hello(&machine).await;
     assert_eq!(first.boot_id, second.boot_id);
+    assert_eq!(named(&machine, &launch).await, hello(&machine).await.boot_id);
 
     // By its memory, not by its kernel: that may be the host's too (see `nested`).
     let isolated = bed.choice != DriverChoice::Process;
@@ -359,7 +380,8 @@ async fn a_death_from_outside_is_reported_with_its_signal_and_takes_the_rest_alo
 async fn a_machine_outlives_its_handle_and_is_adopted(bed: Bed) {
     let launch = bed.launch();
     let machine = start(&bed.driver(), &launch).await;
-    let (before, pids) = (hello(&machine).await, machine.pids());
+    hello(&machine).await;
+    let (boot_id, pids) = (named(&machine, &launch).await, machine.pids());
     until("the console has something", || !machine.console().tail.is_empty()).await;
     let console = machine.console();
     drop(machine);
@@ -367,7 +389,7 @@ async fn a_machine_outlives_its_handle_and_is_adopted(bed: Bed) {
     let driver = bed.driver();
     let adopted = within(SOON, "adopt", driver.adopt(&launch)).await.expect("adopts").expect("it lives");
     assert_eq!(adopted.pids(), pids);
-    assert_eq!(hello(&adopted).await.boot_id, before.boot_id);
+    assert_eq!(hello(&adopted).await.boot_id, boot_id);
     let kept = adopted.console();
     assert!(kept.skipped > 0 || kept.tail.starts_with(&console.tail), "{} / {}", text(&console), text(&kept));
     assert_eq!(end(&adopted).await.status, ProcessExit::Signaled(SIGKILL));
@@ -579,7 +601,8 @@ async fn ten_machines_start_and_end_at_once() {
     let machines = (0..10).map(|_| async {
         let launch = bed.launch();
         let machine = start(&driver, &launch).await;
-        let boot_id = hello(&machine).await.boot_id;
+        hello(&machine).await;
+        let boot_id = named(&machine, &launch).await;
         end(&machine).await;
         assert_eq!(processes_of(&launch), [0; 0]);
         boot_id

@@ -46,6 +46,7 @@ pub struct World {
     pub tasks: Tasks,
     pub agent: Vec<std::ffi::OsString>,
     pub max_vms: u32,
+    pub templates: u32,
     pub secret_key: Option<SecretKey>,
     pub network: NetworkConfig,
     pub health: HealthConfig,
@@ -72,6 +73,7 @@ impl World {
             tasks,
             agent: vec![agent().into()],
             max_vms: 10,
+            templates: 0,
             secret_key: SecretKey::from_bytes(&[7; 32]),
             network: Config::default().network,
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
@@ -101,6 +103,7 @@ impl World {
             image_dir: "images".into(),
             agent_command: self.agent.clone(),
             max_vms: self.max_vms,
+            templates: self.templates,
             registry_endpoint: self.registry_endpoint.clone(),
             advertise_endpoint,
             secret_key: self.secret_key.clone(),
@@ -254,7 +257,7 @@ impl World {
     }
 }
 
-fn processes_with(mark: Vec<u8>) -> Vec<u32> {
+pub fn processes_with(mark: Vec<u8>) -> Vec<u32> {
     let pids = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| *pid != std::process::id())

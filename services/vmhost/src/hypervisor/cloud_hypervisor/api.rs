@@ -24,12 +24,14 @@ use tokio::{
     net::UnixStream,
 };
 
-use super::config::{NetConfig, VmConfig};
+use super::config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
 
 /// How long a call may take that only changes what the hypervisor knows: milliseconds, and the rest for a loaded host.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long booting may take: it reads kernel and initramfs into the guest's memory and starts the CPUs.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// How long saving and restoring may take: all of its memory is written, or read.
+const MEMORY_DEADLINE: Duration = Duration::from_secs(300);
 /// The longest answer is `vm.info`: a few KiB, more with many devices.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// How many descriptors one call may carry: one for each queue pair of a network device.
@@ -104,6 +106,28 @@ impl Api {
     pub(super) async fn boot(&self) -> Result<(), ApiError> {
         let call = Call { name: "vm.boot", deadline: BOOT_DEADLINE, ..Call::default() };
         self.call(call).await.map(drop)
+    }
+
+    pub(super) async fn pause(&self) -> Result<(), ApiError> {
+        self.put("vm.pause", None::<&()>).await
+    }
+
+    pub(super) async fn resume(&self) -> Result<(), ApiError> {
+        self.put("vm.resume", None::<&()>).await
+    }
+
+    /// Saves a VM that is paused.
+    pub(super) async fn snapshot(&self, config: &SnapshotConfig) -> Result<(), ApiError> {
+        let name = "vm.snapshot";
+        let body = Some(encode(name, config)?);
+        self.call(Call { name, body, deadline: MEMORY_DEADLINE, ..Call::default() }).await.map(drop)
+    }
+
+    /// Restores a VM, which is paused then.
+    pub(super) async fn restore(&self, config: &RestoreConfig) -> Result<(), ApiError> {
+        let name = "vm.restore";
+        let body = Some(encode(name, config)?);
+        self.call(Call { name, body, deadline: MEMORY_DEADLINE, ..Call::default() }).await.map(drop)
     }
 
     pub(super) async fn put(&self, name: &'static str, body: Option<&impl Serialize>) -> Result<(), ApiError> {

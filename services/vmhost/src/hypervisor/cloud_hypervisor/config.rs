@@ -1,4 +1,4 @@
-//! What Cloud Hypervisor is told about a VM: the bodies of `vm.create` and `vm.add-net`, with the field names of its API.
+//! What Cloud Hypervisor is told about a VM: the bodies of its API's calls, with the field names that it has for them.
 //!
 //! Whatever is not named here is its default; what would be dangerous as a default is named.
 
@@ -28,6 +28,14 @@ pub(super) struct VmConfig {
     /// A device by which the guest's kernel says that it panics.
     pvpanic: bool,
     landlock_enable: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    landlock_rules: Vec<LandlockRule>,
+}
+
+#[derive(Debug, Serialize)]
+struct LandlockRule {
+    path: PathBuf,
+    access: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -102,7 +110,51 @@ impl VmConfig {
             console: Console { mode: ConsoleMode::Off },
             pvpanic: true,
             landlock_enable: landlock,
+            landlock_rules: Vec::new(),
         }
+    }
+
+    /// The same for a VM that is to be saved into this directory, which lies in the launch's.
+    pub(super) fn saved_to(mut self, dir: &str) -> Self {
+        self.landlock_rules.push(LandlockRule { path: Path::new(".").join(dir), access: "rw" });
+        self
+    }
+}
+
+/// The body of `vm.snapshot`.
+#[derive(Debug, Serialize)]
+pub(super) struct SnapshotConfig {
+    destination_url: String,
+}
+
+impl SnapshotConfig {
+    /// Into a directory that lies in the launch's.
+    pub(super) fn new(dir: &str) -> Self {
+        Self { destination_url: format!("file://./{dir}") }
+    }
+}
+
+/// The body of `vm.restore`.
+#[derive(Debug, Serialize)]
+pub(super) struct RestoreConfig {
+    source_url: String,
+    memory_restore_mode: MemoryRestoreMode,
+}
+
+/// How the guest's memory comes back.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) enum MemoryRestoreMode {
+    /// All of it, before the guest goes on.
+    Copy,
+    /// Each page when the guest needs it. Takes the right to handle page faults.
+    OnDemand,
+}
+
+impl RestoreConfig {
+    /// From this directory.
+    pub(super) fn new(dir: &Path, memory_restore_mode: MemoryRestoreMode) -> Self {
+        // No escapes: it takes what follows the scheme as it is.
+        Self { source_url: format!("file://{}", dir.display()), memory_restore_mode }
     }
 }
 

@@ -12,6 +12,9 @@
 //! A guest that resets would be booted again by the same process. Here a machine boots once, as with QEMU, so the event of
 //! a reset ends it; should that event be lost, the agent's new boot id tells.
 //!
+//! A machine is saved as it is, paused, but for its confinement to its own directory, which is that of each machine that is restored from
+//! it. It has its vsock device then, which is a socket's relative path; a network interface is added before it goes on.
+//!
 //! It runs under its own seccomp filters, and where the kernel has it under Landlock: it opens the image's files, its own
 //! directory and nothing else.
 
@@ -23,7 +26,14 @@ mod config;
 mod tests;
 mod version;
 
-use std::{ffi::OsString, io, os::unix::net::UnixStream, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use blixard_chassis::Tasks;
 use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
@@ -31,15 +41,15 @@ use tokio::runtime::Handle;
 
 use self::{
     api::{Api, ApiError, Ping},
-    config::{NetConfig, VmConfig},
+    config::{MemoryRestoreMode, NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
-    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, doctor,
+    AGENT_PORT, ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
     events::Events,
-    image::{self, Image},
-    images_in_words,
+    image, images_in_words,
     machine::{self, Agent, Kind, Starting, cannot},
-    tools,
+    socket::SocketDir,
+    template, tools,
 };
 
 const VMM: &str = "cloud-hypervisor";
@@ -48,6 +58,10 @@ const API_SOCKET: &str = "api";
 /// Where its vsock proxy takes connections to the guest.
 const VSOCK_SOCKET: &str = "vsock";
 const EVENTS_FIFO: &str = "events";
+/// Where in its directory a machine is saved to.
+const SAVED: &str = "saved";
+/// In it: what `vm.create` was told.
+const SAVED_CONFIG: &str = "config.json";
 /// It listens after a few milliseconds; the rest is for a loaded host.
 const API_PATIENCE: Duration = Duration::from_secs(20);
 /// The Landlock version that it insists on. Linux 6.2 has it.
@@ -134,7 +148,7 @@ impl Hypervisor for CloudHypervisor {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
-            boot.start(starting, image, &what)
+            boot.start(starting, VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock), &what)
         })
         .await
     }
@@ -146,24 +160,100 @@ impl Hypervisor for CloudHypervisor {
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
         machine::sweep(launch).await
     }
+
+    fn templates(&self) -> Option<&dyn Templates> {
+        Some(self)
+    }
+}
+
+#[tonic::async_trait]
+impl Templates for CloudHypervisor {
+    fn basis(&self, launch: &Launch) -> Result<String, LaunchError> {
+        let basis = template::basis(launch, &self.image_dir, KIND.driver, &[&self.boot.program])?;
+        Ok(format!("{basis}\nlandlock {}", self.boot.landlock))
+    }
+
+    async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        let saved = launch.dir.join(SAVED);
+        fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
+        let machine = machine::launch(KIND, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            let config = VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock);
+            boot.start(starting, config.saved_to(SAVED), &what)
+        })
+        .await?;
+        let saved = match save_running(&*machine, launch).await {
+            Ok(()) => move_saved(&saved, into),
+            Err(error) => Err(error),
+        };
+        machine.kill().await;
+        saved
+    }
+
+    async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError> {
+        let (boot, what, template) = (self.boot.clone(), launch.clone(), template.to_owned());
+        machine::launch(KIND, launch, &self.tasks, move |starting| boot.restore(starting, &what, &template)).await
+    }
+}
+
+async fn save_running(machine: &dyn Machine, launch: &Launch) -> Result<(), LaunchError> {
+    // What waits for the agent's knock takes the socket away when it has come.
+    let knock = launch.dir.join(format!("{VSOCK_SOCKET}_{AGENT_PORT}"));
+    template::until_ready(machine, |_| !knock.exists()).await?;
+    let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
+    let api = Api::new(sockets.for_us(API_SOCKET));
+    api.pause().await.map_err(failed("pause the VM"))?;
+    api.snapshot(&SnapshotConfig::new(SAVED)).await.map_err(failed("save the VM"))
+}
+
+/// Moves what a machine was saved as out of its directory. A machine that is restored has no more business with such a place.
+fn move_saved(saved: &Path, into: &Path) -> Result<(), LaunchError> {
+    let moved = || {
+        let path = saved.join(SAVED_CONFIG);
+        let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&fs::read(&path)?)?;
+        config.remove("landlock_rules");
+        fs::write(&path, serde_json::to_vec(&config)?)?;
+        for entry in fs::read_dir(saved)? {
+            let entry = entry?;
+            fs::rename(entry.path(), into.join(entry.file_name()))?;
+        }
+        Ok(())
+    };
+    moved().map_err(cannot("keep what the VM was saved as"))
 }
 
 impl Boot {
-    fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
+    fn start(&self, starting: &mut Starting, config: VmConfig, launch: &Launch) -> Result<(), LaunchError> {
         let (api, pid) = self.start_vmm(starting)?;
-        let config = VmConfig::new(launch, image, VSOCK_SOCKET, self.landlock);
         Handle::current().block_on(async {
             check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
             api.create(&config).await.map_err(failed("create the VM"))?;
             if let Some(nic) = &launch.nic {
-                // By a call of its own: `vm.create` takes no descriptors.
-                let tap = nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?;
-                api.add_net(&NetConfig::new(nic), vec![tap])
-                    .await
-                    .map_err(failed("give the VM its network interface"))?;
+                add_nic(&api, nic).await?;
             }
             api.boot().await.map_err(failed("boot the VM"))
         })
+    }
+
+    fn restore(&self, starting: &mut Starting, launch: &Launch, template: &Path) -> Result<(), LaunchError> {
+        let (api, pid) = self.start_vmm(starting)?;
+        Handle::current().block_on(async {
+            check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
+            // Page by page as the guest needs them, if it may; that takes a right that not every host gives.
+            let lazily = api.restore(&RestoreConfig::new(template, MemoryRestoreMode::OnDemand)).await;
+            if let Err(error) = lazily {
+                tracing::debug!(vm_id = %launch.vm_id, %error, "memory can't be restored on demand, and is copied");
+                let eagerly = RestoreConfig::new(template, MemoryRestoreMode::Copy);
+                api.restore(&eagerly).await.map_err(failed("restore the VM"))?;
+            }
+            if let Some(nic) = &launch.nic {
+                add_nic(&api, nic).await?;
+            }
+            api.resume().await.map_err(failed("let the VM go on"))
+        })?;
+        // Its agent knocked when it was saved.
+        starting.agent_serves()
     }
 
     /// Starts the process and waits until it takes calls.
@@ -174,6 +264,13 @@ impl Boot {
         starting.wait_until("reach cloud-hypervisor's API", API_PATIENCE, ready)?;
         Ok((Api::new(socket), pid))
     }
+}
+
+/// By a call of its own: `vm.create` takes no descriptors.
+async fn add_nic(api: &Api, nic: &Nic) -> Result<(), LaunchError> {
+    let tap = nic.open().map_err(cannot(format!("open the TAP {}", nic.tap)))?;
+    let added = api.add_net(&NetConfig::new(nic), vec![tap]).await;
+    added.map(drop).map_err(failed("give the VM its network interface"))
 }
 
 /// Paths are relative to the launch's directory, which it runs in: in its options a comma would end one.

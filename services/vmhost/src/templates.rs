@@ -1,0 +1,576 @@
+//! Templates: for an image and a shape a machine that was booted once and saved when its agent served and nobody had told it who it is. VMs
+//! are restored from it instead of booted, and told then.
+//!
+//! ```text
+//! VM_STATE_DIR/.templates/<key>/              a template: what the hypervisor saved, and template.json
+//!                         <key>.new/machine   one that is being made: a machine's directory like any other
+//!                         <key>.new/saved     becomes <key> when it is whole and on the disk
+//!                         <key>.deleted       what is left of one
+//! ```
+//! The key is a digest of all that a template depends on ([`crate::hypervisor::Templates::basis`]): after an update of the image, the hypervisor
+//! or the machine's kernel there is none of that key, and those of the old one are deleted.
+//!
+//! A template is a help and never a need. A VM that finds none boots, and one that can't be restored boots, too. One is made in the
+//! background after a VM of that kind has booted; it counts as a VM while it does, and gives way as soon as a VM needs the room. Its
+//! processes are marked like those of VMs, so that the next start ends what a killed vmhost leaves, and `invariants` what is left
+//! otherwise.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, DirBuilder, File, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use blixard::{id::VmId, pb::guest::v1::GuestNetwork, time::Timestamp};
+use blixard_chassis::Tasks;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    driver::with_sources,
+    guest::AgentLink,
+    host::Host,
+    hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
+    records::DELETED,
+};
+
+/// Templates that wait to be made. More are asked for again by the next VM that boots.
+const QUEUED: usize = 16;
+/// How long making one may take: booting, and writing its memory to disk.
+const MAKE_PATIENCE: Duration = Duration::from_secs(300);
+/// How long a restored guest may take to answer and to be told who it is: a second, and the rest for a loaded host. Then it is booted.
+const RESTORE_PATIENCE: Duration = Duration::from_secs(30);
+/// One that was used so lately is not deleted to make room for another: kinds of VMs that take turns would only make templates.
+const KEPT_FOR: Duration = Duration::from_secs(600);
+/// After so many VMs that could not be restored from templates of a key no more are made of it.
+const FAILURES: u32 = 2;
+/// What must stay free on the disk: a node whose disk is full can't run jobs.
+const SPARE_BYTES: u64 = 2 * 1024 * 1024 * 1024;
+
+const ABOUT: &str = "template.json";
+const NEW: &str = "new";
+
+/// What is known of a template, beside it on the disk.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+struct About {
+    image: String,
+    vcpus: u32,
+    memory_mib: u32,
+    made_at: Timestamp,
+    /// The size of each file.
+    files: BTreeMap<String, u64>,
+}
+
+impl About {
+    fn is_for(&self, launch: &Launch) -> bool {
+        (&self.image, self.vcpus, self.memory_mib) == (&launch.image, launch.vcpus, launch.memory_mib)
+    }
+
+    /// The template in a directory, if it is whole.
+    fn read(dir: &Path) -> Option<Self> {
+        let about: Self = serde_json::from_slice(&fs::read(dir.join(ABOUT)).ok()?).ok()?;
+        let whole = |(name, size): (&String, &u64)| fs::metadata(dir.join(name)).is_ok_and(|file| file.len() == *size);
+        about.files.iter().all(whole).then_some(about)
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    about: About,
+    last_used: Instant,
+    /// How many VMs are being restored from it.
+    users: usize,
+}
+
+/// The one that is being made.
+#[derive(Debug, Clone)]
+struct Making {
+    key: String,
+    memory_mib: u32,
+    give_way: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    known: BTreeMap<String, Known>,
+    making: Option<Making>,
+    /// By key: how often VMs could not be restored, or [`FAILURES`] when no template can be made.
+    failures: BTreeMap<String, u32>,
+}
+
+/// The templates of a node.
+#[derive(Debug)]
+pub(crate) struct TemplateStore {
+    dir: PathBuf,
+    /// How many there may be.
+    most: usize,
+    state: Mutex<State>,
+    wanted: mpsc::Sender<Launch>,
+}
+
+/// Launches of which templates are wanted.
+pub(crate) type Wanted = mpsc::Receiver<Launch>;
+
+impl TemplateStore {
+    /// Takes up what an earlier vmhost left below the state directory: ends what it was making, deletes what is not whole or not
+    /// current.
+    pub(crate) async fn open(
+        state_dir: &Path,
+        most: u32,
+        hypervisor: &Arc<dyn Hypervisor>,
+    ) -> io::Result<(Self, Wanted)> {
+        let dir = state_dir.join(".templates");
+        let most = if hypervisor.templates().is_some() { most as usize } else { 0 };
+        let marked = dir.clone();
+        let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
+        end_marked(&left).await.map_err(io::Error::other)?;
+        let (from, by) = (dir.clone(), Arc::clone(hypervisor));
+        let known = tokio::task::spawn_blocking(move || take_up(&from, most, &*by)).await??;
+        let (wanted, receiver) = mpsc::channel(QUEUED);
+        let state = Mutex::new(State { known, ..State::default() });
+        Ok((Self { dir, most, state, wanted }, receiver))
+    }
+
+    /// A VM of this kind has booted, so a template would have helped.
+    pub(crate) fn want(&self, launch: &Launch) {
+        if self.most > 0 {
+            let launch = Launch { nic: None, ..launch.clone() };
+            // Enough are waiting.
+            let _ = self.wanted.try_send(launch);
+        }
+    }
+
+    /// The memory of the one that is being made.
+    pub(crate) fn being_made(&self) -> Option<u32> {
+        self.lock().making.as_ref().map(|making| making.memory_mib)
+    }
+
+    /// The one that is being made is given up: a VM needs its room.
+    pub(crate) fn give_way(&self) {
+        if let Some(making) = &self.lock().making {
+            making.give_way.cancel();
+        }
+    }
+
+    /// Whether what lies at or below `path` is a template's.
+    pub(crate) fn owns(&self, path: &Path) -> bool {
+        path.starts_with(&self.dir)
+    }
+
+    /// What lies in the directory. Blocking.
+    pub(crate) fn entries(&self) -> io::Result<Vec<PathBuf>> {
+        entries(&self.dir)
+    }
+
+    /// Whether a process with this directory, or this directory itself, has its place here now.
+    pub(crate) fn accounts_for(&self, path: &Path) -> bool {
+        let Some(name) = path.strip_prefix(&self.dir).ok().and_then(|path| path.components().next()) else {
+            return false;
+        };
+        let state = self.lock();
+        let name = Path::new(name.as_os_str());
+        let key = name.file_stem().unwrap_or_default().to_string_lossy();
+        match name.extension() {
+            None => state.known.contains_key(&*key),
+            Some(extension) => extension == NEW && state.making.as_ref().is_some_and(|making| making.key == key),
+        }
+    }
+
+    /// Deletes what has no place here. Blocking.
+    pub(crate) fn delete_leftover(&self, path: &Path) -> io::Result<()> {
+        let deleted = path.with_extension(DELETED);
+        if self.accounts_for(path) {
+            return Err(io::Error::other(format!("{} is in use again", path.display())));
+        }
+        if path != deleted {
+            fs::rename(path, &deleted)?;
+        }
+        fs::remove_dir_all(deleted)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A template for this launch. Those for such launches whose key is another are deleted: they will never be used again.
+    async fn find(self: &Arc<Self>, host: &Host, launch: &Launch) -> Option<Template> {
+        if !self.lock().known.values().any(|known| known.about.is_for(launch)) {
+            return None;
+        }
+        let key = key(&host.hypervisor, launch).await.ok()?;
+        self.delete_others(launch, &key).await;
+        let dir = self.dir.join(&key);
+        let looked = dir.clone();
+        let whole = tokio::task::spawn_blocking(move || About::read(&looked)).await.ok()?;
+        if whole.is_none() {
+            tracing::warn!(image = launch.image, template = key, "a template is not whole any more and is dropped");
+            self.drop_failed(&key).await;
+            return None;
+        }
+        let mut state = self.lock();
+        let known = state.known.get_mut(&key)?;
+        (known.users, known.last_used) = (known.users + 1, Instant::now());
+        drop(state);
+        Some(Template { key, dir, store: Arc::clone(self) })
+    }
+
+    async fn delete_others(&self, launch: &Launch, key: &str) {
+        let others = |(other, known): (&String, &Known)| {
+            (known.about.is_for(launch) && other != key && known.users == 0).then(|| other.clone())
+        };
+        let stale: Vec<String> = self.lock().known.iter().filter_map(others).collect();
+        for stale in stale {
+            tracing::info!(image = launch.image, template = stale, "a template is out of date and is deleted");
+            self.delete(&stale).await;
+        }
+    }
+
+    /// VMs can't be restored from it.
+    async fn drop_failed(&self, key: &str) {
+        *self.lock().failures.entry(key.to_owned()).or_default() += 1;
+        self.delete(key).await;
+    }
+
+    async fn delete(&self, key: &str) {
+        let dir = self.dir.join(key);
+        if self.lock().known.remove(key).is_some()
+            && let Err(error) =
+                tokio::task::spawn_blocking(move || delete(&dir)).await.map_err(io::Error::from).flatten()
+        {
+            tracing::error!(template = key, %error, "a template can't be deleted");
+        }
+    }
+
+    /// Makes room for one more; false: those that there are were used lately.
+    async fn make_room(&self) -> bool {
+        loop {
+            let oldest = {
+                let state = self.lock();
+                if state.known.len() < self.most {
+                    return true;
+                }
+                let old = |known: &&Known| known.users == 0 && known.last_used.elapsed() >= KEPT_FOR;
+                let old = state.known.iter().filter(|(_, known)| old(known));
+                old.min_by_key(|(_, known)| known.last_used).map(|(key, _)| key.clone())
+            };
+            let Some(oldest) = oldest else { return false };
+            tracing::info!(template = oldest, "a template makes room for another");
+            self.delete(&oldest).await;
+        }
+    }
+}
+
+/// A template in use: it is not deleted to make room meanwhile.
+struct Template {
+    key: String,
+    dir: PathBuf,
+    store: Arc<TemplateStore>,
+}
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        if let Some(known) = self.store.lock().known.get_mut(&self.key) {
+            known.users = known.users.saturating_sub(1);
+        }
+    }
+}
+
+/// The one that is being made, for as long as it is.
+struct Place<'a>(&'a TemplateStore);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.lock().making = None;
+    }
+}
+
+/// A machine that runs.
+pub(crate) struct Started {
+    pub(crate) machine: Arc<dyn Machine>,
+    /// The way to its agent.
+    pub(crate) link: Arc<AgentLink>,
+    /// Whether it was restored, and told who it is already.
+    pub(crate) restored: bool,
+}
+
+/// Starts a VM's machine: restored from a template if there is one, else booted.
+///
+/// # Errors
+/// Why not, in words. Nothing of it runs then.
+pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<GuestNetwork>) -> Result<Started, String> {
+    host.attach(launch).await?;
+    if let Some(template) = host.templates.find(host, launch).await {
+        match restore(host, launch, &template, network.clone()).await {
+            Ok(started) => return Ok(started),
+            Err(problem) => {
+                let key = template.key.clone();
+                drop(template);
+                tracing::warn!(
+                    vm_id = %launch.vm_id,
+                    image = launch.image,
+                    template = key,
+                    problem,
+                    "a VM can't be restored from its template, which is dropped; it is booted"
+                );
+                host.templates.drop_failed(&key).await;
+                renew(host, launch).await?;
+            }
+        }
+    }
+    let machine = host.hypervisor.launch(launch).await.map_err(|error| with_sources(&error))?;
+    Ok(Started { link: link(host, launch, &machine, network), machine, restored: false })
+}
+
+async fn restore(
+    host: &Arc<Host>,
+    launch: &Launch,
+    template: &Template,
+    network: Option<GuestNetwork>,
+) -> Result<Started, String> {
+    let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
+    let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
+    let link = link(host, launch, &machine, network);
+    let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
+    let problem = tokio::select! {
+        introduced = introduced => match introduced {
+            Ok(Ok(_)) => return Ok(Started { machine, link, restored: true }),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("its agent did not answer within {} s", RESTORE_PATIENCE.as_secs()),
+        },
+        exit = machine.wait() => exit.to_string(),
+    };
+    machine.kill().await;
+    Err(problem)
+}
+
+fn link(host: &Host, launch: &Launch, machine: &Arc<dyn Machine>, network: Option<GuestNetwork>) -> Arc<AgentLink> {
+    let own = host.hypervisor.has_guest_kernel();
+    Arc::new(AgentLink::new(launch.vm_id, Arc::clone(machine), network, own))
+}
+
+/// An empty directory for another try.
+async fn renew(host: &Host, launch: &Launch) -> Result<(), String> {
+    let left = host.hypervisor.sweep(launch).await.map_err(|error| with_sources(&error))?;
+    if left > 0 {
+        tracing::error!(vm_id = %launch.vm_id, left, "processes of a VM that could not be restored were left");
+    }
+    let dir = host.state.vm(launch.vm_id);
+    let renewed = tokio::task::spawn_blocking(move || dir.renew_machine()).await.map_err(io::Error::from).flatten();
+    renewed.map_err(|error| format!("the directory of a machine can't be emptied: {error}"))
+}
+
+/// Makes the templates that are wanted, one after the other, until vmhost ends.
+pub(crate) async fn keep(host: &Arc<Host>, mut wanted: Wanted) {
+    let ends = host.tasks.token().clone();
+    while let Some(Some(launch)) = ends.run_until_cancelled(wanted.recv()).await {
+        make(host, &launch).await;
+    }
+}
+
+/// Why no template was made.
+enum NotMade {
+    /// Its time has not come; a VM that boots asks again.
+    Now(String),
+    /// It can't be.
+    Ever(String),
+}
+
+async fn make(host: &Arc<Host>, launch: &Launch) {
+    let store = &host.templates;
+    let key = match key(&host.hypervisor, launch).await {
+        Ok(key) => key,
+        Err(problem) => return tracing::debug!(image = launch.image, problem, "no template is made"),
+    };
+    store.delete_others(launch, &key).await;
+    {
+        let state = store.lock();
+        if state.known.contains_key(&key) || state.failures.get(&key).is_some_and(|&failures| failures >= FAILURES) {
+            return;
+        }
+    }
+    let begun = Instant::now();
+    match try_to_make(host, launch, &key).await {
+        Ok(about) => {
+            let mib = about.files.values().sum::<u64>() / (1024 * 1024);
+            let (image, vcpus, memory_mib) = (&about.image, about.vcpus, about.memory_mib);
+            let seconds = begun.elapsed().as_secs_f32();
+            tracing::info!(image, vcpus, memory_mib, template = key, mib, seconds, "template made");
+            store.lock().known.insert(key, Known { about, last_used: Instant::now(), users: 0 });
+        }
+        Err(NotMade::Now(why)) => tracing::debug!(image = launch.image, template = key, why, "no template is made now"),
+        Err(NotMade::Ever(problem)) => {
+            tracing::warn!(
+                image = launch.image,
+                vcpus = launch.vcpus,
+                memory_mib = launch.memory_mib,
+                template = key,
+                problem,
+                "no template can be made; VMs of this kind are booted"
+            );
+            store.lock().failures.insert(key, FAILURES);
+        }
+    }
+}
+
+async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<About, NotMade> {
+    let store = &*host.templates;
+    if !store.make_room().await {
+        return Err(NotMade::Now(format!("the {} that this node may keep were used lately", store.most)));
+    }
+    let give_way = host.tasks.token().child_token();
+    let making = Making { key: key.to_owned(), memory_mib: wanted.memory_mib, give_way: give_way.clone() };
+    if !host.has_room_for_template(making.memory_mib, || store.lock().making = Some(making)) {
+        return Err(NotMade::Now("this node has no room for another VM".to_owned()));
+    }
+    let place = Place(store);
+    let (new, whole) = (store.dir.join(key).with_extension(NEW), store.dir.join(key));
+    let (prepared, needed) = (new.clone(), u64::from(wanted.memory_mib) * 1024 * 1024);
+    blocking(move || prepare(&prepared, needed)).await.map_err(|error| NotMade::Now(error.to_string()))?;
+    let launch = Launch { vm_id: VmId::random(), dir: new.join("machine"), nic: None, ..wanted.clone() };
+    let saved = save(host, &launch, &new.join("saved"), &give_way).await;
+    // A machine that was given up in the middle still runs.
+    let swept = host.hypervisor.sweep(&launch).await;
+    if let Err(error) = swept {
+        tracing::error!(template = key, error = with_sources(&error), "processes of a template are left");
+    }
+    let finished = match saved {
+        Ok(()) => {
+            let (new, launch) = (new.clone(), launch.clone());
+            blocking(move || finish(&new, &whole, &launch)).await.map_err(|error| NotMade::Ever(error.to_string()))
+        }
+        Err(problem) => Err(problem),
+    };
+    if let Err(error) = blocking(move || delete(&new)).await {
+        tracing::error!(template = key, %error, "what is left of making a template can't be deleted");
+    }
+    drop(place);
+    finished
+}
+
+async fn save(host: &Host, launch: &Launch, into: &Path, give_way: &CancellationToken) -> Result<(), NotMade> {
+    let templates =
+        host.hypervisor.templates().ok_or_else(|| NotMade::Ever("this driver saves no machine".to_owned()))?;
+    let saved = give_way.run_until_cancelled(tokio::time::timeout(MAKE_PATIENCE, templates.save(launch, into))).await;
+    match saved {
+        Some(Ok(Ok(()))) => Ok(()),
+        Some(Ok(Err(error))) => Err(NotMade::Ever(with_sources(&error))),
+        Some(Err(_)) => Err(NotMade::Ever(format!("it was not ready within {} s", MAKE_PATIENCE.as_secs()))),
+        None => Err(NotMade::Now("it gave way".to_owned())),
+    }
+}
+
+async fn key(hypervisor: &Arc<dyn Hypervisor>, launch: &Launch) -> Result<String, String> {
+    let (hypervisor, launch) = (Arc::clone(hypervisor), launch.clone());
+    tokio::task::spawn_blocking(move || key_of(&*hypervisor, &launch)).await.map_err(|error| error.to_string())?
+}
+
+fn key_of(hypervisor: &dyn Hypervisor, launch: &Launch) -> Result<String, String> {
+    let templates = hypervisor.templates().ok_or("this driver saves no machine")?;
+    let basis = templates.basis(launch).map_err(|error| with_sources(&error))?;
+    // What the agent of this version is expected to do when it is restored.
+    let basis = format!("{} {basis}", env!("CARGO_PKG_VERSION"));
+    let digest = Sha256::digest(basis.as_bytes());
+    Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::from).flatten()
+}
+
+fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What an earlier vmhost left that is whole and current; the rest is deleted.
+fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<BTreeMap<String, Known>> {
+    let mut known = BTreeMap::new();
+    for path in entries(dir)? {
+        let key = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let current = |about: &About| {
+            let launch = Launch {
+                vm_id: VmId(uuid::Uuid::nil()),
+                image: about.image.clone(),
+                vcpus: about.vcpus,
+                memory_mib: about.memory_mib,
+                dir: PathBuf::new(),
+                nic: None,
+            };
+            key_of(hypervisor, &launch).is_ok_and(|current| current == key)
+        };
+        match About::read(&path).filter(current) {
+            Some(about) if known.len() < most => {
+                known.insert(key, Known { about, last_used: Instant::now(), users: 0 });
+            }
+            Some(_) | None => delete(&path)?,
+        }
+    }
+    if most == 0 {
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(known)
+}
+
+/// Makes the directories of one that is to be made, on a disk that has room for it.
+fn prepare(new: &Path, needed: u64) -> io::Result<()> {
+    delete(new)?;
+    let private = |path: PathBuf| DirBuilder::new().mode(0o700).recursive(true).create(path);
+    private(new.join("machine"))?;
+    private(new.join("saved"))?;
+    let disk = rustix::fs::statvfs(new)?;
+    let free = disk.f_bavail * disk.f_frsize;
+    if free < needed + SPARE_BYTES {
+        let problem = format!("the disk has {} MiB left, and a template needs up to {}", free >> 20, needed >> 20);
+        return Err(io::Error::other(problem));
+    }
+    Ok(())
+}
+
+/// Makes a template of what was saved: described, on the disk, and then in its place.
+fn finish(new: &Path, whole: &Path, launch: &Launch) -> io::Result<About> {
+    let saved = new.join("saved");
+    let mut files = BTreeMap::new();
+    for path in entries(&saved)? {
+        // Nobody writes to it any more: VMs may have it mapped.
+        fs::set_permissions(&path, Permissions::from_mode(0o444))?;
+        let file = File::open(&path)?;
+        file.sync_all()?;
+        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), file.metadata()?.len());
+    }
+    let (image, vcpus, memory_mib) = (launch.image.clone(), launch.vcpus, launch.memory_mib);
+    let about = About { image, vcpus, memory_mib, made_at: Timestamp::now(), files };
+    fs::write(saved.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
+    File::open(saved.join(ABOUT))?.sync_all()?;
+    File::open(&saved)?.sync_all()?;
+    fs::rename(&saved, whole)?;
+    File::open(whole.parent().unwrap_or(whole))?.sync_all()?;
+    Ok(about)
+}
+
+/// Deletes a template's directory, if it is there. One that is half deleted is none.
+fn delete(dir: &Path) -> io::Result<()> {
+    let gone = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    gone(fs::remove_file(dir.join(ABOUT)))?;
+    gone(fs::remove_dir_all(dir))
+}
+
+/// Keeps making templates, in a task of its own.
+pub(crate) fn spawn_maker(host: &Arc<Host>, wanted: Wanted, tasks: &Tasks) {
+    let host = Arc::clone(host);
+    // Not cut off at vmhost's end: it takes its machine along.
+    tasks.spawn("vmhost-templates", async move { keep(&host, wanted).await });
+}

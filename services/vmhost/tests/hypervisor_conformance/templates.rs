@@ -1,0 +1,178 @@
+//! Machines that are restored from one that was saved.
+
+use std::{collections::BTreeMap, fs::File};
+
+use super::*;
+
+/// How many machines are restored from one template.
+const CLONES: &str = "BLIXARD_CLONES";
+const CLONES_BY_DEFAULT: usize = 5;
+/// How many are being restored at once.
+const AT_ONCE: usize = 4;
+/// What a guest could be told from another by, each a line, and its clock.
+const WHO: &str = "cat /proc/sys/kernel/random/uuid; head -c 64 /dev/urandom | md5sum; hostname; cat /etc/machine-id; \
+    cat /proc/sys/kernel/random/boot_id; date +%s";
+
+/// A template of the launches of this bed.
+async fn template(bed: &Bed) -> PathBuf {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let into = bed.root.path().join("template");
+    fs::create_dir(&into).expect("mkdir");
+    let templates = driver.templates().expect("it saves machines");
+    within(BOOT, "save", templates.save(&launch, &into)).await.expect("is saved");
+    assert_eq!(processes_of(&launch), [0; 0]);
+    into
+}
+
+async fn restore(bed: &Bed, launch: &Launch, template: &Path) -> Arc<dyn Machine> {
+    let driver = bed.driver();
+    let templates = driver.templates().expect("it restores machines");
+    within(BOOT, "restore", templates.restore(launch, template)).await.expect("is restored")
+}
+
+/// Everything that a script prints.
+async fn output(mut run: tonic::Streaming<RunResponse>) -> String {
+    let mut output = Vec::new();
+    loop {
+        match run.message().await.expect("it runs").expect("its end comes").message {
+            Some(run_response::Message::Output(chunk)) => output.extend(chunk.data),
+            Some(run_response::Message::Exited(exited)) => {
+                assert_eq!(exited.exit.expect("it was started").exit_code, Some(0));
+                return String::from_utf8(output).expect("text");
+            }
+            Some(run_response::Message::Started(_)) | None => {}
+        }
+    }
+}
+
+pub(super) async fn restored_machines_run_jobs_and_no_two_are_alike(bed: Bed) {
+    let clones = env::var(CLONES).map_or(CLONES_BY_DEFAULT, |count| count.parse().expect("a number"));
+    let begun = Instant::now();
+    let template = template(&bed).await;
+    eprintln!("saved after {:?}", begun.elapsed());
+    let turns = Semaphore::new(AT_ONCE);
+    let clone = |number: usize| {
+        let (bed, template, turns) = (&bed, &template, &turns);
+        async move {
+            let turn = turns.acquire().await.expect("never closed");
+            let (launch, begun) = (bed.launch(), Instant::now());
+            let machine = restore(bed, &launch, template).await;
+            let before = hello(&machine).await;
+            eprintln!("machine {number} answers after {:?}", begun.elapsed());
+            assert!(!before.configured && before.boot_id.is_empty(), "it was saved with an identity: {before:?}");
+            let mut guest = client(&machine).await.expect("connects");
+            let configured = configure(&mut guest, &launch).await;
+            assert_eq!(configured.done, ["entropy", "boot-id", "clock", "hostname", "machine-id"]);
+            assert_eq!(configured.skipped, [""; 0]);
+            let told = output(run_named(guest, WHO).await).await;
+            let now = Timestamp::now().0 / 1000;
+            let mut lines: Vec<String> = told.lines().map(str::to_owned).collect();
+            let clock: i64 = lines.pop().expect("a clock").parse().expect("seconds");
+            assert!((now - 60..=now + 1).contains(&clock), "its clock says {clock}, it is {now}");
+            assert_eq!(lines[2], format!("vm-{}", &launch.vm_id.to_string()[..8]));
+            assert_eq!(lines[3], launch.vm_id.0.simple().to_string());
+            assert_eq!(lines[4], configured.boot_id);
+            drop(turn);
+            (launch, machine, lines)
+        }
+    };
+    let clones = futures::future::join_all((0..clones).map(clone)).await;
+    // All of them live.
+    let mut seen = BTreeMap::new();
+    for (launch, machine, lines) in &clones {
+        assert!(!machine.pids().is_empty());
+        for (line, says) in lines.iter().enumerate() {
+            let other = seen.insert((line, says.clone()), launch.vm_id);
+            assert!(other.is_none(), "{} and {other:?} both say {says:?}", launch.vm_id);
+        }
+    }
+    assert_eq!(seen.len(), 5 * clones.len());
+    for (launch, machine, _) in clones {
+        end(&machine).await;
+        assert_eq!(processes_of(&launch), [0; 0]);
+    }
+}
+
+pub(super) async fn a_restored_machine_is_adopted_shut_down_and_killed_like_any_other(bed: Bed) {
+    let template = template(&bed).await;
+    let (first, second) = (bed.launch(), bed.launch());
+    let machine = restore(&bed, &first, &template).await;
+    let killed = restore(&bed, &second, &template).await;
+    // It needs it no more.
+    fs::remove_dir_all(&template).expect("removes");
+    hello(&machine).await;
+    let boot_id = named(&machine, &first).await;
+    let pids = machine.pids();
+    drop(machine);
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&first)).await.expect("adopts").expect("it lives");
+    assert_eq!((adopted.pids(), hello(&adopted).await.boot_id), (pids, boot_id));
+    let all = output(run_named(client(&adopted).await.expect("connects"), "find / -xdev | wc -l").await).await;
+    assert!(all.trim().parse::<u32>().expect("a number") > 100, "{all}");
+    client(&adopted).await.expect("connects").shutdown(ShutdownRequest { grace_ms: 0 }).await.expect("begins");
+    let exit = within(BOOT, "wait", adopted.wait()).await;
+    assert!(exit.is_clean(), "{exit}");
+    assert_eq!(processes_of(&first), [0; 0]);
+
+    hello(&killed).await;
+    assert_eq!(end(&killed).await.status, ProcessExit::Signaled(SIGKILL));
+    assert_eq!(processes_of(&second), [0; 0]);
+}
+
+pub(super) async fn a_template_that_is_damaged_is_refused_and_leaves_nothing(bed: Bed) {
+    let template = template(&bed).await;
+    // Not its memory: that may be read only when the guest needs it.
+    let mut files = fs::read_dir(&template).expect("there").flatten().map(|file| file.path());
+    let state = |path: &PathBuf| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"state"));
+    let path = files.find(state).expect("it has a state");
+    let length = path.metadata().expect("there").len();
+    File::options().write(true).open(&path).expect("opens").set_len(length / 2).expect("truncates");
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let templates = driver.templates().expect("it restores machines");
+    let Err(error) = within(BOOT, "restore", templates.restore(&launch, &template)).await else {
+        panic!("it was restored from half of a template")
+    };
+    eprintln!("{error}");
+    assert_eq!(processes_of(&launch), [0; 0]);
+
+    fs::remove_dir_all(&template).expect("removes");
+    let launch = bed.launch();
+    assert!(within(BOOT, "restore", templates.restore(&launch, &template)).await.is_err());
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+/// How long a guest takes to answer that is booted and one that is restored, in turns.
+async fn measure(bed: Option<Bed>) {
+    let Some(bed) = bed else { return };
+    let template = template(&bed).await;
+    let mut took: [Vec<Duration>; 2] = Default::default();
+    for _ in 0..9 {
+        for (kind, took) in took.iter_mut().enumerate() {
+            let (launch, begun) = (bed.launch(), Instant::now());
+            let machine =
+                if kind == 0 { start(&bed.driver(), &launch).await } else { restore(&bed, &launch, &template).await };
+            let launched = begun.elapsed();
+            hello(&machine).await;
+            took.push(begun.elapsed());
+            eprintln!("{} {launched:?} {:?}", ["booted", "restored"][kind], begun.elapsed());
+            end(&machine).await;
+        }
+    }
+    let median = |took: &mut Vec<Duration>| {
+        took.sort();
+        took[took.len() / 2]
+    };
+    let [booted, restored] = took.each_mut().map(median);
+    eprintln!("median of 9: booted {booted:?}, restored {restored:?}");
+}
+
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn measure_qemu() {
+    measure(Bed::qemu().await).await;
+}
+
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn measure_cloud_hypervisor() {
+    measure(Bed::cloud_hypervisor().await).await;
+}

@@ -70,6 +70,12 @@ impl Plan {
         }
     }
 
+    /// The same, but so long that it still runs when a node that is cut off is given up: should the node not end it, it and the next
+    /// attempt live at once.
+    pub(crate) fn choose_long(rng: &mut Rng) -> Self {
+        Self { beats: rng.within(300..400), cancel_after_ms: None, ..Self::choose(rng) }
+    }
+
     pub(crate) fn spec(&self, effects: &Path) -> JobSpec {
         let file = effects.join(&self.id);
         let arguments = [file.to_str().unwrap(), &self.beats.to_string(), &self.lines.to_string()].map(str::to_owned);

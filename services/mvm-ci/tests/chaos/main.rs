@@ -46,9 +46,11 @@ use crate::{
 
 /// More than there are VMs, so that some wait.
 const CALLERS: u64 = 40;
+/// The first jobs, so that each node has some when the first long fault meets one.
+const LONG_JOBS: u64 = 6;
 /// Of a first start, and of the nodes' and replicas' return when nothing is wrong any more: a lost node is given up after 45 s.
 const WELL_WITHIN: Duration = Duration::from_secs(120);
-/// How long jobs may take to end when nothing is wrong any more: the longest runs for 52 s, and one that was just lost
+/// How long jobs may take to end when nothing is wrong any more: the longest runs for 80 s, and one that was just lost
 /// waits for 45 s before it begins again.
 const END_WITHIN: Duration = Duration::from_secs(240);
 /// How long VMs may take to be gone once they were told to.
@@ -185,7 +187,9 @@ async fn trial(fleet: Arc<Fleet>, seed: u64, time: Duration, jobs: u64) -> Resul
     wait_until("well", WELL_WITHIN, async || all_well(&fleet).await).await?;
     say("all serve");
     let mut rng = Rng::new(seed, 1);
-    let plans = (0..jobs).map(|_| Plan::choose(&mut rng)).collect();
+    let plans =
+        (0..jobs).map(|place| if place < LONG_JOBS { Plan::choose_long(&mut rng) } else { Plan::choose(&mut rng) });
+    let plans = plans.collect();
     let load = Arc::new(Load::new(plans, fleet.effects.clone(), time));
     let mut callers = JoinSet::new();
     for caller in 0..CALLERS {
@@ -215,7 +219,7 @@ async fn trial(fleet: Arc<Fleet>, seed: u64, time: Duration, jobs: u64) -> Resul
 
 #[test]
 fn whatever_happens_every_job_ends_and_no_two_attempts_of_one_live_at_once() {
-    let (seed, time) = (seed(), time(Duration::from_secs(50)));
+    let (seed, time) = (seed(), time(Duration::from_secs(70)));
     let jobs = setting("BLIXARD_CHAOS_JOBS").unwrap_or(300);
     let fleet = Arc::new(Fleet::start());
     let outcome = run_in(&fleet.network, || trial(fleet.clone(), seed, time, jobs));

@@ -15,10 +15,11 @@ use crate::fleet::{Fleet, NODES, REGISTRIES, SCHEDULERS, name, signal};
 
 /// How long a fault lasts, in milliseconds.
 const SHORT_MS: Range<u64> = 200..5_000;
-/// Longer than a node's lease (30 s), and than it takes until its jobs begin again elsewhere (15 s of silence and 30 s of grace).
-const LONG_MS: Range<u64> = 46_000..60_000;
+/// Longer than a node's lease (30 s), and by seconds than it takes until its jobs begin again elsewhere (15 s of silence and 30 s of
+/// grace): what it did not end lives beside its successor.
+const LONG_MS: Range<u64> = 55_000..70_000;
 /// The first fault is a long one, once jobs run.
-const FIRST_AFTER: Duration = Duration::from_secs(3);
+const FIRST_AFTER: Duration = Duration::from_secs(8);
 /// Of a hundred faults of schedulers and vmhosts, how many are long, but one at a time.
 const LONG_PERCENT: u64 = 12;
 /// After a fault the registry is left alone for so long: an election takes about 3 s, and it has to be able to work.

@@ -16,6 +16,7 @@ use blixard::{
     id::{JobId, NodeId, VmId},
     job::JobSpec,
     limits::MAX_MESSAGE_BYTES,
+    node::{HostPressure, shortage},
     pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
     vm::{VmConfig, VmState},
@@ -23,6 +24,7 @@ use blixard::{
 use blixard_chassis::{SecretKey, Tasks};
 use futures::future::join_all;
 use pb::vm_host_service_server::VmHostServiceServer;
+use tokio::sync::watch;
 
 use crate::{
     capacity::Capacity,
@@ -38,6 +40,7 @@ use crate::{
     logs::{Fence, LogLimits, LogStore},
     net::{self, Network, Unavailable},
     node_lease::{self, NodeLease},
+    pressure::{self, HostWatch, Pressure, Told},
     records::{self, DELETED, StateDir, VmRecord},
     recovery,
     registry::Registry,
@@ -80,6 +83,8 @@ pub struct VmHostConfig {
     pub health: HealthConfig,
     /// How large logs grow.
     pub logs: LogLimits,
+    /// How memory and disk are looked at; `None`: this machine's.
+    pub watch: Option<HostWatch>,
     /// Times that only tests change.
     pub pace: Pace,
 }
@@ -114,6 +119,8 @@ pub struct Pace {
     pub clean_every: Duration,
     /// How often it is asked whether logs take too much of the disk.
     pub make_room_every: Duration,
+    /// How often this machine's memory and disk are looked at.
+    pub look_at_host_every: Duration,
 }
 
 impl Default for Pace {
@@ -123,6 +130,7 @@ impl Default for Pace {
             first_cleaning_after: cleaning::FIRST_AFTER,
             clean_every: cleaning::EVERY,
             make_room_every: cleaning::MAKE_ROOM_EVERY,
+            look_at_host_every: pressure::LOOK_EVERY,
         }
     }
 }
@@ -193,6 +201,11 @@ impl VmHost {
             tasks.spawn_until_end("vmhost-network", Arc::clone(network).keep());
         }
         host.take_network_away().await;
+        // Before it registers: a node that is short of something says so from the first.
+        let mut pressure = Pressure::default();
+        pressure::look(&host, &mut pressure).await;
+        let own = Arc::clone(&host);
+        tasks.spawn_until_end("vmhost-pressure", async move { pressure::keep(&own, pressure).await });
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-register", async move { heartbeat::keep_registered(&own).await });
         let own = Arc::clone(&host);
@@ -238,6 +251,9 @@ pub(crate) struct Host {
     pub(crate) registry: Registry,
     pub(crate) lease: Arc<NodeLease>,
     pub(crate) health: HealthConfig,
+    pub(crate) watch: HostWatch,
+    /// What this machine is short of.
+    pub(crate) pressure: watch::Sender<Told>,
     pub(crate) pace: Pace,
     pub(crate) tasks: Tasks,
     /// The host's boot.
@@ -260,6 +276,7 @@ impl Host {
             Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
+        let dirs = [state.path().to_owned(), config.log_dir.clone()];
         Ok(Self {
             state,
             network: network.map(Arc::new),
@@ -269,6 +286,8 @@ impl Host {
             registry: Registry::new(&config.registry_endpoint, config.node_id).map_err(StartError::Registry)?,
             lease: Arc::new(NodeLease::new(config.pace.lease)),
             health: config.health,
+            watch: config.watch.unwrap_or_else(|| HostWatch::of_this_machine(dirs)),
+            pressure: watch::Sender::default(),
             pace: config.pace,
             tasks,
             boot: records::host_boot(),
@@ -298,6 +317,7 @@ impl Host {
             max_vms: self.max_vms,
             images: self.images(),
             labels,
+            pressure: self.pressure.borrow().pressure.iter().map(|pressure| pressure.to_pb().into()).collect(),
             ..Default::default()
         }
     }
@@ -448,6 +468,7 @@ impl Host {
                 Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
             };
         }
+        self.has_relief()?;
         let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
         self.capacity.room_for(config.memory_mib, alive.map(|vm| vm.config.memory_mib), self.max_vms)?;
         let lease = match &self.network {
@@ -466,6 +487,25 @@ impl Host {
         let vm = driver::spawn(self, Beginning::fresh(vm_id, record));
         vms.insert(vm_id, vm.clone());
         Ok(vm)
+    }
+
+    /// Whether this machine may take another VM.
+    fn has_relief(&self) -> Result<(), Error> {
+        let told = self.pressure.borrow();
+        if told.pressure.is_empty() {
+            return Ok(());
+        }
+        let message = format!("this node is short of {} and takes no VM: {}", shortage(&told.pressure), told.words);
+        Err(Error::new(Reason::Overloaded, message))
+    }
+
+    /// Whether its disk may take another attempt's output.
+    fn has_disk(&self) -> Result<(), Error> {
+        let told = self.pressure.borrow();
+        if !told.pressure.contains(&HostPressure::DiskCritical) {
+            return Ok(());
+        }
+        Err(Error::new(Reason::Overloaded, format!("this node's disk is full and takes no attempt: {}", told.words)))
     }
 
     /// Ends a VM; returns when that is on disk.
@@ -525,6 +565,7 @@ impl Host {
             let error = Error::new(Reason::StaleIncarnation, message).with("node_id", self.registry.node_id());
             return Err(error.with("incarnation", incarnation).with("current", current));
         }
+        self.has_disk()?;
         let limits = Limits { run: spec.timeout, start: spec.start_timeout };
         let answer = match self.vm(vm_id) {
             Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into(), current).await,

@@ -148,7 +148,7 @@ fn trial(trial: Trial) {
 fn whenever_vmhost_is_killed_nothing_is_left_of_plain_processes() {
     trial(Trial {
         driver: DriverChoice::Process,
-        cycles: setting("BLIXARD_CHAOS_CYCLES").unwrap_or(200),
+        cycles: setting("BLIXARD_CHAOS_CYCLES").unwrap_or(1000),
         callers: 12,
         times: Times { moment_ms: 0..400, job_ms: 0..150 },
         pauses: 100..1500,

@@ -1,6 +1,9 @@
 //! A node: one vmhost and what it offers.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use crate::{
     error::{Error, invalid},
@@ -61,6 +64,63 @@ impl NodeState {
     }
 }
 
+/// What a node's machine is short of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HostPressure {
+    Memory,
+    Disk,
+    DiskCritical,
+}
+
+impl HostPressure {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Memory, Self::Disk, Self::DiskCritical];
+
+    /// The name in tables and JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Disk => "disk",
+            Self::DiskCritical => "disk_critical",
+        }
+    }
+
+    /// The inverse of [`HostPressure::as_str`].
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|pressure| pressure.as_str() == name)
+    }
+
+    /// Parses the wire's value; one of a newer program is none that is known here.
+    #[must_use]
+    pub fn from_pb(value: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|pressure| i32::from(pressure.to_pb()) == value)
+    }
+
+    /// The wire's value.
+    #[must_use]
+    pub fn to_pb(self) -> pb::HostPressure {
+        match self {
+            Self::Memory => pb::HostPressure::Memory,
+            Self::Disk => pb::HostPressure::Disk,
+            Self::DiskCritical => pb::HostPressure::DiskCritical,
+        }
+    }
+}
+
+/// In words: "memory", "disk", "memory and disk".
+#[must_use]
+pub fn shortage(pressure: &BTreeSet<HostPressure>) -> &'static str {
+    let memory = pressure.contains(&HostPressure::Memory);
+    match (memory, pressure.len() > usize::from(memory)) {
+        (true, true) => "memory and disk",
+        (true, false) => "memory",
+        (false, true) => "disk",
+        (false, false) => "nothing",
+    }
+}
+
 impl fmt::Display for NodeState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.as_str())
@@ -101,6 +161,22 @@ pub struct Node {
     pub drain_deadline: Option<Timestamp>,
     /// What its keepers want of it: its state, unless it is Lost.
     pub wanted: NodeState,
+    /// What its machine is short of: with anything it takes no new VMs.
+    pub pressure: BTreeSet<HostPressure>,
+}
+
+impl Node {
+    /// Whether it takes new VMs.
+    #[must_use]
+    pub fn takes_vms(&self) -> bool {
+        self.state == NodeState::Ready && self.pressure.is_empty()
+    }
+
+    /// Whether VMs that it has take attempts.
+    #[must_use]
+    pub fn takes_attempts(&self) -> bool {
+        self.state == NodeState::Ready && !self.pressure.contains(&HostPressure::DiskCritical)
+    }
 }
 
 impl From<Node> for pb::Node {
@@ -122,6 +198,7 @@ impl From<Node> for pb::Node {
             updated_at: Some(node.updated_at.into()),
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted: node.wanted.to_pb().into(),
+            pressure: node.pressure.into_iter().map(|pressure| pressure.to_pb().into()).collect(),
         }
     }
 }
@@ -160,6 +237,7 @@ impl TryFrom<pb::Node> for Node {
             updated_at: node.updated_at.unwrap_or_default().into(),
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted,
+            pressure: node.pressure.into_iter().filter_map(HostPressure::from_pb).collect(),
         })
     }
 }

@@ -153,6 +153,7 @@ impl Parts {
             network: config.network.clone(),
             health: HealthConfig::from(&config.vm_manager),
             logs: LogLimits::from(&config.retention),
+            watch: None,
             pace: Pace::default(),
         };
         let vmhost = VmHost::start(vmhost, &self.services).await.map_err(|error| StartError::new(&error))?;

@@ -295,6 +295,7 @@ mod tests {
             updated_at: Timestamp(0),
             drain_deadline: None,
             wanted: NodeState::Ready,
+            pressure: Default::default(),
         };
         Mutation::RegisterNode { node }
     }

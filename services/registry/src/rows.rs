@@ -4,7 +4,7 @@ use blixard::{
     id::{JobId, NodeId, VmId},
     job::JobState,
     limits,
-    node::NodeState,
+    node::{HostPressure, NodeState},
     pb::common::v1 as pb,
     time::Timestamp,
     vm::{VmConfig, VmKind, VmState},
@@ -28,7 +28,7 @@ pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, 
      started_at, finished_at, created_revision, attempt_end, queued_at, not_before_ms, attempts_started";
 /// The columns that [`node`] expects.
 pub(crate) const NODE_COLUMNS: &str = "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at, \
-     labels, reason, updated_at, drain_deadline, wanted";
+     labels, reason, updated_at, drain_deadline, wanted, pressure";
 
 /// How an attempt ended: the value of `jobs.attempt_end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,7 +195,15 @@ pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
         }
         .to_pb()
         .into(),
+        pressure: pressure(row, 16)?,
     })
+}
+
+fn pressure(row: &Row<'_>, column: usize) -> Result<Vec<i32>> {
+    let names: Vec<String> = serde_json::from_str(row.get_ref(column)?.as_str_or_null()?.unwrap_or("[]"))
+        .map_err(|error| damaged(column, error))?;
+    let known = names.iter().filter_map(|name| HostPressure::from_name(name));
+    Ok(known.map(|pressure| pressure.to_pb().into()).collect())
 }
 
 /// The node with this id.

@@ -29,7 +29,7 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES, RETRIES];
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES, RETRIES, PRESSURE];
 
 const TABLES: Migration = Migration {
     version: 1,
@@ -315,6 +315,10 @@ const RETRIES: Migration = Migration {
         "ALTER TABLE nodes ADD COLUMN drain_deadline TEXT",
     ],
 };
+
+/// Nodes that say what their machines are short of.
+const PRESSURE: Migration =
+    Migration { version: 6, statements: &["ALTER TABLE nodes ADD COLUMN pressure TEXT NOT NULL DEFAULT '[]'"] };
 
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {

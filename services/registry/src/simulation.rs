@@ -764,6 +764,28 @@ mod tests {
     }
 
     #[test]
+    fn what_a_node_is_short_of_is_what_it_said_last() {
+        use pb::HostPressure::{Disk, Memory};
+        let mut store = Store::new();
+        let mut register = |pressure: &[pb::HostPressure]| {
+            // One that this program does not know is of a newer one.
+            let pressure = pressure.iter().map(|&pressure| pressure.into()).chain([99]).collect();
+            let node =
+                pb::Node { id: "n".into(), endpoint: "http://h:1".into(), max_vms: 1, pressure, ..Default::default() };
+            let request = wire::RegisterNodeRequest { node: Some(node), ..Default::default() };
+            let node = store.register_node(NOW, request).unwrap().node.unwrap();
+            let listed = store.list_nodes(NOW, wire::ListNodesRequest::default()).unwrap().nodes[0].clone();
+            assert_eq!(node, listed);
+            node.pressure
+        };
+        let known = |pressure: pb::HostPressure| i32::from(pressure);
+        assert_eq!(register(&[]), [] as [i32; 0]);
+        assert_eq!(register(&[Disk, Memory]), [Memory, Disk].map(known));
+        assert_eq!(register(&[Memory]), [known(Memory)]);
+        assert_eq!(register(&[]), [] as [i32; 0]);
+    }
+
+    #[test]
     fn a_node_is_what_is_wanted_of_it_unless_it_is_lost_and_comes_back_as_that() {
         let mut store = Store::new();
         let register = |labels: &[(&str, &str)]| {

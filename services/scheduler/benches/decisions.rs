@@ -299,6 +299,7 @@ impl Cluster {
             updated_at: self.now,
             drain_deadline: None,
             wanted: state,
+            pressure: Default::default(),
         }
     }
 

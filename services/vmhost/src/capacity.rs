@@ -19,16 +19,20 @@ pub(crate) struct Capacity {
     pub(crate) memory_mib: u64,
 }
 
+/// What a machine of so much memory keeps for itself.
+pub(crate) fn reserved_mib(total_mib: u64) -> u64 {
+    RESERVED_MIB.max(total_mib * RESERVED_PERCENT / 100)
+}
+
 impl Capacity {
     /// Looks at this machine.
     pub(crate) fn of_this_machine() -> io::Result<Self> {
         let cpus = thread::available_parallelism()?.get();
         let total = total_memory_mib(&fs::read_to_string("/proc/meminfo")?)
             .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
-        let reserved = RESERVED_MIB.max(total * RESERVED_PERCENT / 100);
         Ok(Self {
             vcpus: u32::try_from(cpus).unwrap_or(u32::MAX).max(MIN_VCPUS),
-            memory_mib: total.saturating_sub(reserved),
+            memory_mib: total.saturating_sub(reserved_mib(total)),
         })
     }
 }

@@ -66,6 +66,10 @@ enum Command {
         stop: Stop,
         reply: Reply,
     },
+    /// It is to end once the registry gives it no attempts; nobody waits.
+    Retire {
+        reason: String,
+    },
     /// Something happened; nobody waits.
     Tell(Input),
 }
@@ -77,7 +81,7 @@ impl Command {
             | Self::Run { reply, .. }
             | Self::Cancel { reply, .. }
             | Self::Stop { reply, .. } => Some(reply),
-            Self::Tell(_) => None,
+            Self::Retire { .. } | Self::Tell(_) => None,
         }
     }
 }
@@ -111,7 +115,7 @@ pub(crate) struct VmView {
 /// A VM, to everybody else.
 #[derive(Clone)]
 pub(crate) struct VmHandle {
-    id: VmId,
+    pub(crate) id: VmId,
     pub(crate) config: VmConfig,
     pub(crate) accepted_at: Timestamp,
     pub(crate) lease: Option<Lease>,
@@ -139,6 +143,11 @@ impl VmHandle {
     pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
         let stop = Stop { deadline: Timestamp::now().plus(grace), reason };
         self.ask(|reply| Command::Stop { stop, reply }).await
+    }
+
+    /// Has it end, if it runs nothing and is still there.
+    pub(crate) async fn retire(&self, reason: String) {
+        let _ = self.commands.send(Command::Retire { reason }).await;
     }
 
     /// Tells it what happened, if it is still there.
@@ -376,6 +385,7 @@ impl Driver {
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
+            Command::Retire { reason } => self.retire(reason),
             Command::Tell(input) => self.step(input).await,
             Command::Cancel { job, attempt, reply } => {
                 self.step(Input::Cancel { job, attempt }).await;
@@ -515,15 +525,21 @@ impl Driver {
     /// Ends a service VM that is short of memory, once the registry gives it no more attempts.
     fn consider_recycling(&self, health: Health) {
         let Some(reason) = health.shortage(self.host.health.recycle_below_memory_percent) else { return };
-        if self.record.config.kind != VmKind::Service {
-            return;
+        if self.record.config.kind == VmKind::Service {
+            self.retire(reason);
         }
+    }
+
+    /// Ends a VM that runs nothing, once the registry gives it no more attempts.
+    fn retire(&self, reason: String) {
         let (vm_id, registry, events) = (self.id, self.host.registry.clone(), self.event_sender.clone());
         self.tasks.spawn("vm-recycle", async move {
             match registry.retire(vm_id, &reason).await {
                 Ok(true) => drop(events.send(Event::Retired(reason)).await),
                 Ok(false) => {}
-                Err(error) => tracing::warn!(%vm_id, %error, "a VM is short of memory and the registry can't be told"),
+                Err(error) => {
+                    tracing::warn!(%vm_id, reason, %error, "a VM is to be retired and the registry can't be told")
+                }
             }
         });
     }

@@ -1,9 +1,9 @@
 //! The node's place in the registry: it registers, says again and again that it lives, and registers again when the
-//! registry has given it up, or when there are other images than it said.
+//! registry has given it up, or when there are other images than it said, or it is short of something else.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use blixard::error::Error;
+use blixard::{error::Error, node::HostPressure};
 
 use crate::{host::Host, reconcile, registry::is_answer};
 
@@ -19,7 +19,7 @@ const LOOK_AT_IMAGES_EVERY: Duration = Duration::from_secs(2);
 pub(crate) async fn keep_registered(host: &Arc<Host>) {
     loop {
         // Before it registers: what appears meanwhile is found afterwards, and at worst told twice.
-        let images = host.images();
+        let (images, told) = (host.images(), host.pressure.borrow().pressure.clone());
         let Some(incarnation) = reconcile::register(host).await else { return };
         tokio::select! {
             over = beat(host, incarnation) => {
@@ -27,6 +27,9 @@ pub(crate) async fn keep_registered(host: &Arc<Host>) {
             }
             images = other_images(host, &images) => {
                 tracing::info!(incarnation, ?images, "the images have changed; the node registers again");
+            }
+            pressure = other_pressure(host, &told) => {
+                tracing::info!(incarnation, ?pressure, "what this node is short of has changed; it registers again");
             }
         }
         tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
@@ -42,6 +45,14 @@ async fn other_images(host: &Host, known: &[String]) -> Vec<String> {
             return images;
         }
     }
+}
+
+/// Returns when the node is short of something else than this.
+async fn other_pressure(host: &Host, known: &BTreeSet<HostPressure>) -> BTreeSet<HostPressure> {
+    let mut told = host.pressure.subscribe();
+    // The sender lives as long as the host.
+    let _ = told.wait_for(|told| told.pressure != *known).await;
+    told.borrow().pressure.clone()
 }
 
 /// Says that the node lives; returns when the registry answers that this incarnation does not.

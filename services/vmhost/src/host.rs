@@ -16,6 +16,7 @@ use blixard::{
     id::{JobId, NodeId, VmId},
     job::JobSpec,
     limits::MAX_MESSAGE_BYTES,
+    node::{HostPressure, shortage},
     pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
     vm::{VmConfig, VmState},
@@ -23,6 +24,7 @@ use blixard::{
 use blixard_chassis::{SecretKey, Tasks};
 use futures::future::join_all;
 use pb::vm_host_service_server::VmHostServiceServer;
+use tokio::sync::watch;
 
 use crate::{
     capacity::Capacity,
@@ -38,6 +40,7 @@ use crate::{
     logs::{Fence, LogLimits, LogStore},
     net::{self, Network, Unavailable},
     node_lease::{self, NodeLease},
+    pressure::{self, HostWatch, Pressure, Told},
     records::{self, DELETED, StateDir, VmRecord},
     recovery,
     registry::Registry,
@@ -83,6 +86,8 @@ pub struct VmHostConfig {
     pub health: HealthConfig,
     /// How large logs grow.
     pub logs: LogLimits,
+    /// How memory and disk are looked at; `None`: this machine's.
+    pub watch: Option<HostWatch>,
     /// Times that only tests change.
     pub pace: Pace,
 }
@@ -117,6 +122,8 @@ pub struct Pace {
     pub clean_every: Duration,
     /// How often it is asked whether logs take too much of the disk.
     pub make_room_every: Duration,
+    /// How often this machine's memory and disk are looked at.
+    pub look_at_host_every: Duration,
 }
 
 impl Default for Pace {
@@ -126,6 +133,7 @@ impl Default for Pace {
             first_cleaning_after: cleaning::FIRST_AFTER,
             clean_every: cleaning::EVERY,
             make_room_every: cleaning::MAKE_ROOM_EVERY,
+            look_at_host_every: pressure::LOOK_EVERY,
         }
     }
 }
@@ -201,6 +209,11 @@ impl VmHost {
             tasks.spawn_until_end("vmhost-network", Arc::clone(network).keep());
         }
         host.take_network_away().await;
+        // Before it registers: a node that is short of something says so from the first.
+        let mut pressure = Pressure::default();
+        pressure::look(&host, &mut pressure).await;
+        let own = Arc::clone(&host);
+        tasks.spawn_until_end("vmhost-pressure", async move { pressure::keep(&own, pressure).await });
         let own = Arc::clone(&host);
         tasks.spawn_until_end("vmhost-register", async move { heartbeat::keep_registered(&own).await });
         let own = Arc::clone(&host);
@@ -247,6 +260,9 @@ pub(crate) struct Host {
     pub(crate) registry: Registry,
     pub(crate) lease: Arc<NodeLease>,
     pub(crate) health: HealthConfig,
+    pub(crate) watch: HostWatch,
+    /// What this machine is short of.
+    pub(crate) pressure: watch::Sender<Told>,
     pub(crate) pace: Pace,
     pub(crate) tasks: Tasks,
     /// The host's boot.
@@ -275,6 +291,7 @@ impl Host {
         }
         let templates = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
         let (templates, wanted_templates) = templates.map_err(StartError::Templates)?;
+        let dirs = [state.path().to_owned(), config.log_dir.clone()];
         let host = Self {
             state,
             templates: Arc::new(templates),
@@ -285,6 +302,8 @@ impl Host {
             registry: Registry::new(&config.registry_endpoint, config.node_id).map_err(StartError::Registry)?,
             lease: Arc::new(NodeLease::new(config.pace.lease)),
             health: config.health,
+            watch: config.watch.unwrap_or_else(|| HostWatch::of_this_machine(dirs)),
+            pressure: watch::Sender::default(),
             pace: config.pace,
             tasks,
             boot: records::host_boot(),
@@ -315,6 +334,7 @@ impl Host {
             max_vms: self.max_vms,
             images: self.images(),
             labels,
+            pressure: self.pressure.borrow().pressure.iter().map(|pressure| pressure.to_pb().into()).collect(),
             ..Default::default()
         }
     }
@@ -465,6 +485,7 @@ impl Host {
                 Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
             };
         }
+        self.has_relief()?;
         let alive = alive_memory(&vms);
         let beside = alive.iter().copied().chain(self.templates.being_made());
         if self.capacity.room_for(config.memory_mib, beside, self.max_vms).is_err() {
@@ -493,11 +514,31 @@ impl Host {
     /// Whether a template can be made beside the VMs that are here; `begin` then takes the room.
     pub(crate) fn has_room_for_template(&self, memory_mib: u32, begin: impl FnOnce()) -> bool {
         let vms = self.vms();
-        let room = self.capacity.room_for(memory_mib, alive_memory(&vms).into_iter(), self.max_vms).is_ok();
+        let room = self.capacity.room_for(memory_mib, alive_memory(&vms).into_iter(), self.max_vms);
+        let room = room.and_then(|()| self.has_relief()).is_ok();
         if room {
             begin();
         }
         room
+    }
+
+    /// Whether this machine may take another VM.
+    fn has_relief(&self) -> Result<(), Error> {
+        let told = self.pressure.borrow();
+        if told.pressure.is_empty() {
+            return Ok(());
+        }
+        let message = format!("this node is short of {} and takes no VM: {}", shortage(&told.pressure), told.words);
+        Err(Error::new(Reason::Overloaded, message))
+    }
+
+    /// Whether its disk may take another attempt's output.
+    fn has_disk(&self) -> Result<(), Error> {
+        let told = self.pressure.borrow();
+        if !told.pressure.contains(&HostPressure::DiskCritical) {
+            return Ok(());
+        }
+        Err(Error::new(Reason::Overloaded, format!("this node's disk is full and takes no attempt: {}", told.words)))
     }
 
     /// Ends a VM; returns when that is on disk.
@@ -557,6 +598,7 @@ impl Host {
             let error = Error::new(Reason::StaleIncarnation, message).with("node_id", self.registry.node_id());
             return Err(error.with("incarnation", incarnation).with("current", current));
         }
+        self.has_disk()?;
         let limits = Limits { run: spec.timeout, start: spec.start_timeout };
         let answer = match self.vm(vm_id) {
             Some(vm) => vm.run(Run::new(job, attempt, limits, Timestamp::now()), spec.into(), current).await,

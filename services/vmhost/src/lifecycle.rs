@@ -186,6 +186,8 @@ pub enum Input {
     LeaseOver,
     /// The guest agent fails its health checks.
     Unhealthy { reason: String },
+    /// The node has no memory left for what the VM runs.
+    OutOfMemory { reason: String },
     /// Somebody wants the VM to end; that is on disk already.
     Stop(Stop),
     /// The machine ended.
@@ -385,6 +387,10 @@ impl Lifecycle {
             },
             Input::Unhealthy { reason } => match self.phase {
                 Phase::Free => self.kill(None, VmState::Failed, format!("unhealthy: {reason}")),
+                _ => vec![],
+            },
+            Input::OutOfMemory { reason } => match &self.phase {
+                Phase::Running(run) => self.kill(Some(run.clone()), VmState::Failed, reason),
                 _ => vec![],
             },
             Input::Stop(stop) => self.stop(now, stop),

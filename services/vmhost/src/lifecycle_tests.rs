@@ -76,6 +76,7 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("Superseded", Input::Superseded { job: job(), attempt: 1 }),
         ("Superseded another", Input::Superseded { job: job(), attempt: 2 }),
         ("LeaseOver", Input::LeaseOver),
+        ("OutOfMemory", Input::OutOfMemory { reason: "its node ran out of memory".into() }),
         ("Unhealthy", Input::Unhealthy { reason: "it is silent".to_owned() }),
         ("Stop", Input::Stop(stop(LATER))),
         ("Stop at once", Input::Stop(stop(NOW))),

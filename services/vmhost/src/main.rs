@@ -82,6 +82,7 @@ fn host_config(
         network: config.network,
         health: HealthConfig::from(&config.vm_manager),
         logs: LogLimits::from(&config.retention),
+        watch: None,
         node_labels: config.server.node_labels.0,
         pace: Pace::default(),
     }

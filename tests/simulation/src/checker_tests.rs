@@ -108,6 +108,7 @@ fn node() -> Node {
         updated_at: Timestamp(0),
         drain_deadline: None,
         wanted: NodeState::Ready,
+        pressure: Default::default(),
     }
 }
 

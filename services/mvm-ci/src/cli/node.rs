@@ -7,7 +7,7 @@ use std::{
 
 use blixard::{
     error::{Error, Reason},
-    node::{Node, NodeState},
+    node::{Node, NodeState, shortage},
     pb::{common::v1 as common, scheduler::v1 as pb},
     time::{Timestamp, millis},
 };
@@ -205,6 +205,7 @@ fn state_json(node: &Node) -> Value {
         "max_vms": node.max_vms,
         "images": node.images,
         "labels": node.labels,
+        "pressure": node.pressure.iter().map(|pressure| pressure.as_str()).collect::<Vec<_>>(),
         "incarnation": node.incarnation,
         "registered_at": output::rfc3339(node.registered_at),
         "updated_at": output::rfc3339(node.updated_at),
@@ -220,12 +221,22 @@ fn node_json(seen: &NodeUse) -> Value {
     json
 }
 
+/// `Ready (memory)`: and what its machine is short of.
+fn state(node: &Node) -> String {
+    match node.pressure.is_empty() {
+        true => node.state.to_string(),
+        false => format!("{} ({})", node.state, shortage(&node.pressure)),
+    }
+}
+
 /// `Draining until …: because`; a Lost node says what it comes back as.
 fn state_words(node: &Node) -> String {
     let back = if node.state == node.wanted { String::new() } else { format!(", then {}", node.wanted) };
     let until = node.drain_deadline.map(|at| format!(" until {}", output::rfc3339(at))).unwrap_or_default();
     let why = if node.reason.is_empty() { String::new() } else { format!(": {}", node.reason) };
-    format!("{}{back}{until}{why}", node.state)
+    let short =
+        if node.pressure.is_empty() { String::new() } else { format!("; short of {}", shortage(&node.pressure)) };
+    format!("{}{back}{until}{why}{short}", node.state)
 }
 
 fn state_line(node: &Node) -> String {
@@ -241,7 +252,7 @@ fn table(nodes: &[NodeUse], now: Timestamp) -> String {
         let node = &seen.node;
         vec![
             node.id.to_string(),
-            node.state.to_string(),
+            state(node),
             format!("{}/{}", seen.vms, node.max_vms),
             seen.jobs.to_string(),
             format!("{}/{} MiB", seen.used_memory_mib, node.memory_mib),
@@ -279,7 +290,7 @@ fn text(seen: &NodeUse) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
-    use blixard::id::NodeId;
+    use blixard::{id::NodeId, node::HostPressure};
 
     use super::*;
 
@@ -303,6 +314,7 @@ mod tests {
             updated_at: REGISTERED,
             drain_deadline: None,
             wanted: NodeState::Ready,
+            pressure: Default::default(),
         };
         NodeUse { node, vms: 3, used_memory_mib: 1536, jobs: 2 }
     }
@@ -315,6 +327,7 @@ mod tests {
         draining.node.wanted = NodeState::Draining;
         draining.node.reason = "new\u{1b} disk".into();
         draining.node.drain_deadline = Some(Timestamp(REGISTERED.0 + 600_000));
+        draining.node.pressure = [HostPressure::Disk, HostPressure::DiskCritical].into();
         let mut lost = ready();
         lost.node.state = NodeState::Lost;
         lost.node.wanted = NodeState::Cordoned;

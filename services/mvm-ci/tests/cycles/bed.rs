@@ -1,9 +1,10 @@
 //! A registry and a vmhost, each a process on a host of its own.
 
 use std::{
+    convert::Infallible,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -145,7 +146,7 @@ impl Bed {
     }
 
     /// Keeps looking which incarnation of the node is on record: what a scheduler's watch tells it.
-    pub(crate) async fn watch_incarnation(self: Arc<Self>) {
+    pub(crate) async fn watch_incarnation(&self) -> Infallible {
         loop {
             if let Ok(incarnation) = self.registered().await {
                 self.incarnation.store(incarnation, Ordering::Relaxed);

@@ -51,7 +51,9 @@ fn confessions(log: &str) -> Vec<String> {
     let mut wrong = Vec::new();
     for line in log.lines() {
         serves = (serves && !line.contains(RECOVERY[0])) || line.contains(RECOVERY[1]);
-        if line.contains("panicked") || (serves && CONFESSIONS.iter().any(|words| line.contains(words))) {
+        // A console that is quoted may tell of others' panics.
+        let panicked = line.starts_with("thread '") && line.contains("panicked");
+        if panicked || (serves && CONFESSIONS.iter().any(|words| line.contains(words))) {
             wrong.push(line.to_owned());
         }
     }

@@ -102,12 +102,16 @@ async fn run(bed: &Arc<Bed>, trial: &Trial, seed: u64) -> Result<(), String> {
     bed.wait_registered().await?;
     let began = Instant::now();
     let over = CancellationToken::new();
-    let nemesis = tokio::spawn(nemesis(bed.clone(), Rng::new(seed, 0), trial.pauses.clone(), over.clone()));
-    let watching = tokio::spawn(bed.clone().watch_incarnation());
-    let ended = cycles(bed, trial, seed).await;
-    over.cancel();
-    let kills = nemesis.await.map_err(|error| error.to_string())?;
-    watching.abort();
+    let living = async {
+        let ended = cycles(bed, trial, seed).await;
+        over.cancel();
+        ended
+    };
+    let nemesis = nemesis(bed.clone(), Rng::new(seed, 0), trial.pauses.clone(), over.clone());
+    let (ended, kills) = tokio::select! {
+        both = async { tokio::join!(living, nemesis) } => both,
+        never = bed.watch_incarnation() => match never {},
+    };
     let took = began.elapsed();
     let ended = ended?;
     let mut counts: BTreeMap<&'static str, usize> = BTreeMap::new();

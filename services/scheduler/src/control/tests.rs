@@ -29,6 +29,7 @@ fn node() -> Node {
         updated_at: at(0),
         drain_deadline: None,
         wanted: NodeState::Ready,
+        pressure: Default::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 use blixard::{
     id::{JobId, VmId},
     job::Isolation,
-    node::{Node, NodeState},
+    node::{Node, NodeState, shortage},
     pb::common::v1 as pb,
     time::{Timestamp, millis},
     vm::VmKind,
@@ -101,6 +101,10 @@ impl Engine {
         let questions = self.questions(constraint, class);
         for entry in self.nodes().values() {
             let failed = questions.iter().position(|question| !(question.passes)(entry));
+            if failed.is_some_and(|at| questions[at].name == "pressure") {
+                let node = &entry.node;
+                lacks = format!("{}, which is short of {}, to take VMs again", node.id, shortage(&node.pressure));
+            }
             if failed.is_some_and(|at| matches!(questions[at].name, "vm_slots" | "memory")) {
                 let node = &entry.node;
                 let free = node.memory_mib.saturating_sub(entry.used_memory_mib);
@@ -268,6 +272,11 @@ impl Engine {
                 "ready",
                 |entry| entry.node.state == NodeState::Ready,
                 |entry| format!("{} is {}", entry.node.id, entry.node.state),
+            ),
+            Question::new(
+                "pressure",
+                |entry| entry.node.pressure.is_empty(),
+                |entry| format!("{} is short of {}", entry.node.id, shortage(&entry.node.pressure)),
             ),
             Question::new(
                 "vm_slots",

@@ -42,6 +42,9 @@ pub(super) struct Place {
     pub(super) id: NodeId,
     /// `None`: it has not registered.
     pub(super) state: Option<NodeState>,
+    /// See [`Node::takes_vms`] and [`Node::takes_attempts`].
+    takes_vms: bool,
+    takes_attempts: bool,
     pub(super) vms: BTreeSet<VmId>,
     pub(super) used_memory_mib: u64,
     pub(super) used_slots: u32,
@@ -109,6 +112,8 @@ impl Fleet {
             self.places.push(Place {
                 id: id.clone(),
                 state: None,
+                takes_vms: false,
+                takes_attempts: false,
                 vms: BTreeSet::new(),
                 used_memory_mib: 0,
                 used_slots: 0,
@@ -170,6 +175,7 @@ impl Fleet {
             (place.lost_since, place.given_up) = (Some(now), false);
         }
         place.state = Some(node.state);
+        (place.takes_vms, place.takes_attempts) = (node.takes_vms(), node.takes_attempts());
         place.images = node.images.iter().map(|image| ImageId(images.number(image))).collect();
         let (used_memory_mib, vms) = (place.used_memory_mib, place.used_slots);
         self.nodes.insert(node.id.clone(), NodeEntry { node, used_memory_mib, vms });
@@ -220,7 +226,7 @@ impl Fleet {
             site.members.insert(ix);
             let place = &mut self.places[ix.0 as usize];
             place.sites.insert(id, liked);
-            if place.state == Some(NodeState::Ready) {
+            if place.takes_attempts {
                 for class in place.free.keys() {
                     site.warm.entry(*class).or_default().insert((liked, ix));
                 }
@@ -270,6 +276,16 @@ impl Fleet {
         self.place(ix).state == Some(NodeState::Ready)
     }
 
+    /// Whether it may be given another VM, as far as its state and its machine are concerned.
+    pub(super) fn takes_vms(&self, ix: NodeIx) -> bool {
+        self.place(ix).takes_vms
+    }
+
+    /// Whether its VMs may be given attempts.
+    pub(super) fn takes_attempts(&self, ix: NodeIx) -> bool {
+        self.place(ix).takes_attempts
+    }
+
     pub(super) fn is_lost(&self, ix: NodeIx) -> bool {
         self.place(ix).state == Some(NodeState::Lost)
     }
@@ -293,7 +309,7 @@ impl Fleet {
         let place = &mut self.places[ix.0 as usize];
         let vms = place.free.entry(class).or_default();
         vms.insert(vm_id);
-        if vms.len() == 1 && place.state == Some(NodeState::Ready) {
+        if vms.len() == 1 && place.takes_attempts {
             for (id, liked) in &place.sites {
                 if let Some(site) = self.sites.get_mut(id) {
                     site.warm.entry(class).or_default().insert((*liked, ix));
@@ -358,7 +374,7 @@ impl Fleet {
         let place = &mut self.places[ix.0 as usize];
         let Some(entry) = self.nodes.get_mut(&place.id) else { return };
         (entry.used_memory_mib, entry.vms) = (place.used_memory_mib, place.used_slots);
-        if place.state != Some(NodeState::Ready) || place.used_slots >= entry.node.max_vms || place.kept_for.is_some() {
+        if !place.takes_vms || place.used_slots >= entry.node.max_vms || place.kept_for.is_some() {
             return;
         }
         let free = entry.node.memory_mib.saturating_sub(place.used_memory_mib);
@@ -374,7 +390,7 @@ impl Fleet {
     fn list(&mut self, ix: NodeIx) {
         self.list_room(ix);
         let place = &self.places[ix.0 as usize];
-        if place.state == Some(NodeState::Ready) {
+        if place.takes_attempts {
             for (id, liked) in &place.sites {
                 let Some(site) = self.sites.get_mut(id) else { continue };
                 for class in place.free.keys() {
@@ -472,7 +488,7 @@ impl Fleet {
 
     /// Whether another VM may be started on a node, memory aside.
     pub(super) fn has_slot(&self, ix: NodeIx) -> bool {
-        self.is_ready(ix) && self.node(ix).is_some_and(|node| self.place(ix).used_slots < node.max_vms)
+        self.place(ix).takes_vms && self.node(ix).is_some_and(|node| self.place(ix).used_slots < node.max_vms)
     }
 
     /// Memory of a node that no VM has.
@@ -484,7 +500,7 @@ impl Fleet {
     pub(super) fn could_hold(&self, ix: NodeIx, site: SiteId, class: &Class) -> bool {
         let place = self.place(ix);
         let Some(node) = self.node(ix) else { return false };
-        self.is_ready(ix)
+        place.takes_vms
             && self.allows(site, ix)
             && place.kept_for.is_none()
             && place.images.contains(&class.image)
@@ -496,7 +512,7 @@ impl Fleet {
     pub(super) fn could_make_room(&self, ix: NodeIx, site: SiteId, class: &Class) -> bool {
         let place = self.place(ix);
         let Some(node) = self.node(ix) else { return false };
-        self.is_ready(ix)
+        place.takes_vms
             && self.allows(site, ix)
             && place.images.contains(&class.image)
             && node.vcpus >= class.vcpus

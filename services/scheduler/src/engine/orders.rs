@@ -74,6 +74,11 @@ impl Engine {
                 return self.after_told(now, key);
             }
             Err(error) if asked_again(key, error.reason) => {
+                if let OrderKey::Start(vm_id) = key
+                    && self.is_turned_away(vm_id, error.reason)
+                {
+                    effects.push(Effect::DrainVm { vm_id, reason: error.message });
+                }
                 self.arm(now.plus(ORDER_RETRY), Wake::Order(key));
                 // Meanwhile the state may want only what waited for this answer.
                 return self.after_told(now, key);
@@ -102,6 +107,14 @@ impl Engine {
             OrderKey::Run(..) | OrderKey::Cancel(..) => {}
         }
         self.after_told(now, key);
+    }
+
+    /// Whether a VM of ours had better be started elsewhere: its node, which is short of memory or disk, may be so for long. What is on record
+    /// of the node may be older than its refusal; then the next one is understood.
+    fn is_turned_away(&self, vm_id: VmId, reason: Reason) -> bool {
+        let ours = self.vms.get(&vm_id).filter(|vm| vm.ours && vm.state == VmState::Starting);
+        let node = ours.and_then(|vm| self.fleet.node(vm.node));
+        reason == Reason::Overloaded && node.is_some_and(|node| !node.pressure.is_empty())
     }
 
     /// What the state no longer wants need not be remembered.

@@ -60,7 +60,7 @@ impl Engine {
         let over = |(id, ix): (&ShapeId, &NodeIx)| {
             let waits =
                 self.queue.shapes.get(id).is_some_and(|waiting| waiting.wait == Wait::Room || waiting.is_open());
-            (!waits || !self.fleet.is_ready(*ix)).then_some(*id)
+            (!waits || !self.fleet.takes_vms(*ix)).then_some(*id)
         };
         for id in self.kept.iter().filter_map(over).collect::<Vec<_>>() {
             self.give_back_room(id);

@@ -82,7 +82,7 @@ impl Engine {
 
     fn look_at_target(&mut self, now: Timestamp, id: ShapeId, job_id: JobId, vm_id: VmId, effects: &mut Vec<Effect>) {
         match self.vms.get(&vm_id) {
-            Some(vm) if vm.is_free() && self.fleet.is_ready(vm.node) => {
+            Some(vm) if vm.is_free() && self.fleet.takes_attempts(vm.node) => {
                 let decision = self.explain_target(now, job_id, vm_id, vm);
                 self.assign(job_id, vm_id, decision, effects);
             }

@@ -12,6 +12,7 @@ use super::*;
 
 mod behaviours;
 mod egress;
+mod pressure;
 mod tables;
 mod world;
 
@@ -52,6 +53,7 @@ fn node(revision: u64, incarnation: u64) -> Node {
         updated_at: Timestamp(0),
         drain_deadline: None,
         wanted: NodeState::Ready,
+        pressure: Default::default(),
     }
 }
 

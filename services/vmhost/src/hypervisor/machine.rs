@@ -182,6 +182,7 @@ impl Starting {
         let id = procfs::stat(child.id()).map(|stat| stat.id);
         let held = id.map_or(Ok(None), Held::open).map_err(spawn_error)?;
         let held = held.ok_or_else(|| spawn_error(io::Error::other("it vanished")))?;
+        procfs::sacrifice(child.id());
         without_core_dumps(held.id);
         let (id, main) = (held.id, self.kind.processes.first() == Some(&name));
         self.processes.push((name, held));

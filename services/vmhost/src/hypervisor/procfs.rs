@@ -59,6 +59,19 @@ fn parse_stat(pid: u32, text: &str) -> Option<Stat> {
     Some(Stat { id: ProcessId { pid, start_time }, dead: matches!(state, "Z" | "X"), parent, session })
 }
 
+/// What is added to the badness of a machine's processes, in thousandths of all memory.
+const OOM_SCORE: i32 = 500;
+
+/// Has the kernel, should it run out of memory, take this process and what it starts rather than vmhost or the registry: what becomes of a VM
+/// that dies is provided for. It takes no right to make oneself more likely to die.
+pub(super) fn sacrifice(pid: u32) {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    if let Err(error) = fs::write(&path, OOM_SCORE.to_string()) {
+        // It has ended, or it is somebody else's by now: whoever waits for it finds out.
+        tracing::debug!(path, %error, "a process can't be made the first to go");
+    }
+}
+
 /// The host's boot: start times of two boots must not be compared.
 pub(super) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())

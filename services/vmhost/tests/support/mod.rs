@@ -31,6 +31,7 @@ use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
     HealthConfig, LogLimits, Pace, StartError, VmHost, VmHostConfig,
     hypervisor::{Hypervisor, HypervisorSettings, choose},
+    pressure::HostWatch,
 };
 use fake_registry::FakeRegistry;
 use tonic::transport::Channel;
@@ -51,6 +52,7 @@ pub struct World {
     pub network: NetworkConfig,
     pub health: HealthConfig,
     pub logs: LogLimits,
+    pub watch: Option<HostWatch>,
     pub pace: Pace,
 }
 
@@ -78,6 +80,8 @@ impl World {
             network: Config::default().network,
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
             logs: LogLimits::from(&Config::default().retention),
+            // Whatever else runs on this machine: it has room.
+            watch: Some(HostWatch::new(Default::default)),
             pace: Pace::default(),
         }
     }
@@ -111,6 +115,7 @@ impl World {
             network: self.network.clone(),
             health: self.health,
             logs: self.logs,
+            watch: self.watch.clone(),
             pace: self.pace,
         }
     }

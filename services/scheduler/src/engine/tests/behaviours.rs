@@ -412,6 +412,7 @@ fn an_explanation_says_what_every_node_was_asked_and_answered() {
     image 2/2 
     vcpus 2/2 
     ready 1/2 n3 is Cordoned
+    pressure 1/1 
     vm_slots 1/1 
     memory 0/1 n1 has 400 MiB free
     service_vms_large_enough 0/0

@@ -19,7 +19,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -64,6 +64,8 @@ struct About {
     made_at: Timestamp,
     /// The size of each file.
     files: BTreeMap<String, u64>,
+    /// What they take of the disk.
+    disk_bytes: u64,
 }
 
 impl About {
@@ -396,7 +398,7 @@ async fn make(host: &Arc<Host>, launch: &Launch) {
     let begun = Instant::now();
     match try_to_make(host, launch, &key).await {
         Ok(about) => {
-            let mib = about.files.values().sum::<u64>() / (1024 * 1024);
+            let mib = about.disk_bytes / (1024 * 1024);
             let (image, vcpus, memory_mib) = (&about.image, about.vcpus, about.memory_mib);
             let seconds = begun.elapsed().as_secs_f32();
             tracing::info!(image, vcpus, memory_mib, template = key, mib, seconds, "template made");
@@ -540,16 +542,18 @@ fn prepare(new: &Path, needed: u64) -> io::Result<()> {
 /// Makes a template of what was saved: described, on the disk, and then in its place.
 fn finish(new: &Path, whole: &Path, launch: &Launch) -> io::Result<About> {
     let saved = new.join("saved");
-    let mut files = BTreeMap::new();
+    let (mut files, mut disk_bytes) = (BTreeMap::new(), 0);
     for path in entries(&saved)? {
         // Nobody writes to it any more: VMs may have it mapped.
         fs::set_permissions(&path, Permissions::from_mode(0o444))?;
         let file = File::open(&path)?;
         file.sync_all()?;
-        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), file.metadata()?.len());
+        let metadata = file.metadata()?;
+        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), metadata.len());
+        disk_bytes += metadata.blocks() * 512;
     }
     let (image, vcpus, memory_mib) = (launch.image.clone(), launch.vcpus, launch.memory_mib);
-    let about = About { image, vcpus, memory_mib, made_at: Timestamp::now(), files };
+    let about = About { image, vcpus, memory_mib, made_at: Timestamp::now(), files, disk_bytes };
     fs::write(saved.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
     File::open(saved.join(ABOUT))?.sync_all()?;
     File::open(&saved)?.sync_all()?;

@@ -120,22 +120,20 @@ pub(crate) type Wanted = mpsc::Receiver<Launch>;
 
 impl TemplateStore {
     /// Takes up what an earlier vmhost left below the state directory: ends what it was making, deletes what is not whole or not
-    /// current.
-    pub(crate) async fn open(
-        state_dir: &Path,
-        most: u32,
-        hypervisor: &Arc<dyn Hypervisor>,
-    ) -> io::Result<(Self, Wanted)> {
+    /// current. When that can't be done there are no templates.
+    pub(crate) async fn open(state_dir: &Path, most: u32, hypervisor: &Arc<dyn Hypervisor>) -> (Self, Wanted) {
         let dir = state_dir.join(".templates");
         let most = if hypervisor.templates().is_some() { most as usize } else { 0 };
-        let marked = dir.clone();
-        let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
-        end_marked(&left).await.map_err(io::Error::other)?;
-        let (from, by) = (dir.clone(), Arc::clone(hypervisor));
-        let known = tokio::task::spawn_blocking(move || take_up(&from, most, &*by)).await??;
+        let (most, known) = match clean(&dir, most, hypervisor).await {
+            Ok(known) => (most, known),
+            Err(error) => {
+                tracing::error!(dir = %dir.display(), %error, "templates can't be used; every VM boots");
+                (0, BTreeMap::new())
+            }
+        };
         let (wanted, receiver) = mpsc::channel(QUEUED);
         let state = Mutex::new(State { known, ..State::default() });
-        Ok((Self { dir, most, state, wanted }, receiver))
+        (Self { dir, most, state, wanted }, receiver)
     }
 
     /// A VM of this kind has booted, so a template would have helped.
@@ -325,7 +323,8 @@ pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<Gue
         }
     }
     let machine = host.hypervisor.launch(launch).await.map_err(|error| with_sources(&error))?;
-    Ok(Started { link: link(host, launch, &machine, network), machine, restored: false })
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, false));
+    Ok(Started { machine, link, restored: false })
 }
 
 async fn restore(
@@ -336,7 +335,7 @@ async fn restore(
 ) -> Result<Started, String> {
     let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
     let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
-    let link = link(host, launch, &machine, network);
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, true));
     let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
     let problem = tokio::select! {
         introduced = introduced => match introduced {
@@ -348,11 +347,6 @@ async fn restore(
     };
     machine.kill().await;
     Err(problem)
-}
-
-fn link(host: &Host, launch: &Launch, machine: &Arc<dyn Machine>, network: Option<GuestNetwork>) -> Arc<AgentLink> {
-    let own = host.hypervisor.has_guest_kernel();
-    Arc::new(AgentLink::new(launch.vm_id, Arc::clone(machine), network, own))
 }
 
 /// An empty directory for another try.
@@ -490,6 +484,14 @@ fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }
+}
+
+async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io::Result<BTreeMap<String, Known>> {
+    let marked = dir.to_owned();
+    let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
+    end_marked(&left).await.map_err(io::Error::other)?;
+    let (dir, hypervisor) = (dir.to_owned(), Arc::clone(hypervisor));
+    blocking(move || take_up(&dir, most, &*hypervisor)).await
 }
 
 /// What an earlier vmhost left that is whole and current; the rest is deleted.

@@ -25,10 +25,6 @@ impl Hypervisor for WithImages {
         self.inner.name()
     }
 
-    fn has_guest_kernel(&self) -> bool {
-        self.inner.has_guest_kernel()
-    }
-
     fn images(&self) -> Vec<String> {
         self.images.lock().unwrap().clone()
     }

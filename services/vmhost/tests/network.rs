@@ -47,10 +47,6 @@ impl Hypervisor for Tapped {
         self.0.name()
     }
 
-    fn has_guest_kernel(&self) -> bool {
-        self.0.has_guest_kernel()
-    }
-
     fn images(&self) -> Vec<String> {
         self.0.images()
     }

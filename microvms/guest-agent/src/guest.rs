@@ -16,7 +16,7 @@ use crate::{
     admission::{AttemptId, Decision, DeniedReason, Held, Seen, decide},
     attempt::Attempt,
     command,
-    identity::{Configuration, Configured, Identity},
+    identity::{Configuration, Configured, Identity, random_boot_id},
     image::ImageDefaults,
     input,
     lease::Lease,
@@ -30,7 +30,7 @@ const DELIVERY_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct State {
     vm_id: Option<VmId>,
-    /// Made by the first Configure.
+    /// Made by the first Configure, where the agent is PID 1.
     boot_id: Option<String>,
     held: Option<Arc<Attempt>>,
     seen: Seen,
@@ -73,7 +73,7 @@ pub(crate) struct Work {
 pub(crate) struct Status {
     /// The VM it was configured as.
     pub(crate) vm_id: Option<VmId>,
-    /// Empty before it was.
+    /// Empty while it has none.
     pub(crate) boot_id: String,
     /// The attempt whose end the host may not know.
     pub(crate) owed: Option<AttemptId>,
@@ -83,12 +83,13 @@ impl Guest {
     /// A guest that was just started.
     #[must_use]
     pub(crate) fn new(identity: Identity, image: ImageDefaults, processes: Arc<Processes>) -> Arc<Self> {
+        let boot_id = (!identity.owns_guest).then(random_boot_id);
         Arc::new(Self {
             identity,
             image,
             processes,
             tasks: TaskTracker::new(),
-            state: Mutex::default(),
+            state: Mutex::new(State { boot_id, ..State::default() }),
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),
         })

@@ -1,6 +1,6 @@
 //! Who the guest is: what it says of itself, and what its host tells it to be.
 //!
-//! A guest may be one of many that were restored from the same saved memory. So nothing that tells it from others exists before
+//! A guest whose PID 1 is the agent may be one of many that were restored from the same saved memory. So nothing that tells it from others exists before
 //! Configure: what is random is drawn after the host's entropy has gone into the kernel's pool. Only then is the kernel's boot id read for the
 //! first time, which is when the kernel makes it. What clones have in common is older: the layout of the agent's memory and the
 //! keys of its hash tables, on which nothing secret depends.
@@ -43,6 +43,11 @@ impl Identity {
 /// The kernel's own id of its boot, drawn when it is read for the first time.
 fn kernel_boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// One of an agent that is not PID 1: of its own start.
+pub(crate) fn random_boot_id() -> String {
+    uuid::Uuid::new_v4().to_string()
 }
 
 /// What a configuration came to.
@@ -125,7 +130,7 @@ impl Configuration {
             let network = self.network.as_ref().map(|_| "network");
             let steps = ["entropy", "clock", "hostname", "machine-id"].into_iter().chain(network);
             let skipped = steps.map(|step| format!("{step}: {why}")).collect();
-            return Ok(Configured { done: vec!["boot-id"], skipped, boot_id: uuid::Uuid::new_v4().to_string() });
+            return Ok(Configured { done: vec!["boot-id"], skipped, boot_id: random_boot_id() });
         }
         let mut done = Vec::new();
         let mut step = |name: &'static str, result: io::Result<()>| match result {

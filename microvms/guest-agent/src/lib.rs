@@ -152,7 +152,7 @@ fn serve(address: &Address, reach: Reach, when_serving: impl FnOnce()) -> io::Re
         when_serving();
         match &listener {
             Listener::Vsock(vsock) => {
-                guest.spawn(knock());
+                guest.spawn(knock(reach == Reach::WholeGuest));
                 let accept = || async { vsock.accept().await.map(|(stream, _)| stream) };
                 answer(&guest, connections(accept)).await
             }
@@ -191,9 +191,10 @@ where
 /// Hypervisors turn it into one to the Unix socket `<vsock socket>_1024`. A host that waits for it need not poll, and
 /// must not: vhost-device-vsock 0.3.0 breaks when it is connected to while the guest's driver starts.
 ///
-/// A guest whose host means to save it has no vsock device, and gets one when it has been restored.
-async fn knock() {
-    let mut told = false;
+/// A guest whose host means to save it has no vsock device, and gets one when it has been restored. `may_be_saved`: nothing is in the guest
+/// that its clones must not share.
+async fn knock(may_be_saved: bool) {
+    let mut told = !may_be_saved;
     loop {
         let knock = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, VSOCK_PORT)).await;
         // A host that does not listen is no fault.

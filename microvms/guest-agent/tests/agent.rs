@@ -31,7 +31,7 @@ async fn a_guest_has_no_identity_before_configure_and_runs_nothing() {
     let mut agent = Agent::start().await;
     let hello = agent.client.hello(pb::HelloRequest {}).await.expect("hello").into_inner();
     assert!(!hello.configured && hello.vm_id.is_empty() && hello.job_id.is_empty(), "{hello:?}");
-    assert_eq!(hello.boot_id, "", "two guests restored from one that has said Hello would say the same");
+    assert!(!hello.boot_id.is_empty(), "not PID 1, so it must not be cloned, and says so");
     assert_eq!(hello.kernel_release, fs::read_to_string("/proc/sys/kernel/osrelease").expect("linux").trim());
     let refused = Run::open(&mut agent.client, start(JobId::random(), 1, &["true"])).await.map(|_| ());
     assert_eq!(reason(refused), Reason::GuestRefused);
@@ -46,7 +46,8 @@ async fn a_guest_has_no_identity_before_configure_and_runs_nothing() {
     }
     let after = agent.client.hello(pb::HelloRequest {}).await.expect("hello").into_inner();
     assert_eq!((after.configured, &after.vm_id), (true, &agent.vm_id.to_string()));
-    assert!(!after.boot_id.is_empty() && boot_ids.iter().all(|id| *id == after.boot_id), "{boot_ids:?} {after:?}");
+    assert_eq!(after.boot_id, hello.boot_id);
+    assert_eq!(boot_ids, vec![after.boot_id; 2]);
 }
 
 #[tokio::test]

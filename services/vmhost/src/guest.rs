@@ -67,7 +67,7 @@ impl Agent {
     }
 
     /// Gives the guest its identity, if it has none yet, and has each step of it confirmed.
-    async fn configure(self, vm_id: VmId, network: Option<&pb::GuestNetwork>, own: bool) -> Result<Self, Error> {
+    async fn configure(self, vm_id: VmId, network: Option<&pb::GuestNetwork>, restored: bool) -> Result<Self, Error> {
         if self.hello.configured {
             return if self.hello.vm_id == vm_id.to_string() {
                 Ok(self)
@@ -75,12 +75,8 @@ impl Agent {
                 Err(refused(vm_id, &format!("the guest says that it is VM {}", self.hello.vm_id)))
             };
         }
-        if !self.hello.boot_id.is_empty() {
-            let version = &self.hello.agent_version;
-            let problem = format!(
-                "the guest has an identity of its own, which its clones would share: its agent (version {version}) is not the                  one that belongs to this vmhost; make the image anew (make guest-image)"
-            );
-            return Err(refused(vm_id, &problem));
+        if restored && !self.hello.boot_id.is_empty() {
+            return Err(refused(vm_id, "the guest was saved with an identity, which it shares with others"));
         }
         let mut entropy = vec![0; ENTROPY_BYTES];
         let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut entropy));
@@ -93,7 +89,7 @@ impl Agent {
             network: network.cloned(),
         };
         let answer = self.client.clone().configure(client::request(request, CALL_TIMEOUT)).await?.into_inner();
-        confirmed(&answer, network.is_some(), own).map_err(|problem| refused(vm_id, &problem))?;
+        confirmed(&answer, network.is_some(), restored).map_err(|problem| refused(vm_id, &problem))?;
         tracing::debug!(%vm_id, skipped = ?answer.skipped, kernel = self.hello.kernel_release, "guest configured");
         let hello = pb::HelloResponse {
             configured: true,
@@ -105,14 +101,16 @@ impl Agent {
     }
 }
 
-/// Whether every step of an identity was done. `own`: in a guest of its own none may be missing, for what is not its alone it may share
-/// with all that were restored from the same memory.
-fn confirmed(answer: &pb::ConfigureResponse, network: bool, own: bool) -> Result<(), String> {
+/// Whether every step of an identity was done. A guest that was booted may have skipped one, if it says so: it is not another's. One that was
+/// restored shares with all the others what is not its own since.
+fn confirmed(answer: &pb::ConfigureResponse, network: bool, restored: bool) -> Result<(), String> {
     if answer.boot_id.is_empty() {
-        return Err("the guest has no boot id after Configure".to_owned());
+        return Err("the guest has no boot id after Configure; make its image anew (make guest-image)".to_owned());
     }
+    let done = |step: &str| answer.done.iter().any(|done| done == step);
+    let skipped = |step: &str| answer.skipped.iter().any(|skipped| skipped.split(':').next() == Some(step));
     let steps = STEPS.into_iter().chain(network.then_some("network"));
-    let missing: Vec<&str> = steps.filter(|step| own && !answer.done.iter().any(|done| done == step)).collect();
+    let missing: Vec<&str> = steps.filter(|step| !done(step) && (restored || !skipped(step))).collect();
     if missing.is_empty() { Ok(()) } else { Err(format!("the guest has not confirmed: {}", missing.join(", "))) }
 }
 
@@ -125,22 +123,27 @@ pub(crate) struct AgentLink {
     vm_id: VmId,
     machine: Arc<dyn Machine>,
     network: Option<pb::GuestNetwork>,
-    /// Whether the guest is a machine of its own.
-    own: bool,
+    /// Whether the guest's memory was others', too.
+    restored: bool,
     current: Mutex<Option<Agent>>,
 }
 
 impl AgentLink {
-    /// A way to the agent of `machine`; nothing is connected yet. `own`: the guest has a kernel of its own.
-    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>, network: Option<pb::GuestNetwork>, own: bool) -> Self {
-        Self { vm_id, machine, network, own, current: Mutex::default() }
+    /// A way to the agent of `machine`; nothing is connected yet. `restored`: from the memory of a template.
+    pub(crate) fn new(
+        vm_id: VmId,
+        machine: Arc<dyn Machine>,
+        network: Option<pb::GuestNetwork>,
+        restored: bool,
+    ) -> Self {
+        Self { vm_id, machine, network, restored, current: Mutex::default() }
     }
 
     /// Waits until the agent answers, and gives it its identity. Tries for ever: the caller has the deadline. An error is final.
     pub(crate) async fn introduce(&self) -> Result<Agent, Error> {
         loop {
             let agent = match self.agent().await {
-                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), self.own).await,
+                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), self.restored).await,
                 Err(error) => Err(error),
             };
             match agent {
@@ -220,23 +223,27 @@ impl AgentLink {
 mod tests {
     use super::*;
 
-    fn answer(done: &[&str]) -> pb::ConfigureResponse {
+    fn answer(done: &[&str], skipped: &[&str]) -> pb::ConfigureResponse {
         let done = done.iter().map(ToString::to_string).collect();
-        pb::ConfigureResponse { done, boot_id: "1".to_owned(), ..Default::default() }
+        let skipped = skipped.iter().map(|step| format!("{step}: it may not")).collect();
+        pb::ConfigureResponse { done, skipped, boot_id: "1".to_owned() }
     }
 
     #[test]
-    fn a_guest_of_its_own_must_have_done_every_step_and_a_process_none() {
+    fn a_restored_guest_must_have_done_every_step_and_a_booted_one_may_say_that_it_has_not() {
         let all = [&STEPS[..], &["network"]].concat();
-        assert_eq!(confirmed(&answer(&all), true, true), Ok(()));
-        assert_eq!(confirmed(&answer(&STEPS), false, true), Ok(()));
-        assert_eq!(confirmed(&answer(&["boot-id"]), true, false), Ok(()));
+        assert_eq!(confirmed(&answer(&all, &[]), true, true), Ok(()));
+        assert_eq!(confirmed(&answer(&STEPS, &[]), false, true), Ok(()));
         for at in 0..all.len() {
             let (mut done, missing) = (all.clone(), all[at]);
             done.remove(at);
-            assert_eq!(confirmed(&answer(&done), true, true), Err(format!("the guest has not confirmed: {missing}")));
+            let problem = Err(format!("the guest has not confirmed: {missing}"));
+            assert_eq!(confirmed(&answer(&done, &[]), true, true), problem);
+            assert_eq!(confirmed(&answer(&done, &[]), true, false), problem);
+            assert_eq!(confirmed(&answer(&done, &[missing]), true, true), problem);
+            assert_eq!(confirmed(&answer(&done, &[missing]), true, false), Ok(()));
         }
-        let unnamed = pb::ConfigureResponse { boot_id: String::new(), ..answer(&all) };
+        let unnamed = pb::ConfigureResponse { boot_id: String::new(), ..answer(&all, &[]) };
         assert!(confirmed(&unnamed, true, true).is_err() && confirmed(&unnamed, true, false).is_err());
     }
 }

@@ -164,9 +164,6 @@ pub enum StartError {
     /// The VMs on disk can't be read.
     #[error("cannot read the VM state directory")]
     Recovery(#[source] io::Error),
-    /// What an earlier vmhost left of templates can't be taken up or taken away.
-    #[error("cannot use the templates in the VM state directory")]
-    Templates(#[source] io::Error),
 }
 
 /// The VMs of one node, and the service that speaks for them.
@@ -289,8 +286,7 @@ impl Host {
             Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
-        let templates = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
-        let (templates, wanted_templates) = templates.map_err(StartError::Templates)?;
+        let (templates, wanted_templates) = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
         let dirs = [state.path().to_owned(), config.log_dir.clone()];
         let host = Self {
             state,

@@ -148,12 +148,8 @@ async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopte
     };
     let adopted = host.hypervisor.adopt(&host.launch(id, &record.config)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
-    let link = Arc::new(AgentLink::new(
-        id,
-        Arc::clone(&machine),
-        host.guest_network(record),
-        host.hypervisor.has_guest_kernel(),
-    ));
+    // It has had its identity since it was Ready.
+    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record), false));
     let problem = match tokio::time::timeout(ADOPT_PATIENCE, link.introduce()).await {
         Ok(Ok(agent)) if agent.hello.boot_id == *guest_boot => return Ok(Some((machine, link))),
         Ok(Ok(_)) => "its guest restarted".to_owned(),

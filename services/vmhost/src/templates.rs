@@ -19,7 +19,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -64,6 +64,8 @@ struct About {
     made_at: Timestamp,
     /// The size of each file.
     files: BTreeMap<String, u64>,
+    /// What they take of the disk.
+    disk_bytes: u64,
 }
 
 impl About {
@@ -118,22 +120,20 @@ pub(crate) type Wanted = mpsc::Receiver<Launch>;
 
 impl TemplateStore {
     /// Takes up what an earlier vmhost left below the state directory: ends what it was making, deletes what is not whole or not
-    /// current.
-    pub(crate) async fn open(
-        state_dir: &Path,
-        most: u32,
-        hypervisor: &Arc<dyn Hypervisor>,
-    ) -> io::Result<(Self, Wanted)> {
+    /// current. When that can't be done there are no templates.
+    pub(crate) async fn open(state_dir: &Path, most: u32, hypervisor: &Arc<dyn Hypervisor>) -> (Self, Wanted) {
         let dir = state_dir.join(".templates");
         let most = if hypervisor.templates().is_some() { most as usize } else { 0 };
-        let marked = dir.clone();
-        let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
-        end_marked(&left).await.map_err(io::Error::other)?;
-        let (from, by) = (dir.clone(), Arc::clone(hypervisor));
-        let known = tokio::task::spawn_blocking(move || take_up(&from, most, &*by)).await??;
+        let (most, known) = match clean(&dir, most, hypervisor).await {
+            Ok(known) => (most, known),
+            Err(error) => {
+                tracing::error!(dir = %dir.display(), %error, "templates can't be used; every VM boots");
+                (0, BTreeMap::new())
+            }
+        };
         let (wanted, receiver) = mpsc::channel(QUEUED);
         let state = Mutex::new(State { known, ..State::default() });
-        Ok((Self { dir, most, state, wanted }, receiver))
+        (Self { dir, most, state, wanted }, receiver)
     }
 
     /// A VM of this kind has booted, so a template would have helped.
@@ -323,7 +323,8 @@ pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<Gue
         }
     }
     let machine = host.hypervisor.launch(launch).await.map_err(|error| with_sources(&error))?;
-    Ok(Started { link: link(host, launch, &machine, network), machine, restored: false })
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, false));
+    Ok(Started { machine, link, restored: false })
 }
 
 async fn restore(
@@ -334,7 +335,7 @@ async fn restore(
 ) -> Result<Started, String> {
     let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
     let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
-    let link = link(host, launch, &machine, network);
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, true));
     let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
     let problem = tokio::select! {
         introduced = introduced => match introduced {
@@ -346,11 +347,6 @@ async fn restore(
     };
     machine.kill().await;
     Err(problem)
-}
-
-fn link(host: &Host, launch: &Launch, machine: &Arc<dyn Machine>, network: Option<GuestNetwork>) -> Arc<AgentLink> {
-    let own = host.hypervisor.has_guest_kernel();
-    Arc::new(AgentLink::new(launch.vm_id, Arc::clone(machine), network, own))
 }
 
 /// An empty directory for another try.
@@ -396,7 +392,7 @@ async fn make(host: &Arc<Host>, launch: &Launch) {
     let begun = Instant::now();
     match try_to_make(host, launch, &key).await {
         Ok(about) => {
-            let mib = about.files.values().sum::<u64>() / (1024 * 1024);
+            let mib = about.disk_bytes / (1024 * 1024);
             let (image, vcpus, memory_mib) = (&about.image, about.vcpus, about.memory_mib);
             let seconds = begun.elapsed().as_secs_f32();
             tracing::info!(image, vcpus, memory_mib, template = key, mib, seconds, "template made");
@@ -490,6 +486,14 @@ fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
+async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io::Result<BTreeMap<String, Known>> {
+    let marked = dir.to_owned();
+    let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
+    end_marked(&left).await.map_err(io::Error::other)?;
+    let (dir, hypervisor) = (dir.to_owned(), Arc::clone(hypervisor));
+    blocking(move || take_up(&dir, most, &*hypervisor)).await
+}
+
 /// What an earlier vmhost left that is whole and current; the rest is deleted.
 fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<BTreeMap<String, Known>> {
     let mut known = BTreeMap::new();
@@ -540,16 +544,18 @@ fn prepare(new: &Path, needed: u64) -> io::Result<()> {
 /// Makes a template of what was saved: described, on the disk, and then in its place.
 fn finish(new: &Path, whole: &Path, launch: &Launch) -> io::Result<About> {
     let saved = new.join("saved");
-    let mut files = BTreeMap::new();
+    let (mut files, mut disk_bytes) = (BTreeMap::new(), 0);
     for path in entries(&saved)? {
         // Nobody writes to it any more: VMs may have it mapped.
         fs::set_permissions(&path, Permissions::from_mode(0o444))?;
         let file = File::open(&path)?;
         file.sync_all()?;
-        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), file.metadata()?.len());
+        let metadata = file.metadata()?;
+        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), metadata.len());
+        disk_bytes += metadata.blocks() * 512;
     }
     let (image, vcpus, memory_mib) = (launch.image.clone(), launch.vcpus, launch.memory_mib);
-    let about = About { image, vcpus, memory_mib, made_at: Timestamp::now(), files };
+    let about = About { image, vcpus, memory_mib, made_at: Timestamp::now(), files, disk_bytes };
     fs::write(saved.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
     File::open(saved.join(ABOUT))?.sync_all()?;
     File::open(&saved)?.sync_all()?;

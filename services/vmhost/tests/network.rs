@@ -182,6 +182,16 @@ impl Bed {
         }
     }
 
+    async fn wait_for_template(&self) {
+        let dir = self.world.vm_state_dir().join(".templates");
+        wait_for("a template", || {
+            let entries: Vec<_> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|at| at.path()).collect();
+            let whole = |path: &std::path::PathBuf| path.extension().is_none() && path.join("template.json").exists();
+            if entries.len() == 1 && entries.iter().all(whole) { Ok(()) } else { Err(format!("{entries:?}")) }
+        })
+        .await;
+    }
+
     /// What a job printed.
     async fn job(&self, node: &Node, vm: VmId, script: &str) -> String {
         let job = self.world.run(node, vm, support::shell(script)).await;
@@ -491,6 +501,7 @@ fn a_job_in_a_real_guest_reaches_what_its_policy_allows() {
         std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").expect("a namespace of our own");
         bed.world.network.subnet6 = "fd00:180::/64".parse().ok();
         bed.world.network.mtu = 1400;
+        bed.world.templates = 1;
         let node = bed.world.node_with(Arc::clone(&driver)).await;
         let mut vms = Vec::new();
         for egress in ["internet", "allow=10.99.0.1:7001", "none"] {
@@ -510,9 +521,22 @@ fn a_job_in_a_real_guest_reaches_what_its_policy_allows() {
         assert_eq!(bed.job(&node, vms[0], seen).await, "nameserver 1.1.1.1\nnameserver 9.9.9.9\n1400\neth0\nlo\n");
         assert_eq!(bed.job(&node, vms[2], "ls /sys/class/net").await, "lo\n");
 
+        // The same for one that is restored: its interface was not there when its template was saved.
+        bed.wait_for_template().await;
+        let restored = VmId::random();
+        bed.try_start(&node, restored, "internet").await.expect("accepted");
+        bed.wait_booted(restored).await;
+        let lines = bed.world.processes().into_iter().map(|pid| std::fs::read(format!("/proc/{pid}/cmdline")));
+        let lines = lines.flatten().filter(|line| String::from_utf8_lossy(line).contains("\0-incoming\0"));
+        assert_eq!(lines.count(), 1, "it was booted");
+        assert_eq!(bed.job(&node, restored, reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
+        assert_eq!(bed.job(&node, restored, seen).await, bed.job(&node, vms[0], seen).await);
+        vms.push(restored);
+
         node.crash().await;
         let node = bed.world.node_with(driver).await;
-        assert_eq!(node.hosted().await.len(), 3);
+        assert_eq!(node.hosted().await.len(), 4);
+        assert_eq!(bed.job(&node, restored, reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
         assert_eq!(bed.job(&node, vms[0], reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
         for vm in vms {
             node.stop_vm(vm, Some(0)).await.expect("stopped");

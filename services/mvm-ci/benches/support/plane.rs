@@ -98,6 +98,8 @@ impl ControlPlane {
         let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images");
         let mut command = Command::new(env!("CARGO_BIN_EXE_mvm-ci"));
         command.args(["--driver", driver, "--listen", "127.0.0.1:0", "--max-vms", "256", "--image-dir"]).arg(images);
+        // Booting is measured, not restoring.
+        command.args(["--templates", "0"]);
         let all = Service::start(command.env("RUST_LOG", "info"), &directory.0, "Control plane ready listen=")?;
         Self::new(vec![all], directory)
     }

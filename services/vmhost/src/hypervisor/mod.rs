@@ -87,11 +87,6 @@ pub trait Hypervisor: Send + Sync + 'static {
         true
     }
 
-    /// Whether its guests have a kernel of their own.
-    fn has_guest_kernel(&self) -> bool {
-        true
-    }
-
     /// How it saves machines and restores them, if it does.
     fn templates(&self) -> Option<&dyn Templates> {
         None

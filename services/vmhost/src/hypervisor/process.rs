@@ -62,10 +62,6 @@ impl Hypervisor for Process {
         false
     }
 
-    fn has_guest_kernel(&self) -> bool {
-        false
-    }
-
     fn images(&self) -> Vec<String> {
         vec![limits::DEFAULT_IMAGE.to_owned()]
     }

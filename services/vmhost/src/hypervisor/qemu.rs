@@ -156,6 +156,7 @@ impl Templates for Qemu {
             Ok(())
         })
         .await?;
+        template::be_nice(&*machine);
         let waits = |machine: &dyn Machine| {
             machine.console().tail.windows(WAITS_FOR_DEVICE.len()).any(|at| at == WAITS_FOR_DEVICE)
         };

@@ -36,7 +36,8 @@ const VERDICT: &str = "nested suite ended with status ";
 const MEMORY_MIB: u32 = 2048;
 
 /// In the order of their dependencies.
-const MODULES: [&str; 3] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko"];
+const MODULES: [&str; 4] =
+    ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko", "drivers/net/tun.ko"];
 
 #[test]
 fn cloud_hypervisor_passes_in_an_emulated_machine() {

@@ -4,9 +4,11 @@ use std::{collections::BTreeMap, fs::File};
 
 use super::*;
 
-/// How many machines are restored from one template.
+/// How many machines are restored from one template, when it is not said: a minute's work.
 const CLONES: &str = "BLIXARD_CLONES";
-const CLONES_BY_DEFAULT: usize = 5;
+const CLONES_OF_QEMU: usize = 50;
+/// In the emulated machine there is no room for more.
+const CLONES_OF_CLOUD_HYPERVISOR: usize = 5;
 /// How many are being restored at once.
 const AT_ONCE: usize = 4;
 /// What a guest could be told from another by, each a line, and its clock.
@@ -46,7 +48,8 @@ async fn output(mut run: tonic::Streaming<RunResponse>) -> String {
 }
 
 pub(super) async fn restored_machines_run_jobs_and_no_two_are_alike(bed: Bed) {
-    let clones = env::var(CLONES).map_or(CLONES_BY_DEFAULT, |count| count.parse().expect("a number"));
+    let by_default = if bed.choice == DriverChoice::Qemu { CLONES_OF_QEMU } else { CLONES_OF_CLOUD_HYPERVISOR };
+    let clones = env::var(CLONES).map_or(by_default, |count| count.parse().expect("a number"));
     let begun = Instant::now();
     let template = template(&bed).await;
     eprintln!("saved after {:?}", begun.elapsed());
@@ -138,6 +141,52 @@ pub(super) async fn a_template_that_is_damaged_is_refused_and_leaves_nothing(bed
     let launch = bed.launch();
     assert!(within(BOOT, "restore", templates.restore(&launch, &template)).await.is_err());
     assert_eq!(processes_of(&launch), [0; 0]);
+}
+
+/// In the emulated machine alone: elsewhere interfaces would be the host's. (QEMU's are tried in `tests/network.rs`.)
+mod cloud_hypervisor {
+    use blixard::pb::guest::v1::GuestNetwork;
+    use blixard_vmhost::hypervisor::Nic;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn restored_machines_have_the_network_interfaces_that_their_template_had_not() {
+        if env::var_os(nested::REQUIRE).is_none_or(|value| value != nested::HERE) {
+            return;
+        }
+        let Some(bed) = Bed::cloud_hypervisor().await else { return };
+        let template = template(&bed).await;
+        let mut machines = Vec::new();
+        for number in 1..3 {
+            let (tap, mac, address) =
+                (format!("tried{number}"), format!("02:62:0a:b4:00:0{number}"), format!("10.180.0.{number}/24"));
+            let made = Command::new("busybox").args(["tunctl", "-t", &tap]).status().expect("busybox runs");
+            assert!(made.success());
+            let nic = Nic { tap, mac: mac.parse().expect("an address") };
+            let launch = Launch { nic: Some(nic), ..bed.launch() };
+            let machine = restore(&bed, &launch, &template).await;
+            hello(&machine).await;
+            let mut guest = client(&machine).await.expect("connects");
+            let network = GuestNetwork {
+                mac: mac.clone(),
+                addresses: vec![address.clone()],
+                gateways: vec!["10.180.0.254".to_owned()],
+                mtu: 1400,
+                resolvers: Vec::new(),
+            };
+            let configured = configure_with(&mut guest, &launch, Some(network)).await;
+            assert_eq!(configured.done.last().map(String::as_str), Some("network"));
+            let script = "cat /sys/class/net/eth0/address; ip -4 -o address show eth0; ip route";
+            let told = output(run_named(guest, script).await).await;
+            assert!(told.starts_with(&format!("{mac}\n")), "{told}");
+            assert!(told.contains(&address) && told.contains("default via 10.180.0.254 dev eth0"), "{told}");
+            machines.push(machine);
+        }
+        for machine in machines {
+            end(&machine).await;
+        }
+    }
 }
 
 /// How long a guest takes to answer that is booted and one that is restored, in turns.

@@ -22,10 +22,6 @@ impl Hypervisor for Faulty {
         self.inner.name()
     }
 
-    fn has_guest_kernel(&self) -> bool {
-        self.inner.has_guest_kernel()
-    }
-
     fn images(&self) -> Vec<String> {
         self.inner.images()
     }

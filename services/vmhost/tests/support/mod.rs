@@ -232,11 +232,12 @@ impl World {
         self.registry.state().down = down;
     }
 
-    /// No directory and no process of a VM is left.
+    /// No directory and no process of a VM is left. (Templates may stay.)
     pub async fn assert_nothing_left(&self) {
         wait_for("everything to be given back", || {
             let entries = fs::read_dir(self.vm_state_dir()).map_err(|error| error.to_string())?.flatten();
-            let dirs: Vec<_> = entries.map(|entry| entry.file_name()).filter(|name| name != ".lock").collect();
+            let dirs: Vec<_> =
+                entries.map(|entry| entry.file_name()).filter(|name| name != ".lock" && name != ".templates").collect();
             let pids = self.processes();
             if dirs.is_empty() && pids.is_empty() { Ok(()) } else { Err(format!("{dirs:?} {pids:?}")) }
         })

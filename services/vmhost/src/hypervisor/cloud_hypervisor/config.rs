@@ -138,23 +138,15 @@ impl SnapshotConfig {
 #[derive(Debug, Serialize)]
 pub(super) struct RestoreConfig {
     source_url: String,
-    memory_restore_mode: MemoryRestoreMode,
-}
-
-/// How the guest's memory comes back.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(super) enum MemoryRestoreMode {
-    /// All of it, before the guest goes on.
-    Copy,
-    /// Each page when the guest needs it. Takes the right to handle page faults.
-    OnDemand,
+    memory_restore_mode: &'static str,
 }
 
 impl RestoreConfig {
     /// From this directory.
-    pub(super) fn new(dir: &Path, memory_restore_mode: MemoryRestoreMode) -> Self {
-        // No escapes: it takes what follows the scheme as it is.
-        Self { source_url: format!("file://{}", dir.display()), memory_restore_mode }
+    pub(super) fn new(dir: &Path) -> Self {
+        // No escapes: it takes what follows the scheme as it is. All memory is there before the guest goes on: with the holes of a template
+        // that is sooner done than page by page, "OnDemand", which also takes the right to handle page faults (ADR 10).
+        Self { source_url: format!("file://{}", dir.display()), memory_restore_mode: "Copy" }
     }
 }
 
@@ -199,6 +191,14 @@ mod tests {
             nic: None,
         };
         insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));
+    }
+
+    #[test]
+    fn the_configs_of_saving_and_restoring() {
+        insta::assert_json_snapshot!((
+            SnapshotConfig::new("saved"),
+            RestoreConfig::new(Path::new("/var/lib/blixard/.templates/0123")),
+        ));
     }
 
     #[test]

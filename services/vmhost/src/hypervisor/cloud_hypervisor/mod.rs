@@ -41,7 +41,7 @@ use tokio::runtime::Handle;
 
 use self::{
     api::{Api, ApiError, Ping},
-    config::{MemoryRestoreMode, NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
+    config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
     AGENT_PORT, ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
@@ -60,8 +60,10 @@ const VSOCK_SOCKET: &str = "vsock";
 const EVENTS_FIFO: &str = "events";
 /// Where in its directory a machine is saved to.
 const SAVED: &str = "saved";
-/// In it: what `vm.create` was told.
+/// In it: what `vm.create` was told …
 const SAVED_CONFIG: &str = "config.json";
+/// … and the guest's memory.
+const SAVED_MEMORY: &str = "memory-ranges";
 /// It listens after a few milliseconds; the rest is for a loaded host.
 const API_PATIENCE: Duration = Duration::from_secs(20);
 /// The Landlock version that it insists on. Linux 6.2 has it.
@@ -183,6 +185,7 @@ impl Templates for CloudHypervisor {
             boot.start(starting, config.saved_to(SAVED), &what)
         })
         .await?;
+        template::be_nice(&*machine);
         let saved = match save_running(&*machine, launch).await {
             Ok(()) => move_saved(&saved, into),
             Err(error) => Err(error),
@@ -207,13 +210,15 @@ async fn save_running(machine: &dyn Machine, launch: &Launch) -> Result<(), Laun
     api.snapshot(&SnapshotConfig::new(SAVED)).await.map_err(failed("save the VM"))
 }
 
-/// Moves what a machine was saved as out of its directory. A machine that is restored has no more business with such a place.
+/// Moves what a machine was saved as out of its directory. A machine that is restored has no more business with such a place. And of its
+/// memory only what is not zero is kept: the hypervisor skips holes when it reads it back.
 fn move_saved(saved: &Path, into: &Path) -> Result<(), LaunchError> {
     let moved = || {
         let path = saved.join(SAVED_CONFIG);
         let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&fs::read(&path)?)?;
         config.remove("landlock_rules");
         fs::write(&path, serde_json::to_vec(&config)?)?;
+        template::dig_holes(&saved.join(SAVED_MEMORY))?;
         for entry in fs::read_dir(saved)? {
             let entry = entry?;
             fs::rename(entry.path(), into.join(entry.file_name()))?;
@@ -240,13 +245,7 @@ impl Boot {
         let (api, pid) = self.start_vmm(starting)?;
         Handle::current().block_on(async {
             check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
-            // Page by page as the guest needs them, if it may; that takes a right that not every host gives.
-            let lazily = api.restore(&RestoreConfig::new(template, MemoryRestoreMode::OnDemand)).await;
-            if let Err(error) = lazily {
-                tracing::debug!(vm_id = %launch.vm_id, %error, "memory can't be restored on demand, and is copied");
-                let eagerly = RestoreConfig::new(template, MemoryRestoreMode::Copy);
-                api.restore(&eagerly).await.map_err(failed("restore the VM"))?;
-            }
+            api.restore(&RestoreConfig::new(template)).await.map_err(failed("restore the VM"))?;
             if let Some(nic) = &launch.nic {
                 add_nic(&api, nic).await?;
             }

@@ -151,10 +151,9 @@ pub(super) enum MemoryRestoreMode {
 }
 
 impl RestoreConfig {
-    /// From this directory.
-    pub(super) fn new(dir: &Path, memory_restore_mode: MemoryRestoreMode) -> Self {
-        // No escapes: it takes what follows the scheme as it is.
-        Self { source_url: format!("file://{}", dir.display()), memory_restore_mode }
+    /// From a directory that lies in the one that it runs in.
+    pub(super) fn new(dir: &str, memory_restore_mode: MemoryRestoreMode) -> Self {
+        Self { source_url: format!("file://./{dir}"), memory_restore_mode }
     }
 }
 
@@ -197,6 +196,8 @@ mod tests {
             memory_mib: 512,
             dir: "/var/lib/blixard/vm".into(),
             nic: None,
+            user: None,
+            cgroup: None,
         };
         insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));
     }

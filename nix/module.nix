@@ -40,6 +40,16 @@ let
       ReadWritePaths = [ cfg.imageDir ];
     } // serviceConfig;
   };
+  # What it takes to give each VM a user and a cgroup of its own (docs/OPERATIONS.md, "Containment").
+  rights = [ "CAP_SETUID" "CAP_SETGID" "CAP_CHOWN" "CAP_KILL" "CAP_DAC_OVERRIDE" "CAP_SYS_PTRACE" "CAP_SETPCAP" ];
+  runsVms = {
+    AmbientCapabilities = rights;
+    CapabilityBoundingSet = rights;
+    Delegate = "cpu memory pids io";
+    # Where the kernel wants vmhost: beside the cgroups of VMs, not above them.
+    DelegateSubgroup = "blixard-vmhost";
+    TasksMax = "infinity";
+  };
 in
 {
   options.services.blixard = {
@@ -47,7 +57,7 @@ in
     package = option types.package ours.mvm-ci "What the all-in-one service runs, and what is on the PATH.";
     listen = option types.str "127.0.0.1:50051" "Where the all-in-one control plane, or the scheduler, answers.";
     driver = option (types.enum [ "auto" "cloud-hypervisor" "qemu" ]) "auto" "Which hypervisor runs the VMs.";
-    imageDir = option types.path "/var/lib/blixard/images" "Where images are; `mvm-ci image` makes them.";
+    imageDir = option types.path "/var/lib/blixard-images" "Where images are; `mvm-ci image` makes them. The users that VMs run as must be able to read them.";
     settings = option (types.attrsOf types.str) { } "Further settings, by the names of their environment variables (docs/CONFIGURATION.md).";
     registry.enable = mkEnableOption "the registry as a service of its own";
     registry.listen = option types.str "127.0.0.1:50052" "Where it answers.";
@@ -81,7 +91,7 @@ in
     (mkIf cfg.enable {
       systemd.services.blixard = service "Blixard VM Management"
         { BLIXARD_LISTEN = cfg.listen; BLIXARD_DRIVER = cfg.driver; }
-        { ExecStart = lib.getExe cfg.package; };
+        ({ ExecStart = lib.getExe cfg.package; } // runsVms);
     })
     (mkIf cfg.registry.enable {
       systemd.services.blixard-registry = service "Blixard registry"
@@ -96,7 +106,7 @@ in
     (mkIf cfg.vmhost.enable {
       systemd.services.blixard-vmhost = service "Blixard vmhost"
         { BLIXARD_LISTEN = cfg.vmhost.listen; BLIXARD_DRIVER = cfg.driver; BLIXARD_NODE_ID = cfg.vmhost.nodeId; }
-        { ExecStart = "${lib.getExe ours.vmhost} --registry ${cfg.vmhost.registry}"; };
+        ({ ExecStart = "${lib.getExe ours.vmhost} --registry ${cfg.vmhost.registry}"; } // runsVms);
     })
   ];
 }

@@ -70,6 +70,41 @@ pub struct FirecrackerConfig {
     pub flake_dir: PathBuf,
     /// Directory of images: one directory each, with `manifest.json`, kernel and initramfs.
     pub image_dir: PathBuf,
+    /// Users that hypervisors run as, one for each VM; none: they run as vmhost's.
+    pub vm_uids: Option<UserRange>,
+}
+
+/// User ids that nobody else has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserRange {
+    /// The first.
+    pub first: u32,
+    /// The last.
+    pub last: u32,
+}
+
+impl UserRange {
+    /// What systemd's list of users (<https://systemd.io/UIDS-GIDS>) has as unused: above those of containers, below those of foreign file systems.
+    pub const UNUSED: Self = Self { first: 1_879_048_192, last: 2_147_352_575 };
+    /// Users that are taken everywhere: "nobody", and an id of 16 bits that stands for none.
+    const TAKEN: [u32; 2] = [65_534, 65_535];
+    /// The first that is not the system's own.
+    const MIN: u32 = 1000;
+    /// The last that every program takes for a number.
+    const MAX: u32 = 2_147_483_646;
+
+    fn parse(text: &str) -> Option<Self> {
+        let (first, last) = text.split_once('-')?;
+        let range = Self { first: number(first, Self::MIN, Self::MAX)?, last: number(last, Self::MIN, Self::MAX)? };
+        let taken = Self::TAKEN.iter().any(|id| (range.first..=range.last).contains(id));
+        (range.first <= range.last && !taken).then_some(range)
+    }
+}
+
+impl fmt::Display for UserRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
 }
 
 /// Where things are stored.
@@ -260,6 +295,7 @@ impl Default for Config {
                 default_vcpus: 2,
                 flake_dir: "./microvms".into(),
                 image_dir: "./images".into(),
+                vm_uids: Some(UserRange::UNUSED),
             },
             storage: StorageConfig {
                 data_dir: "./data".into(),
@@ -551,6 +587,18 @@ pub const SETTINGS: &[Setting] = &[
         allowed: "a path",
         set: |config, value| path(value).map(|path| config.firecracker.image_dir = path),
         get: |config| config.firecracker.image_dir.display().to_string(),
+    },
+    Setting {
+        key: "firecracker.vm_uids",
+        env: "BLIXARD_VM_UIDS",
+        flag: "vm-uids",
+        help: "User ids that hypervisors run as, one for each VM",
+        allowed: "none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's",
+        set: |config, value| {
+            config.firecracker.vm_uids = if value == "none" { None } else { Some(UserRange::parse(value)?) };
+            Some(())
+        },
+        get: |config| config.firecracker.vm_uids.map_or_else(|| "none".to_owned(), |range| range.to_string()),
     },
     Setting {
         key: "storage.data_dir",
@@ -952,6 +1000,8 @@ mod tests {
             load(None, &[], &[("placement", "random")]),
             load(None, &[("BLIXARD_NETWORK_SUBNET", "10.0.0.1/24")], &[]),
             load(None, &[], &[("network-resolvers", "127.0.0.53")]),
+            load(None, &[], &[("vm-uids", "60000-70000")]),
+            load(None, &[("BLIXARD_VM_UIDS", "200000-100000")], &[]),
         ];
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"
@@ -962,11 +1012,13 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, firecracker.vm_uids, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
         environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20
         flag --network-resolvers: "127.0.0.53" is not allowed: empty, or at most 3 addresses with commas between them; not of loopback
+        flag --vm-uids: "60000-70000" is not allowed: none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's
+        environment variable BLIXARD_VM_UIDS: "200000-100000" is not allowed: none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

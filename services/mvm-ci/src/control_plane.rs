@@ -143,6 +143,7 @@ impl Parts {
             log_dir: config.storage.data_dir.join("logs"),
             driver: config.firecracker.driver,
             image_dir: config.firecracker.image_dir.clone(),
+            vm_uids: config.firecracker.vm_uids,
             agent_command,
             max_vms: config.firecracker.max_concurrent_vms,
             templates: config.firecracker.templates,

@@ -9,7 +9,7 @@
 //! It decides nothing: [`Lifecycle`] does. It never waits for the registry either: reports go through a queue of the VM's
 //! own, in order, and are repeated until they are answered.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
 
 use blixard::{
     error::{Error, Reason},
@@ -119,6 +119,8 @@ pub(crate) struct VmHandle {
     pub(crate) config: VmConfig,
     pub(crate) accepted_at: Timestamp,
     pub(crate) lease: Option<Lease>,
+    /// Where its processes are, once it has a machine.
+    pub(crate) cgroup: Option<PathBuf>,
     pub(crate) view: watch::Receiver<VmView>,
     commands: mpsc::Sender<Command>,
 }
@@ -223,12 +225,13 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
     let (attempt_record, log) = attempt.map_or((None, None), |(record, log)| (Some(record), log));
     let view = watch::Sender::new(VmView { state: life.state(), run: None, machine: None });
     let dir = host.state.vm(id);
-    let launch = Launch { nic: record.lease.as_ref().map(Lease::nic), ..host.launch(id, &record.config) };
+    let launch = host.launch_of(id, &record);
     let handle = VmHandle {
         id,
         config: record.config.clone(),
         accepted_at: record.accepted_at,
         lease: record.lease.clone(),
+        cgroup: record.place.cgroup.clone(),
         view: view.subscribe(),
         commands: command_sender,
     };

@@ -10,7 +10,7 @@ use std::{
 };
 
 use blixard::{
-    config::{DriverChoice, NetworkConfig, VmManagerConfig},
+    config::{DriverChoice, NetworkConfig, UserRange, VmManagerConfig},
     egress::{NETWORK_LABEL, NETWORK_LABEL_ON},
     error::{Error, Reason, invalid},
     id::{JobId, NodeId, VmId},
@@ -30,15 +30,16 @@ use crate::{
     capacity::Capacity,
     cleaning,
     consoles::Consoles,
+    containment::{Containment, Place},
     driver::{self, Beginning, VmHandle, stale, with_sources},
     heartbeat,
-    hypervisor::{self, ChooseError, Hypervisor, HypervisorSettings, Launch},
+    hypervisor::{self, ChooseError, Contained, Hypervisor, HypervisorSettings, Launch},
     input::InputSource,
     invariants,
     lease::LEASE,
     lifecycle::{Limits, Run},
     logs::{Fence, LogLimits, LogStore},
-    net::{self, Network, Unavailable},
+    net::{self, Lease, Network, Unavailable},
     node_lease::{self, NodeLease},
     pressure::{self, HostWatch, Pressure, Told},
     records::{self, DELETED, StateDir, VmRecord},
@@ -66,6 +67,8 @@ pub struct VmHostConfig {
     pub driver: DriverChoice,
     /// Directory of images.
     pub image_dir: PathBuf,
+    /// Users that VMs run as; `None`: they have none of their own.
+    pub vm_uids: Option<UserRange>,
     /// For the process driver: the guest agent's program and its leading arguments.
     pub agent_command: Vec<OsString>,
     /// How many VMs may run at once.
@@ -179,8 +182,11 @@ impl VmHost {
     /// # Errors
     /// The directories can't be had, or no driver can run here.
     pub async fn start(config: VmHostConfig, tasks: &Tasks) -> Result<Self, StartError> {
-        let settings =
-            HypervisorSettings { image_dir: config.image_dir.clone(), agent_command: config.agent_command.clone() };
+        let settings = HypervisorSettings {
+            image_dir: config.image_dir.clone(),
+            agent_command: config.agent_command.clone(),
+            vm_uids: config.vm_uids,
+        };
         let (hypervisor, why) = hypervisor::choose(config.driver, &settings)?;
         tracing::info!(driver = hypervisor.name(), why, "VM driver chosen");
         Self::start_with(config, hypervisor, tasks).await
@@ -254,6 +260,7 @@ pub(crate) struct Host {
     pub(crate) templates: Arc<TemplateStore>,
     /// The guests' network, or why there is none.
     pub(crate) network: Result<Arc<Network>, Unavailable>,
+    pub(crate) containment: Containment,
     pub(crate) registry: Registry,
     pub(crate) lease: Arc<NodeLease>,
     pub(crate) health: HealthConfig,
@@ -286,10 +293,18 @@ impl Host {
             Err(Unavailable::Off) => tracing::debug!("guests have no network: network.subnet is not set"),
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
+        let contained = hypervisor.containment();
+        let containment = Containment::open(config.vm_uids, &config.node_id, state.path(), contained);
+        match (contained, containment.describe()) {
+            (Contained::No, _) => {}
+            (Contained::Yes { .. }, (true, how)) => tracing::info!(how, "VMs are contained"),
+            (Contained::Yes { .. }, (false, how)) => tracing::warn!(how, "VMs are contained in a REDUCED form"),
+        }
         let (templates, wanted_templates) = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
         let dirs = [state.path().to_owned(), config.log_dir.clone()];
         let host = Self {
             state,
+            containment,
             templates: Arc::new(templates),
             network: network.map(Arc::new),
             logs: LogStore::open(&config.log_dir, config.logs).map_err(log_dir)?,
@@ -345,7 +360,14 @@ impl Host {
         InputSource { registry: self.registry.clone(), key: self.secret_key.clone() }
     }
 
-    /// What the hypervisor is to launch.
+    /// What the hypervisor is to launch, or has launched.
+    pub(crate) fn launch_of(&self, vm_id: VmId, record: &VmRecord) -> Launch {
+        let Place { user, cgroup } = record.place.clone();
+        let nic = record.lease.as_ref().map(Lease::nic);
+        Launch { nic, user, cgroup, ..self.launch(vm_id, &record.config) }
+    }
+
+    /// What can be said of a launch without its record: enough to sweep.
     pub(crate) fn launch(&self, vm_id: VmId, config: &VmConfig) -> Launch {
         Launch {
             vm_id,
@@ -354,6 +376,8 @@ impl Host {
             memory_mib: config.memory_mib,
             dir: self.state.vm(vm_id).machine(),
             nic: None,
+            user: None,
+            cgroup: self.containment.cgroup(vm_id),
         }
     }
 
@@ -402,6 +426,7 @@ impl Host {
         if let Ok(network) = &self.network {
             network.give_back(vm_id);
         }
+        self.containment.give_back(vm_id);
     }
 
     /// Gives back what is kept of the network for a VM that is not here; false: it is here again.
@@ -493,8 +518,14 @@ impl Host {
             Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),
             Ok(_) | Err(_) => None,
         };
+        let place = self.containment.lease(vm_id).inspect_err(|_| {
+            if let Ok(network) = &self.network {
+                network.give_back(vm_id);
+            }
+        })?;
         let record = VmRecord {
             lease,
+            place,
             config,
             accepted_at: Timestamp::now(),
             host_boot: self.boot.clone(),

@@ -1,4 +1,4 @@
-//! Whether this node is as it has it on record: every process, directory, network interface and address belongs to a VM that it holds, to
+//! Whether this node is as it has it on record: every process, directory, cgroup, network interface and address belongs to a VM that it holds, to
 //! one only, and every VM that it holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
 //! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory.
 //!
@@ -19,7 +19,7 @@ use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
 use crate::{
     driver::{VmHandle, with_sources},
     host::Host,
-    hypervisor::{MarkedProcess, end_marked, marked_below},
+    hypervisor::{MarkedProcess, end_cgroup, end_marked, marked_below},
     net::Lease,
 };
 
@@ -43,6 +43,10 @@ pub(crate) enum Violation {
     Record(VmId),
     /// The machine of a VM that takes jobs does not run.
     Machine(VmId, VmState),
+    /// The cgroup of a VM that is not held, or that has ended.
+    Cgroup(VmId, PathBuf),
+    /// The machine of a VM that takes jobs is not in its cgroup: that is not there.
+    NoCgroup(VmId, PathBuf),
     /// A network interface that is nobody's.
     Interface(String),
     /// The network interface of a VM that takes jobs is not there.
@@ -79,6 +83,7 @@ pub(crate) struct Findings {
 struct Seen {
     processes: Vec<(VmId, MarkedProcess)>,
     directories: Vec<(VmId, PathBuf)>,
+    cgroups: Vec<(VmId, PathBuf)>,
     /// Interfaces by name.
     taps: BTreeSet<String>,
     /// Whom addresses are kept for, and the first of them.
@@ -97,6 +102,8 @@ struct Held {
     runs: Option<bool>,
     /// What it was given of the network.
     lease: Option<Lease>,
+    /// Its cgroup, if that is not there.
+    lost_cgroup: Option<PathBuf>,
 }
 
 impl Held {
@@ -126,6 +133,9 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let running = || seen.vms.iter().filter(|(_, held)| held.state.is_running());
     let machines = running().filter(|(_, held)| held.runs != Some(true));
     let machines = machines.map(|(id, held)| Violation::Machine(*id, held.state));
+    let cgroups = seen.cgroups.iter().filter(|(id, _)| !lives(id));
+    let cgroups = cgroups.map(|(id, path)| Violation::Cgroup(*id, path.clone()));
+    let lost = running().filter_map(|(id, held)| Some(Violation::NoCgroup(*id, held.lost_cgroup.clone()?)));
     let owned: BTreeSet<&String> = seen.vms.values().filter_map(Held::tap).collect();
     let strays = seen.taps.iter().filter(|tap| !owned.contains(tap)).cloned().map(Violation::Interface);
     let missing = running().filter_map(|(id, held)| Some((*id, held.tap().filter(|tap| !seen.taps.contains(*tap))?)));
@@ -133,7 +143,7 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let leases = seen.leases.iter().filter(|(id, _)| !seen.vms.contains_key(id));
     let leases = leases.map(|(id, address)| Violation::Lease(*id, address.clone()));
     let templates = seen.stray_templates.iter().cloned();
-    let of_vms = processes.chain(directories).chain(records).chain(machines);
+    let of_vms = processes.chain(directories).chain(records).chain(machines).chain(cgroups).chain(lost);
     of_vms.chain(strays).chain(missing).chain(leases).chain(given_twice(&seen.vms)).chain(templates).collect()
 }
 
@@ -169,6 +179,13 @@ impl Violation {
             }
             Self::Machine(vm_id, _) => {
                 (Kind::Machine, Some(vm_id), vm_id.to_string(), "it waits for jobs and its machine does not run")
+            }
+            Self::Cgroup(vm_id, path) => {
+                let path = path.display().to_string();
+                (Kind::Cgroup, Some(vm_id), path, "the cgroup of a VM that this node does not hold, or that has ended")
+            }
+            Self::NoCgroup(vm_id, path) => {
+                (Kind::Cgroup, Some(vm_id), path.display().to_string(), "the cgroup of its VM is not there")
             }
             Self::Interface(tap) => {
                 (Kind::Interface, None, tap.clone(), "a network interface of this node's that no VM owns")
@@ -272,19 +289,24 @@ fn see(host: &Host, before: Seen) -> io::Result<Seen> {
         marked_below(state_dir).into_iter().partition(|process| host.templates.owns(&process.dir));
     let processes = processes.into_iter().filter_map(owner).collect();
     let (directories, template_directories) = (host.state.entries()?, host.templates.entries()?);
+    let mut cgroups = host.containment.cgroups()?;
     // Afterwards: what it holds now it may have begun since, what it does not hold it has not held since.
     let vms: Vec<_> = host.vms().iter().map(|(id, vm)| (*id, vm.clone())).collect();
     let held = |(id, vm): (VmId, VmHandle)| {
         let recorded = matches!(host.state.vm(id).vm(), Ok(Some(_)));
         let view = vm.view.borrow().clone();
         let runs = view.machine.map(|machine| !machine.pids().is_empty());
-        (id, Held { state: view.state, recorded, runs, lease: vm.lease })
+        let lost_cgroup = vm.cgroup.filter(|path| !path.exists());
+        (id, Held { state: view.state, recorded, runs, lease: vm.lease, lost_cgroup })
     };
     let of_templates = of_templates.into_iter().filter(|process| !host.templates.accounts_for(&process.dir));
     let left = template_directories.into_iter().filter(|path| !host.templates.accounts_for(path));
     let stray_templates =
         of_templates.map(Violation::TemplateProcess).chain(left.map(Violation::TemplateDirectory)).collect();
-    Ok(Seen { processes, directories, vms: vms.into_iter().map(held).collect(), stray_templates, ..before })
+    let vms: BTreeMap<VmId, Held> = vms.into_iter().map(held).collect();
+    // A template's is nobody's, and accounted for while that is made.
+    cgroups.retain(|(id, _)| vms.contains_key(id) || !host.containment.has_leased(*id));
+    Ok(Seen { processes, directories, cgroups, vms, stray_templates, ..before })
 }
 
 /// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
@@ -306,6 +328,12 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
             let deleted = deleted.map_err(io::Error::other).flatten();
             deleted.inspect_err(|error| tracing::error!(%error, "a template's directory can't be deleted")).is_ok()
         }
+        // One of this id may have begun since: then it is its own.
+        Violation::Cgroup(vm_id, _) if host.vm(*vm_id).is_some_and(|vm| !vm.view.borrow().state.is_terminal()) => false,
+        Violation::Cgroup(_, path) => {
+            let ended = end_cgroup(path.clone()).await;
+            ended.inspect_err(|error| tracing::error!(error = with_sources(error), "a cgroup is left")).is_ok()
+        }
         Violation::Interface(_) => match &host.network {
             Ok(network) => {
                 let settled = network.settle().await;
@@ -318,7 +346,11 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
         Violation::Lease(vm_id, _) => host.return_lease(*vm_id).await,
         // Its driver has it in hand: it notices, or it is the next vmhost that makes an end of it. And whose of two VMs an address is,
         // nobody can tell.
-        Violation::Record(_) | Violation::Machine(..) | Violation::NoInterface(..) | Violation::GivenTwice(..) => false,
+        Violation::Record(_)
+        | Violation::Machine(..)
+        | Violation::NoCgroup(..)
+        | Violation::NoInterface(..)
+        | Violation::GivenTwice(..) => false,
     }
 }
 
@@ -327,8 +359,12 @@ mod tests {
     use super::*;
     use crate::net::Mac;
 
+    fn held(state: VmState, recorded: bool, runs: Option<bool>) -> Held {
+        Held { state, recorded, runs, lease: None, lost_cgroup: None }
+    }
+
     fn found(state: VmState, recorded: bool, runs: Option<bool>) -> Vec<Violation> {
-        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), Held { state, recorded, runs, lease: None })]);
+        let vms = BTreeMap::from([(VmId(uuid::Uuid::nil()), held(state, recorded, runs))]);
         differences(&Seen { vms, ..Seen::default() }).into_iter().collect()
     }
 
@@ -339,7 +375,7 @@ mod tests {
     }
 
     fn with_lease(state: VmState, lease: Lease) -> Held {
-        Held { state, recorded: true, runs: Some(true), lease: Some(lease) }
+        Held { lease: Some(lease), ..held(state, true, Some(true)) }
     }
 
     #[test]
@@ -359,13 +395,31 @@ mod tests {
     #[test]
     fn the_directory_of_a_held_vm_may_stay_until_its_end_is_known_but_not_half_deleted() {
         let vm = VmId(uuid::Uuid::nil());
-        let held = Held { state: VmState::Terminated, recorded: true, runs: None, lease: None };
+        let held = held(VmState::Terminated, true, None);
         let (whole, half) = (PathBuf::from(format!("/s/{vm}")), PathBuf::from(format!("/s/{vm}.deleted")));
         let directories = vec![(vm, whole.clone()), (vm, half.clone())];
         let mut seen = Seen { directories, vms: BTreeMap::from([(vm, held)]), ..Seen::default() };
         assert_eq!(differences(&seen), BTreeSet::from([Violation::Directory(vm, half.clone())]));
         seen.vms.clear();
         assert_eq!(differences(&seen), [whole, half].map(|path| Violation::Directory(vm, path)).into());
+    }
+
+    #[test]
+    fn a_cgroup_goes_with_its_vm_and_is_there_while_that_takes_jobs() {
+        let (vm, path) = (VmId(uuid::Uuid::nil()), PathBuf::from("/c/vm"));
+        let of = |state, cgroups: &[PathBuf], lost_cgroup| {
+            let cgroups = cgroups.iter().map(|path| (vm, path.clone())).collect();
+            let held = Held { lost_cgroup, ..held(state, true, Some(true)) };
+            differences(&Seen { cgroups, vms: BTreeMap::from([(vm, held)]), ..Seen::default() })
+        };
+        let there = [path.clone()];
+        assert_eq!(of(VmState::Starting, &[], Some(path.clone())), BTreeSet::new(), "it may not be made yet");
+        assert_eq!(of(VmState::Idle, &there, None), BTreeSet::new());
+        assert_eq!(of(VmState::Idle, &[], Some(path.clone())), [Violation::NoCgroup(vm, path.clone())].into());
+        assert_eq!(of(VmState::Terminated, &[], Some(path.clone())), BTreeSet::new());
+        assert_eq!(of(VmState::Failed, &there, None), [Violation::Cgroup(vm, path.clone())].into());
+        let unheld = differences(&Seen { cgroups: vec![(vm, path.clone())], ..Seen::default() });
+        assert_eq!(unheld, [Violation::Cgroup(vm, path)].into());
     }
 
     #[test]

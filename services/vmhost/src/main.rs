@@ -73,6 +73,7 @@ fn host_config(
         log_dir: config.storage.data_dir.join("logs"),
         driver: config.firecracker.driver,
         image_dir: config.firecracker.image_dir,
+        vm_uids: config.firecracker.vm_uids,
         agent_command: vec![agent.into()],
         max_vms: config.firecracker.max_concurrent_vms,
         templates: config.firecracker.templates,

@@ -30,6 +30,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    containment::Place,
     lifecycle::{Cause, Stop},
     net::Lease,
 };
@@ -53,6 +54,9 @@ pub(crate) struct VmRecord {
     /// Its addresses; `None`: it has no network.
     #[serde(default)]
     pub(crate) lease: Option<Lease>,
+    /// Its user and cgroup.
+    #[serde(default)]
+    pub(crate) place: Place,
     /// What it came to: all that is left is to report it.
     pub(crate) end: Option<(VmState, String)>,
 }

@@ -7,7 +7,8 @@
 //! | StartVm arrived | no `vm.json` | removes the directory; the registry still says Starting and the scheduler sends StartVm again |
 //! | `vm.json` written | no machine | the same |
 //! | a TAP made, whole or half | a TAP that no record owns any more | the same; deletes the TAP |
-//! | processes started, to boot or restored from a template | processes, perhaps without a record of theirs | ends them (by their environment), then the same |
+//! | a cgroup made, or its directory given to its user | both, as `vm.json` names them | the same; removes the cgroup |
+//! | processes started, to boot or restored from a template | processes, perhaps without a record of theirs | ends them (by environment, cgroup and user), then the same |
 //! | the agent answered, but its identity was not noted | processes | the same |
 //! | the agent's identity was noted | `guest_boot` | adopts; reports Ready (again) |
 //! | Ready reported | `guest_boot` | the same; the report changes nothing |
@@ -45,7 +46,7 @@ use crate::{
     driver::{self, Beginning, with_sources},
     guest::AgentLink,
     host::Host,
-    hypervisor::Machine,
+    hypervisor::{Launch, Machine},
     lifecycle::{Input, Lifecycle, Limits, Run},
     logs::{LogWriter, Outcome},
     records::{AttemptRecord, VmDir, VmRecord},
@@ -79,21 +80,21 @@ async fn recover_vm(host: &Arc<Host>, id: VmId) {
             revive(host, id, &dir, record).await;
         }
         // Never Ready, so no job has met it: it is started afresh when the scheduler asks again.
-        Some(record) => remove(host, id, &dir, &record.config).await,
-        None => remove(host, id, &dir, &unknown_config()).await,
+        Some(record) => remove(host, id, &dir, &host.launch_of(id, &record)).await,
+        None => remove(host, id, &dir, &host.launch(id, &unknown_config())).await,
     }
 }
 
-async fn remove(host: &Host, id: VmId, dir: &VmDir, config: &VmConfig) {
-    sweep(host, id, config).await;
+async fn remove(host: &Host, id: VmId, dir: &VmDir, launch: &Launch) {
+    sweep(host, launch).await;
     if let Err(error) = dir.remove() {
         tracing::error!(vm_id = %id, %error, "the directory of a VM can't be removed");
     }
 }
 
-async fn sweep(host: &Host, id: VmId, config: &VmConfig) {
-    if let Err(error) = host.hypervisor.sweep(&host.launch(id, config)).await {
-        tracing::error!(vm_id = %id, error = with_sources(&error), "processes of a VM are left");
+async fn sweep(host: &Host, launch: &Launch) {
+    if let Err(error) = host.hypervisor.sweep(launch).await {
+        tracing::error!(vm_id = %launch.vm_id, error = with_sources(&error), "processes of a VM are left");
     }
 }
 
@@ -115,6 +116,7 @@ async fn revive(host: &Arc<Host>, id: VmId, dir: &VmDir, record: VmRecord) {
     if let (Ok(network), Some(lease)) = (&host.network, &record.lease) {
         network.restore(id, lease.clone(), record.config.egress.clone());
     }
+    host.containment.restore(id, &record.place);
     let attempt = dir.attempt().unwrap_or_else(|error| {
         tracing::error!(vm_id = %id, %error, "an attempt's record is damaged");
         None
@@ -130,7 +132,7 @@ async fn revive(host: &Arc<Host>, id: VmId, dir: &VmDir, record: VmRecord) {
         Ok(machine) => machine,
         Err(problem) => {
             tracing::warn!(vm_id = %id, problem, "a VM can't be adopted and is ended");
-            sweep(host, id, &record.config).await;
+            sweep(host, &host.launch_of(id, &record)).await;
             None
         }
     };
@@ -143,10 +145,10 @@ type Adopted = (Arc<dyn Machine>, Arc<AgentLink>);
 /// The machine and the way to its agent, if both are alive and the guest has not restarted.
 async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopted>, String> {
     let Some(guest_boot) = record.guest_boot.as_ref().filter(|_| record.end.is_none()) else {
-        sweep(host, id, &record.config).await;
+        sweep(host, &host.launch_of(id, record)).await;
         return Ok(None);
     };
-    let adopted = host.hypervisor.adopt(&host.launch(id, &record.config)).await;
+    let adopted = host.hypervisor.adopt(&host.launch_of(id, record)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
     // It has had its identity since it was Ready.
     let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record), false));

@@ -427,13 +427,17 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     let (new, whole) = (store.dir.join(key).with_extension(NEW), store.dir.join(key));
     let (prepared, needed) = (new.clone(), u64::from(wanted.memory_mib) * 1024 * 1024);
     blocking(move || prepare(&prepared, needed)).await.map_err(|error| NotMade::Now(error.to_string()))?;
-    let launch = Launch { vm_id: VmId::random(), dir: new.join("machine"), nic: None, ..wanted.clone() };
+    let vm_id = VmId::random();
+    let given = host.containment.lease(vm_id).map_err(|error| NotMade::Now(error.message))?;
+    let contained = Launch { user: given.user, cgroup: given.cgroup, ..wanted.clone() };
+    let launch = Launch { vm_id, dir: new.join("machine"), nic: None, ..contained };
     let saved = save(host, &launch, &new.join("saved"), &give_way).await;
     // A machine that was given up in the middle still runs.
     let swept = host.hypervisor.sweep(&launch).await;
     if let Err(error) = swept {
         tracing::error!(template = key, error = with_sources(&error), "processes of a template are left");
     }
+    host.containment.give_back(vm_id);
     let finished = match saved {
         Ok(()) => {
             let (new, launch) = (new.clone(), launch.clone());
@@ -507,6 +511,8 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
                 memory_mib: about.memory_mib,
                 dir: PathBuf::new(),
                 nic: None,
+                user: None,
+                cgroup: None,
             };
             key_of(hypervisor, &launch).is_ok_and(|current| current == key)
         };

@@ -6,8 +6,9 @@ mod support;
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
 };
 
 use blixard::{
@@ -17,7 +18,38 @@ use blixard::{
         vmhost::v1 as pb,
     },
 };
-use support::{Node, World, command};
+use blixard_vmhost::hypervisor::{Contained, Hypervisor, Launch, LaunchError, Machine, choose};
+use support::{Node, World, command, wait_for};
+
+/// The process driver, but for its word that it contains its machines: the test itself makes their cgroups.
+struct Grouped(Arc<dyn Hypervisor>);
+
+#[tonic::async_trait]
+impl Hypervisor for Grouped {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn containment(&self) -> Contained {
+        Contained::Yes { kvm: false }
+    }
+
+    fn images(&self) -> Vec<String> {
+        self.0.images()
+    }
+
+    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
+        self.0.launch(launch).await
+    }
+
+    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
+        self.0.adopt(launch).await
+    }
+
+    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
+        self.0.sweep(launch).await
+    }
+}
 
 /// A process that carries the marks of a VM; killed when it is dropped.
 struct Marked(Child);
@@ -28,6 +60,13 @@ impl Marked {
         let mut command = Command::new("sleep");
         command.arg("600").env("BLIXARD_VM_ID", vm.to_string()).env("BLIXARD_VM_DIR", dir).stdin(Stdio::null());
         Self(command.spawn().unwrap())
+    }
+
+    /// One without any mark, in a cgroup.
+    fn hidden(cgroup: &Path) -> Self {
+        let process = Self(Command::new("sleep").arg("600").env_clear().stdin(Stdio::null()).spawn().unwrap());
+        fs::write(cgroup.join("cgroup.procs"), process.0.id().to_string()).unwrap();
+        process
     }
 
     /// By what the kernel says: whoever ended it may have taken its status.
@@ -95,6 +134,85 @@ async fn what_belongs_to_no_vm_is_named_and_then_repaired_and_nothing_else_is_to
     let job = world.run(&node, vm, command(&["echo", "untouched"])).await;
     assert_eq!(node.follow(job, 0).await.stdout, b"untouched\n");
     fs::remove_dir(state_dir.join("notes")).unwrap();
+}
+
+/// A directory of the cgroup file system that goes with the test.
+struct Foreign(PathBuf);
+
+impl Foreign {
+    fn make(path: PathBuf) -> Self {
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Where the cgroup of a VM is, as its record says.
+fn cgroup_of(world: &World, vm: VmId) -> Option<PathBuf> {
+    let record = fs::read(world.vm_state_dir().join(vm.to_string()).join("vm.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    record["place"]["cgroup"].as_str().map(Into::into)
+}
+
+#[tokio::test]
+async fn cgroups_are_those_of_vms_that_run_and_a_foreign_one_is_never_touched() {
+    let world = World::new().await;
+    let driver = || -> Arc<dyn Hypervisor> {
+        Arc::new(Grouped(choose(blixard::config::DriverChoice::Process, &world.settings()).unwrap().0))
+    };
+    let node = world.node_with(driver()).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    let Some(own) = cgroup_of(&world, vm) else {
+        eprintln!("SKIPPED: no cgroup can be made here");
+        return;
+    };
+    let missing = check(&node, true).await.violations;
+    assert_eq!(kinds(&missing), [(ViolationKind::Cgroup, vm.to_string(), false)]);
+    assert_eq!(missing[0].subject, own.display().to_string());
+
+    let of_node = own.parent().unwrap();
+    fs::create_dir_all(&own).unwrap();
+    assert_eq!(check(&node, false).await.violations, []);
+    // Beside it: of a VM that nobody holds, of no VM, and of another node.
+    let stray = VmId::random();
+    let left = of_node.join(stray.to_string());
+    fs::create_dir(&left).unwrap();
+    let process = Marked::hidden(&left);
+    let named = Foreign::make(of_node.join("somebody-elses"));
+    let others = Foreign::make(of_node.with_extension(VmId::random().to_string()));
+    let foreign = Foreign::make(others.0.join(VmId::random().to_string()));
+    let untouched = [Marked::hidden(&named.0), Marked::hidden(&foreign.0), Marked::hidden(&own)];
+    assert_eq!(kinds(&check(&node, false).await.violations), [(ViolationKind::Cgroup, stray.to_string(), false)]);
+    assert!(process.runs(), "only looked at");
+    assert_eq!(kinds(&check(&node, true).await.violations), [(ViolationKind::Cgroup, stray.to_string(), true)]);
+    assert!(!process.runs() && !left.exists());
+    assert_eq!(check(&node, false).await.violations, []);
+    assert!(untouched.iter().all(Marked::runs));
+
+    // vmhost is killed, and what is left of the VM hides in its cgroup: the next one sweeps it.
+    node.crash().await;
+    for process in world.processes() {
+        kill(process);
+    }
+    let _node = world.node_with(driver()).await;
+    world.wait_vm(vm, blixard::vm::VmState::Failed).await;
+    wait_for("the VM's cgroup to go", || if own.exists() { Err("it is there") } else { Ok(()) }).await;
+    assert!(!untouched[2].runs());
+    assert!(untouched[..2].iter().all(Marked::runs));
+    drop((untouched, foreign, others, named));
+    world.assert_nothing_left().await;
+    let _ = fs::remove_dir(of_node);
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
 /// VMs come and go while the node looks: nothing of them is a difference, and nothing of them is repaired away.

@@ -472,7 +472,8 @@ const BOOT: Duration = Duration::from_secs(240);
 fn qemu() -> Option<Arc<dyn Hypervisor>> {
     let project = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two deep");
     let image_dir = std::env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project.join("images"), Into::into);
-    let chosen = choose(DriverChoice::Qemu, &HypervisorSettings { image_dir, agent_command: Vec::new() });
+    let chosen =
+        choose(DriverChoice::Qemu, &HypervisorSettings { image_dir, agent_command: Vec::new(), vm_uids: None });
     let missing = match chosen {
         Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => return Some(driver),
         Ok((_, why)) => why,

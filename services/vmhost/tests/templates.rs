@@ -44,7 +44,7 @@ impl Bed {
         }
         let manifest = fs::copy(image.join("manifest.json"), own.join("manifest.json"));
         let image_dir = world.dir.path().join("images");
-        let settings = HypervisorSettings { image_dir, agent_command: Vec::new() };
+        let settings = HypervisorSettings { image_dir, agent_command: Vec::new(), vm_uids: None };
         let driver = match (manifest, choose(DriverChoice::Qemu, &settings)) {
             (Ok(_), Ok((driver, _))) => driver,
             (manifest, driver) => {

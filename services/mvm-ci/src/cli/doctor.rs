@@ -17,6 +17,7 @@ pub(crate) fn doctor(config: &Config, printer: &Printer) -> Result<ExitCode, Fai
     let settings = HypervisorSettings {
         image_dir: config.firecracker.image_dir.clone(),
         agent_command: vec![agent, "guest-agent".into()],
+        vm_uids: config.firecracker.vm_uids,
     };
     let checks = diagnose(&settings);
     let driver = choose(DriverChoice::Auto, &settings).map(|(_, why)| why).map_err(|error| error.to_string());

@@ -106,6 +106,7 @@ fn kind(violation: &common::Violation) -> &'static str {
         common::ViolationKind::Machine => "machine",
         common::ViolationKind::Interface => "interface",
         common::ViolationKind::Address => "address",
+        common::ViolationKind::Cgroup => "cgroup",
     }
 }
 

@@ -158,7 +158,7 @@ fn whenever_vmhost_is_killed_nothing_is_left_of_plain_processes() {
 
 #[test]
 fn whenever_vmhost_is_killed_nothing_is_left_of_guests_under_qemu() {
-    let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new() };
+    let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new(), vm_uids: None };
     let missing = match choose(DriverChoice::Qemu, &settings) {
         Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => None,
         Ok((_, why)) => Some(why),

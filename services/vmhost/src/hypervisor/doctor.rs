@@ -7,8 +7,10 @@ use std::{
 
 use rustix::thread::{CapabilitySet, capabilities};
 
+use crate::containment;
+
 use super::{
-    HypervisorSettings, cloud_hypervisor, image,
+    HypervisorSettings, cloud_hypervisor, confine, image,
     nic::TUN_DEVICE,
     tools::{self, NFT},
 };
@@ -46,6 +48,7 @@ pub fn diagnose(settings: &HypervisorSettings) -> Vec<Check> {
         check_images(&settings.image_dir),
         check_cloud_hypervisor(),
         check_network(),
+        check_containment(settings),
     ]
 }
 
@@ -67,6 +70,23 @@ fn check_network() -> Check {
         Err((problem, fix)) => {
             Check::bad(NAME, format!("{problem}; jobs with --egress other than none can't run"), Some(fix))
         }
+    }
+}
+
+fn check_containment(settings: &HypervisorSettings) -> Check {
+    const NAME: &str = "containment";
+    // QEMU runs without KVM, too.
+    let (whole, what) = containment::look(settings.vm_uids, kvm().is_ok());
+    if !whole {
+        let fix = "run vmhost as root, or as a systemd service with Delegate=yes (docs/OPERATIONS.md, \"Containment\")";
+        return Check::bad(NAME, format!("VMs run in a reduced form: {what}"), Some(fix.to_owned()));
+    }
+    match confine::closed_to_others(&settings.image_dir) {
+        Some(closed) => {
+            let detail = format!("{what}; but {} is closed to their users", closed.display());
+            Check::bad(NAME, detail, Some(format!("chmod o+rx {}", closed.display())))
+        }
+        None => Check::good(NAME, what),
     }
 }
 
@@ -158,7 +178,8 @@ mod tests {
 
     #[test]
     fn whatever_is_missing_names_the_command_that_fixes_it() {
-        let settings = HypervisorSettings { image_dir: "/does/not/exist".into(), agent_command: Vec::new() };
+        let settings =
+            HypervisorSettings { image_dir: "/does/not/exist".into(), agent_command: Vec::new(), vm_uids: None };
         let checks = diagnose(&settings);
         let images = checks.iter().find(|check| check.name == "images").expect("checked");
         assert_eq!(images.fix.as_deref(), Some("make guest-image"));

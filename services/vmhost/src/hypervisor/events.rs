@@ -5,7 +5,7 @@
 
 use std::{io, path::Path};
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader},
     net::unix::pipe,
@@ -17,7 +17,7 @@ const MAX_EVENT_BYTES: usize = 16 * 1024;
 /// How a driver's hypervisor tells.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Events {
-    /// The FIFO's name in the launch's directory.
+    /// The FIFO's name in the directory that the hypervisor runs in.
     pub(super) fifo: &'static str,
     /// Why the machine is over, if the event says that it is.
     pub(super) verdict: fn(&str) -> Option<&'static str>,
@@ -30,9 +30,11 @@ impl Events {
         self.open(dir)
     }
 
-    /// The FIFO of a machine that an earlier vmhost launched.
+    /// The FIFO in the directory that the hypervisor runs in.
     pub(super) fn open(&self, dir: &Path) -> io::Result<pipe::Receiver> {
-        pipe::OpenOptions::new().open_receiver(dir.join(self.fifo))
+        // The directory is the hypervisor's: what stands there may lead elsewhere.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        pipe::Receiver::from_owned_fd(rustix::fs::open(dir.join(self.fifo), flags, Mode::empty())?)
     }
 
     /// Listens until an event says that the machine is over; `None` when the hypervisor has ended first.

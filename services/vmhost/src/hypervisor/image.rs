@@ -91,6 +91,13 @@ pub(super) struct Image {
     pub(super) root_disk: Option<PathBuf>,
 }
 
+impl Image {
+    /// What a hypervisor reads of it.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.kernel, &self.initramfs].into_iter().chain(&self.root_disk)
+    }
+}
+
 /// The images below a directory that can be booted, sorted.
 pub(super) fn names(image_dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(image_dir).into_iter().flatten().flatten();

@@ -8,10 +8,14 @@
 //! ```
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
-    fs::File,
+    fs::{self, DirBuilder, File},
     io,
-    os::unix::process::CommandExt as _,
+    os::unix::{
+        fs::{DirBuilderExt as _, lchown},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, OnceLock},
@@ -29,6 +33,8 @@ use tokio::{
 
 use super::{
     AGENT_PORT, Console, Launch, LaunchError, Machine, MachineExit,
+    cgroup::{Cgroup, Limits},
+    confine::{self, Confinement, Files},
     console::{self, Recorder},
     events::Events,
     procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
@@ -46,6 +52,17 @@ const SERIAL_RETRY: Duration = Duration::from_millis(2);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Longest answer to `CONNECT`: "OK 4294967295\n".
 const MAX_ANSWER_BYTES: usize = 32;
+
+/// The directory in a launch's directory that its processes run in and may write to. What lies beside it is vmhost's: it would follow a link
+/// that a hostile hypervisor lays there.
+const OWN_DIR: &str = "run";
+/// CPUs that a machine may use beyond its guest's: for the threads that serve its devices.
+const SPARE_CPUS: u32 = 1;
+/// For each so many MiB of a guest the kernel may keep one in page tables: two processes' and the processor's, eight bytes for 4 KiB each.
+const MIB_PER_MIB_OF_TABLES: u64 = 128;
+/// Threads that a machine may have beyond two for each CPU of its guest: QEMU's pool alone may have 64.
+const SPARE_THREADS: u32 = 128;
+const BYTES_PER_MIB: u64 = 1024 * 1024;
 
 /// What of vmhost's environment its children see: what a program needs to run, and no secret.
 const PASSED_ON: [&str; 6] = ["PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ"];
@@ -65,6 +82,17 @@ pub(super) struct Kind {
     pub(super) events: Option<Events>,
     /// Whether its processes start others, which must end with it.
     pub(super) has_children: bool,
+}
+
+/// What the processes of a contained machine need.
+#[derive(Debug)]
+pub(super) struct Needs {
+    /// Memory beside the guest's, in MiB.
+    pub(super) overhead_mib: u32,
+    /// Files of others that they read.
+    pub(super) reads: Vec<PathBuf>,
+    /// Whether they restrict themselves to what they need of the file system.
+    pub(super) restrict_themselves: bool,
 }
 
 /// How the guest agent is reached.
@@ -111,7 +139,8 @@ impl Sources {
         let missing =
             |error: &io::Error| tracing::warn!(vm_id = %launch.vm_id, %error, "an adopted machine lacks a FIFO");
         let output = console::open_output(&launch.dir).inspect_err(missing).ok();
-        let events = kind.events.and_then(|events| events.open(&launch.dir).inspect_err(missing).ok());
+        let own = own_dir(launch);
+        let events = kind.events.and_then(|events| events.open(&own).inspect_err(missing).ok());
         Self { output, events, knocks: None }
     }
 }
@@ -125,6 +154,10 @@ pub(super) struct Starting {
     output: File,
     sources: Sources,
     sockets: SocketDir,
+    /// How its processes are started, once that is said.
+    confinement: Option<Confinement>,
+    /// Where they are put.
+    cgroup: Option<Cgroup>,
     /// In the order of their start.
     processes: Vec<(&'static str, Held)>,
 }
@@ -138,22 +171,59 @@ impl Starting {
     /// Records the intent and makes what every machine needs.
     pub(super) fn begin(kind: Kind, launch: &Launch) -> Result<Self, LaunchError> {
         let dir = launch.dir.as_path();
-        let record = Record::begin(dir, launch.vm_id, kind.driver)
-            .map_err(cannot(format!("record a new machine in {}", dir.display())))?;
+        let record =
+            Record::begin(launch, kind.driver).map_err(cannot(format!("record a new machine in {}", dir.display())))?;
+        let own = own_dir(launch);
+        DirBuilder::new().mode(0o700).create(&own).map_err(cannot("make the directory that it runs in"))?;
         let (output, receiver) = console::make_output(dir).map_err(cannot("make the FIFO for output"))?;
         let events =
-            kind.events.map(|events| events.make(dir)).transpose().map_err(cannot("make the FIFO for events"))?;
-        let sockets = SocketDir::open(dir).map_err(cannot("open the machine's directory"))?;
+            kind.events.map(|events| events.make(&own)).transpose().map_err(cannot("make the FIFO for events"))?;
+        let sockets = SocketDir::open(&own).map_err(cannot("open the machine's directory"))?;
         let knocks = kind.agent.knock_socket(&sockets).map(UnixListener::bind).transpose();
         let knocks = knocks.map_err(cannot("listen for the guest agent's knock"))?;
         let recorder = Recorder::open(dir);
         let launch = launch.clone();
         let sources = Sources { output: Some(receiver), events, knocks };
-        Ok(Self { kind, launch, record, recorder, output, sources, sockets, processes: Vec::new() })
+        let (confinement, cgroup, processes) = (None, None, Vec::new());
+        Ok(Self { kind, launch, record, recorder, output, sources, sockets, confinement, cgroup, processes })
+    }
+
+    /// Where its processes run. What is made there before they are contained is given to their user with it.
+    pub(super) fn own_dir(&self) -> PathBuf {
+        own_dir(&self.launch)
     }
 
     pub(super) fn sockets(&self) -> &SocketDir {
         &self.sockets
+    }
+
+    /// Has what is started from now on contained: as the VM's user, in its cgroup, with nothing but what it needs.
+    pub(super) fn contain(&mut self, needs: Needs) -> Result<(), LaunchError> {
+        let own = self.own_dir();
+        if let Some(user) = self.launch.user {
+            hand_over(&own, user).map_err(cannot(format!("give {} to user {user}", own.display())))?;
+        }
+        let (threads, guest_mib) = (SPARE_THREADS + 2 * self.launch.vcpus, u64::from(self.launch.memory_mib));
+        if let Some(path) = self.launch.cgroup.clone() {
+            let limits = Limits {
+                cpus: self.launch.vcpus + SPARE_CPUS,
+                memory_mib: guest_mib + guest_mib / MIB_PER_MIB_OF_TABLES + u64::from(needs.overhead_mib),
+                threads,
+            };
+            let failed = cannot(format!("make the cgroup {}", path.display()));
+            let cgroup = self.cgroup.insert(Cgroup::at(path));
+            cgroup.make(limits).map_err(failed)?;
+        }
+        self.confinement = Some(Confinement {
+            user: self.launch.user,
+            reads: needs.reads,
+            files: if needs.restrict_themselves { Files::Any } else { Files::Own(own) },
+            // The guest's memory is a file, and the longest that it writes but for what it is saved as, which has its devices besides. (A disk
+            // that it may write to has its say here.)
+            longest_file: (guest_mib + u64::from(needs.overhead_mib)) * BYTES_PER_MIB,
+            threads: threads.into(),
+        });
+        Ok(())
     }
 
     /// Starts one of the machine's processes and records it; returns its pid.
@@ -171,21 +241,30 @@ impl Starting {
     ) -> Result<u32, LaunchError> {
         let spawn_error = |source| LaunchError::Spawn { program: program.to_owned(), source };
         let mut command = Command::new(program);
-        command.args(args).current_dir(&self.launch.dir).process_group(0).env_clear();
+        command.args(args).current_dir(self.sockets.for_start()).process_group(0).env_clear();
         command.envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.env(ENV_VM_ID, self.launch.vm_id.to_string()).env(ENV_VM_DIR, &self.launch.dir);
         let output = || self.output.try_clone().map(Stdio::from).map_err(spawn_error);
         command.stdin(stdin).stdout(output()?).stderr(output()?);
-        let child = command.spawn().map_err(spawn_error)?;
+        let child = match &self.confinement {
+            Some(confinement) => confine::spawn(command, confinement),
+            None => command.spawn(),
+        };
+        let child = child.map_err(spawn_error)?;
 
         // Nobody else waits for our children, so until it is reaped below or by its supervisor the pid is its own.
         let id = procfs::stat(child.id()).map(|stat| stat.id);
         let held = id.map_or(Ok(None), Held::open).map_err(spawn_error)?;
         let held = held.ok_or_else(|| spawn_error(io::Error::other("it vanished")))?;
         procfs::sacrifice(child.id());
-        without_core_dumps(held.id);
         let (id, main) = (held.id, self.kind.processes.first() == Some(&name));
         self.processes.push((name, held));
+        if self.confinement.is_none() {
+            without_core_dumps(id);
+        }
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.add(id.pid).map_err(cannot("put a process into its cgroup"))?;
+        }
         self.record.add(&self.launch.dir, name, id, main).map_err(cannot("record a process"))?;
         Ok(id.pid)
     }
@@ -212,7 +291,7 @@ impl Starting {
 
     /// The guest's agent serves already: no knock will come.
     pub(super) fn agent_serves(&self) -> Result<(), LaunchError> {
-        let knocked = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), std::fs::remove_file);
+        let knocked = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), fs::remove_file);
         knocked.map_err(cannot("note that the guest agent serves"))
     }
 
@@ -221,20 +300,25 @@ impl Starting {
         let rank = |name| self.kind.processes.iter().position(|&process| process == name);
         self.processes.sort_by_key(|(name, _)| rank(*name));
         let processes = self.processes.into_iter().map(|(_, process)| process).collect();
-        let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder);
+        let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder, self.cgroup);
         HostMachine::watch_over(core, self.sources, tasks)
     }
 
     /// Something failed: ends what runs, and says what it had printed.
     pub(super) async fn abandon(self, error: LaunchError) -> LaunchError {
-        let Self { kind, launch, recorder, output, sources, processes, .. } = self;
+        let Self { kind, launch, recorder, output, sources, processes, cgroup, .. } = self;
         let ended = processes.iter().find(|(_, process)| !process.runs());
-        let ended = ended.map(|&(name, ref process)| MachineExit { process: name, status: process.reap(), why: None });
+        let why = cgroup.as_ref().and_then(Cgroup::out_of_memory);
+        let ended = ended.map(|&(name, ref process)| MachineExit { process: name, status: process.reap(), why });
         let roots: Vec<ProcessId> = processes.iter().map(|(_, process)| process.id).collect();
         let marks = Marks::new(launch.vm_id, &launch.dir);
-        let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots) };
+        let within = cgroup.clone();
+        let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots, within.as_ref()) };
         if let Err(error) = procfs::end_all(find).await {
             return error;
+        }
+        if let Err(error) = remove(cgroup).await {
+            tracing::warn!(vm_id = %launch.vm_id, %error, "a cgroup is left");
         }
         drop(output);
         if let Some(output) = sources.output {
@@ -251,9 +335,31 @@ impl Starting {
     }
 }
 
-fn still_running(processes: &[ProcessId]) -> Vec<ProcessId> {
+/// Where a launch's processes run.
+pub(super) fn own_dir(launch: &Launch) -> PathBuf {
+    launch.dir.join(OWN_DIR)
+}
+
+/// Those of these processes that run, and whatever is in the cgroup.
+fn still_running(processes: &[ProcessId], cgroup: Option<&Cgroup>) -> Vec<ProcessId> {
     let runs = |id: &ProcessId| procfs::stat(id.pid).is_some_and(|stat| stat.id == *id && !stat.dead);
-    processes.iter().copied().filter(runs).collect()
+    let within = cgroup.map(|cgroup| procfs::alive(&cgroup.pids())).unwrap_or_default();
+    let all: BTreeSet<ProcessId> = processes.iter().copied().filter(runs).chain(within).collect();
+    all.into_iter().collect()
+}
+
+/// Gives a directory and what is in it to a user. Nothing of that user's may run yet.
+fn hand_over(dir: &Path, user: u32) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        lchown(entry?.path(), Some(user), Some(user))?;
+    }
+    lchown(dir, Some(user), Some(user))
+}
+
+/// Removes a cgroup that is empty.
+async fn remove(cgroup: Option<Cgroup>) -> io::Result<()> {
+    let Some(cgroup) = cgroup else { return Ok(()) };
+    tokio::task::spawn_blocking(move || cgroup.remove()).await?
 }
 
 fn without_core_dumps(process: ProcessId) {
@@ -300,20 +406,50 @@ pub(super) async fn adopt(kind: Kind, launch: &Launch, tasks: &Tasks) -> Result<
     }
 }
 
-/// Ends every process that was started for this launch.
+/// Ends every process that was started for this launch, by its marks, its cgroup or its user, and removes the cgroup.
 pub(super) async fn sweep(launch: &Launch) -> Result<usize, LaunchError> {
     let marks = Marks::new(launch.vm_id, &launch.dir);
-    let record = Record::read(&launch.dir).map(|record| record.processes).unwrap_or_default();
-    procfs::end_all(move || {
+    let record = Record::read(&launch.dir);
+    let user = launch.user.or(record.as_ref().and_then(|record| record.user));
+    // An earlier vmhost may have been started elsewhere.
+    let recorded = record.as_ref().and_then(|record| record.cgroup.clone());
+    let cgroups: BTreeSet<PathBuf> = recorded.into_iter().chain(launch.cgroup.clone()).collect();
+    let cgroups: Vec<Cgroup> = cgroups.into_iter().map(Cgroup::at).collect();
+    let record = record.map(|record| record.processes).unwrap_or_default();
+    let within = cgroups.clone();
+    let ended = procfs::end_all(move || {
         // Only a recorded process that provably still is the same one may stand for its session and its children.
         let alive: Vec<ProcessId> = record
             .iter()
             .map(|process| process.id)
             .filter(|id| procfs::stat(id.pid).is_some_and(|stat| stat.id == *id))
             .collect();
-        marks.find(&alive)
+        let mut found: BTreeSet<ProcessId> = marks.find(&alive).into_iter().collect();
+        found.extend(within.iter().flat_map(|cgroup| procfs::alive(&cgroup.pids())));
+        // Nodes of one machine may share a range of users, against all advice.
+        let theirs = user.map(procfs::of_user).unwrap_or_default();
+        found.extend(theirs.into_iter().filter(|id| !marks.are_others_on(id.pid)));
+        within.iter().for_each(Cgroup::kill);
+        found.into_iter().collect()
     })
-    .await
+    .await?;
+    for cgroup in cgroups {
+        remove(Some(cgroup)).await.map_err(cannot("remove a VM's cgroup"))?;
+    }
+    Ok(ended)
+}
+
+/// Ends whatever is in a VM's cgroup, and removes that.
+pub(crate) async fn end_cgroup(path: PathBuf) -> Result<(), LaunchError> {
+    let cgroup = Cgroup::at(path);
+    let within = cgroup.clone();
+    procfs::end_all(move || {
+        let found = procfs::alive(&within.pids());
+        within.kill();
+        found
+    })
+    .await?;
+    remove(Some(cgroup)).await.map_err(cannot("remove a VM's cgroup"))
 }
 
 /// What a machine's handle and its tasks share.
@@ -324,6 +460,7 @@ struct Core {
     processes: Vec<Held>,
     sockets: SocketDir,
     recorder: Recorder,
+    cgroup: Option<Cgroup>,
     /// Whether the agent has said that it serves, if it says so ([`Agent::Hybrid`]).
     knocked: watch::Sender<bool>,
     /// Why it was ended, if its hypervisor told.
@@ -332,11 +469,18 @@ struct Core {
 }
 
 impl Core {
-    fn new(kind: Kind, launch: &Launch, processes: Vec<Held>, sockets: SocketDir, recorder: Recorder) -> Self {
+    fn new(
+        kind: Kind,
+        launch: &Launch,
+        processes: Vec<Held>,
+        sockets: SocketDir,
+        recorder: Recorder,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
         let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
-        Self { kind, marks, processes, sockets, recorder, knocked, why: OnceLock::new(), exit }
+        Self { kind, marks, processes, sockets, recorder, cgroup, knocked, why: OnceLock::new(), exit }
     }
 
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
@@ -354,8 +498,9 @@ impl Core {
                 Some(_) | None => return Ok(None),
             }
         }
-        let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
-        let core = Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir));
+        let sockets = SocketDir::open(&own_dir(launch)).map_err(cannot("open the machine's directory"))?;
+        let cgroup = record.cgroup.map(Cgroup::at);
+        let core = Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir), cgroup);
         // Its knock went to nobody, or will. No job has met it, so nothing is lost with it.
         let knocked = *core.knocked.borrow();
         Ok(knocked.then_some(core))
@@ -371,7 +516,7 @@ impl Core {
     async fn find(&self) -> Vec<ProcessId> {
         let roots: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
         if !self.kind.has_children {
-            return still_running(&roots);
+            return still_running(&roots, self.cgroup.as_ref());
         }
         let marks = self.marks.clone();
         tokio::task::spawn_blocking(move || marks.find(&roots)).await.unwrap_or_default()
@@ -380,6 +525,9 @@ impl Core {
     /// Sends SIGKILL to everything. What a process started is found while that process still runs to tell of it.
     async fn kill(&self) {
         let found = self.find().await;
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill();
+        }
         self.processes.iter().for_each(Held::kill);
         for id in found {
             if let Ok(Some(held)) = Held::open(id) {
@@ -419,7 +567,11 @@ impl Core {
         let recorder = self.recorder.clone();
         let _ = tokio::task::spawn_blocking(move || recorder.persist()).await;
         let (process, status) = (self.kind.processes[cause], statuses[cause]);
-        self.exit.send_replace(Some(MachineExit { process, status, why: self.why.get().copied() }));
+        let why = self.cgroup.as_ref().and_then(Cgroup::out_of_memory).or(self.why.get().copied());
+        if let Err(error) = remove(self.cgroup.clone()).await {
+            tracing::warn!(driver = self.kind.driver, %error, "a cgroup is left until its VM is swept");
+        }
+        self.exit.send_replace(Some(MachineExit { process, status, why }));
     }
 
     /// Ends the machine when its hypervisor says that the guest is over.
@@ -432,9 +584,8 @@ impl Core {
     }
 
     async fn record_serial(&self, socket: &str) {
-        let path = self.sockets.for_us(socket);
         loop {
-            if let Ok(stream) = UnixStream::connect(&path).await {
+            if let Ok(stream) = self.sockets.connect(socket).await {
                 self.recorder.record(stream).await;
             }
             tokio::select! {
@@ -450,7 +601,7 @@ impl Core {
             tokio::time::sleep(ACCEPT_RETRY).await;
         }
         // First, so that whoever could reach the agent has left a machine that can be adopted.
-        let removed = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), std::fs::remove_file);
+        let removed = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), fs::remove_file);
         if let Err(error) = removed {
             tracing::warn!(%error, "a machine that knocked cannot be marked so: a later vmhost will end it");
         }
@@ -469,19 +620,18 @@ impl Core {
 
     async fn try_agent(&self) -> io::Result<UnixStream> {
         match self.kind.agent {
-            Agent::Direct(socket) => UnixStream::connect(self.sockets.for_us(socket)).await,
+            Agent::Direct(socket) => self.sockets.connect(socket).await,
             Agent::Hybrid(socket) => {
                 // The sender lives as long as `self`.
                 let _ = self.knocked.subscribe().wait_for(|knocked| *knocked).await;
-                connect_hybrid(&self.sockets.for_us(socket), AGENT_PORT).await
+                open_port(self.sockets.connect(socket).await?, AGENT_PORT).await
             }
         }
     }
 }
 
-/// Opens a stream to a guest's port through a vsock proxy.
-async fn connect_hybrid(socket: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket).await?;
+/// Makes a connection to a vsock proxy one to a guest's port.
+async fn open_port(mut stream: UnixStream, port: u32) -> io::Result<UnixStream> {
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     // Byte by byte: what follows the line is already the agent's.
     let mut answer = Vec::with_capacity(MAX_ANSWER_BYTES);

@@ -15,11 +15,14 @@
 //! - Every process carries `BLIXARD_VM_ID` and `BLIXARD_VM_DIR` in its environment from its first instruction, so that
 //!   [`Hypervisor::sweep`] finds it even when vmhost was killed between starting it and writing its record.
 //! - A process is named by pid *and* start time, and signalled through a pidfd: a reused pid is never hit.
-//! - Each launch has a fresh directory. Nothing is made outside it.
+//! - Each launch has a fresh directory. Nothing is made outside it but the cgroup, whose path is in the launch and in its record.
+//! - What has a guest's kernel to defend itself from runs with no more than it needs (`confine`, `cgroup`).
 //!
 //! This module must not know about jobs, the registry, or what the guest agent says.
 
+mod cgroup;
 mod cloud_hypervisor;
+mod confine;
 mod console;
 mod doctor;
 mod events;
@@ -42,14 +45,20 @@ use std::{
     sync::Arc,
 };
 
-use blixard::{config::DriverChoice, id::VmId};
+use blixard::{
+    config::{DriverChoice, UserRange},
+    id::VmId,
+};
 use tokio::net::UnixStream;
 
+pub use cgroup::Cgroups;
 pub use cloud_hypervisor::CloudHypervisor;
+pub(crate) use confine::{landlock_version, may_change_user};
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
 pub use doctor::{Check, diagnose};
 pub use image::{MANIFEST, Manifest, RootDisk};
+pub(crate) use machine::end_cgroup;
 pub use nic::Nic;
 pub(crate) use nic::create_tap;
 pub use process::Process;
@@ -74,6 +83,22 @@ pub struct Launch {
     pub dir: PathBuf,
     /// Its network interface, at launch; `None`: it gets none.
     pub nic: Option<Nic>,
+    /// The user that its processes become, and the group of the same number; `None`: they stay vmhost's. Nobody else's.
+    pub user: Option<u32>,
+    /// The cgroup that its processes are put into; `None`: into none. Made at launch, gone with the machine.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// Whether a driver's machines are contained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contained {
+    /// They are processes like any other.
+    No,
+    /// They have a user and a cgroup of their own and no rights.
+    Yes {
+        /// Whether they need /dev/kvm.
+        kvm: bool,
+    },
 }
 
 /// A way to run VMs.
@@ -85,6 +110,11 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Whether its machines have a network interface when [`Launch::nic`] says so.
     fn takes_nic(&self) -> bool {
         true
+    }
+
+    /// How its machines are contained: as [`Launch::user`] and [`Launch::cgroup`] say, or not at all.
+    fn containment(&self) -> Contained {
+        Contained::No
     }
 
     /// How it saves machines and restores them, if it does.
@@ -264,6 +294,8 @@ pub struct HypervisorSettings {
     pub image_dir: PathBuf,
     /// For the process driver: the guest agent's program and its leading arguments; `--listen unix:PATH` is appended.
     pub agent_command: Vec<OsString>,
+    /// Users that VMs may run as; `None`: they have none of their own.
+    pub vm_uids: Option<UserRange>,
 }
 
 /// Why there is no driver.

@@ -72,9 +72,8 @@ impl Hypervisor for Process {
         }
         let (program, mut arguments) = (self.program.clone(), self.arguments.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let mut listen = OsString::from("unix:");
-            listen.push(starting.sockets().for_child(AGENT_SOCKET));
-            arguments.extend(["--listen".into(), listen]);
+            // It runs in the machine's directory.
+            arguments.extend(["--listen".into(), format!("unix:{AGENT_SOCKET}").into()]);
             starting.start(AGENT, &program, &arguments).map(drop)
         })
         .await

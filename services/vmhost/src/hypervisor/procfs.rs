@@ -40,9 +40,14 @@ pub(super) struct Stat {
     pub(super) id: ProcessId,
     /// Whether it has ended and only waits for its parent to notice.
     pub(super) dead: bool,
+    /// Whether it is the kernel's own: those that serve a VM are in its cgroup, take no signal, and end with it.
+    kernel: bool,
     parent: u32,
     session: u32,
 }
+
+/// The flag of a kernel thread (`include/linux/sched.h`).
+const PF_KTHREAD: u32 = 0x0020_0000;
 
 /// Reads the state of a process; `None` when there is none of that pid.
 pub(super) fn stat(pid: u32) -> Option<Stat> {
@@ -55,8 +60,10 @@ fn parse_stat(pid: u32, text: &str) -> Option<Stat> {
     let state = fields.next()?;
     let parent = fields.next()?.parse().ok()?;
     let session = fields.nth(1)?.parse().ok()?;
-    let start_time = fields.nth(15)?.parse().ok()?;
-    Some(Stat { id: ProcessId { pid, start_time }, dead: matches!(state, "Z" | "X"), parent, session })
+    let flags: u32 = fields.nth(2)?.parse().ok()?;
+    let start_time = fields.nth(12)?.parse().ok()?;
+    let (dead, kernel) = (matches!(state, "Z" | "X"), flags & PF_KTHREAD != 0);
+    Some(Stat { id: ProcessId { pid, start_time }, dead, kernel, parent, session })
 }
 
 /// What is added to the badness of a machine's processes, in thousandths of all memory.
@@ -95,6 +102,14 @@ impl Marks {
         Self { environment: [format!("{ENV_VM_ID}={vm_id}").into_bytes(), directory] }
     }
 
+    /// Whether the process was started for another machine, as its environment says.
+    pub(super) fn are_others_on(&self, pid: u32) -> bool {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
+        let mut dirs = environment.split(|&byte| byte == 0).filter(|entry| entry.starts_with(&mark));
+        dirs.any(|entry| self.environment[1] != entry)
+    }
+
     /// Whether the process was started for this machine, as its environment says.
     pub(super) fn are_on(&self, pid: u32) -> bool {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -127,6 +142,25 @@ impl Marks {
         }
         found
     }
+}
+
+/// Every running process of a user, whichever way it is that user's. Never this process.
+pub(super) fn of_user(user: u32) -> Vec<ProcessId> {
+    let own = std::process::id();
+    let is_theirs = |stat: &Stat| {
+        let status = fs::read_to_string(format!("/proc/{}/status", stat.id.pid)).unwrap_or_default();
+        let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+        users.split_ascii_whitespace().any(|id| id.parse() == Ok(user))
+    };
+    let processes = running().into_iter().filter(|stat| stat.id.pid != own);
+    processes.filter(is_theirs).map(|stat| stat.id).collect()
+}
+
+/// Those of these pids that run. Never this process, nor the kernel's.
+pub(super) fn alive(pids: &[u32]) -> Vec<ProcessId> {
+    let own = std::process::id();
+    let stats = pids.iter().filter(|pid| **pid != own).filter_map(|pid| stat(*pid));
+    stats.filter(|stat| !stat.dead && !stat.kernel).map(|stat| stat.id).collect()
 }
 
 /// A running process that was started for some VM.
@@ -272,7 +306,10 @@ mod tests {
     fn a_process_name_with_brackets_and_blanks_does_not_confuse_the_parser() {
         let text = "12 (a) b) (c) S 1 12 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 9876 1 1";
         let stat = parse_stat(12, text).expect("parses");
-        assert_eq!(stat, Stat { id: ProcessId { pid: 12, start_time: 9876 }, dead: false, parent: 1, session: 7 });
+        let id = ProcessId { pid: 12, start_time: 9876 };
+        assert_eq!(stat, Stat { id, dead: false, kernel: false, parent: 1, session: 7 });
+        let kthread = text.replace("4194304", "2129984");
+        assert!(parse_stat(12, &kthread).expect("parses").kernel);
         assert_eq!(parse_stat(12, "12 (x"), None);
         assert_eq!(parse_stat(12, "12 (x) S 1"), None);
     }

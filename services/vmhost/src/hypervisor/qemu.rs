@@ -24,12 +24,11 @@ use std::{
 use blixard_chassis::Tasks;
 
 use super::{
-    ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
+    ChooseError, Contained, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
     image::{self, Image},
     images_in_words,
-    machine::{self, Agent, Kind, Starting, cannot},
+    machine::{self, Agent, Kind, Needs, Starting, cannot},
     qmp::{self, Qmp},
-    socket::SocketDir,
     template, tools,
 };
 
@@ -54,6 +53,10 @@ const VSOCK_PORT: &str = "port1";
 const NIC_PORT: &str = "port2";
 /// The first CID that is not reserved.
 const GUEST_CID: u32 = 3;
+/// What both processes may take beside the guest's memory, in MiB. Measured: 71 with the translated code of a booted Debian guest.
+const OVERHEAD_MIB: u32 = 192;
+/// Room for translated code when there is no KVM. QEMU would take a gigabyte.
+const TRANSLATED_MIB: u32 = 256;
 /// vhost-device-vsock listens after a few milliseconds; the rest is for a loaded host.
 const VSOCK_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -111,6 +114,10 @@ impl Hypervisor for Qemu {
         KIND.driver
     }
 
+    fn containment(&self) -> Contained {
+        Contained::Yes { kvm: self.boot.kvm }
+    }
+
     fn images(&self) -> Vec<String> {
         image::names(&self.image_dir)
     }
@@ -149,8 +156,10 @@ impl Templates for Qemu {
         let (give, take) = std::sync::mpsc::channel();
         let machine = machine::launch(TEMPLATE, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
-            let arguments = boot.template_arguments(starting.sockets(), &image, &what);
-            let qmp = boot.start_with_monitor(starting, arguments, Stdio::null())?;
+            let monitor = expect_monitor(starting)?;
+            boot.contain(starting, &image)?;
+            let arguments = boot.template_arguments(&image, &what);
+            let qmp = boot.start_with_monitor(starting, monitor, &arguments, Stdio::null())?;
             // Whoever takes it waits for this.
             let _ = give.send(qmp);
             Ok(())
@@ -182,12 +191,14 @@ impl Templates for Qemu {
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
             let file = fs::File::open(&file).map_err(cannot(format!("open {}", file.display())))?;
-            boot.start_vsock(starting, &what)?;
-            let mut arguments = boot.template_arguments(starting.sockets(), &image, &what);
+            let monitor = expect_monitor(starting)?;
+            boot.contain(starting, &image)?;
+            boot.start_vsock(starting)?;
+            let mut arguments = boot.template_arguments(&image, &what);
             arguments.extend(["-incoming", "defer"].map(OsString::from));
-            arguments.extend(vsock_backend(starting.sockets()));
+            arguments.extend(vsock_backend());
             arguments.extend(what.nic.iter().flat_map(|_| nic_backend()));
-            let mut qmp = boot.start_with_monitor(starting, arguments, stdin(&what)?)?;
+            let mut qmp = boot.start_with_monitor(starting, monitor, &arguments, stdin(&what)?)?;
             qmp.fill(file).map_err(cannot("restore the machine"))?;
             qmp.plug(&vsock_device(), VSOCK_PORT).map_err(cannot("give the machine its vsock device"))?;
             if let Some(nic) = &what.nic {
@@ -201,9 +212,10 @@ impl Templates for Qemu {
 
 impl Boot {
     fn start(&self, starting: &mut Starting, image: &Image, launch: &Launch) -> Result<(), LaunchError> {
-        self.start_vsock(starting, launch)?;
-        let mut arguments = self.arguments(starting.sockets(), image, launch);
-        arguments.extend(vsock_backend(starting.sockets()));
+        self.contain(starting, image)?;
+        self.start_vsock(starting)?;
+        let mut arguments = self.arguments(image, launch);
+        arguments.extend(vsock_backend());
         arguments.extend(["-device".into(), in_words(&vsock_device())]);
         if let Some(nic) = &launch.nic {
             arguments.extend(nic_backend());
@@ -212,10 +224,18 @@ impl Boot {
         starting.start_with(QEMU, &self.qemu, &arguments, stdin(launch)?).map(drop)
     }
 
-    fn start_vsock(&self, starting: &mut Starting, launch: &Launch) -> Result<(), LaunchError> {
-        let vsock = starting.start(VSOCK, &self.vsock, &vsock_arguments(starting.sockets()))?;
+    fn contain(&self, starting: &mut Starting, image: &Image) -> Result<(), LaunchError> {
+        starting.contain(Needs {
+            overhead_mib: if self.kvm { OVERHEAD_MIB } else { OVERHEAD_MIB + TRANSLATED_MIB },
+            reads: image.files().cloned().collect(),
+            restrict_themselves: false,
+        })
+    }
+
+    fn start_vsock(&self, starting: &mut Starting) -> Result<(), LaunchError> {
+        let vsock = starting.start(VSOCK, &self.vsock, &vsock_arguments())?;
         // QEMU connects once, at its start, and gives up if nobody listens.
-        let file = launch.dir.join(VHOST_SOCKET);
+        let file = starting.sockets().for_us(VHOST_SOCKET);
         let ready = || file.exists() && listens(vsock, VHOST_SOCKET);
         starting.wait_until("start vhost-device-vsock", VSOCK_PATIENCE, ready)
     }
@@ -224,23 +244,24 @@ impl Boot {
     fn start_with_monitor(
         &self,
         starting: &mut Starting,
-        arguments: Vec<OsString>,
+        expected: qmp::Expected,
+        arguments: &[OsString],
         stdin: Stdio,
     ) -> Result<Qmp, LaunchError> {
-        let path = starting.sockets().for_us(MONITOR_SOCKET);
-        let expected = qmp::Expected::at(path).map_err(cannot("listen for QEMU's monitor"))?;
-        starting.start_with(QEMU, &self.qemu, &arguments, stdin)?;
+        starting.start_with(QEMU, &self.qemu, arguments, stdin)?;
         expected.met(starting)
     }
 
-    fn accelerator(&self) -> [&'static str; 4] {
-        if self.kvm { ["-accel", "kvm", "-cpu", "host"] } else { ["-accel", "tcg,thread=multi", "-cpu", "max"] }
+    fn accelerator(&self) -> [String; 4] {
+        let emulation = format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}");
+        let (accelerator, cpu) = if self.kvm { ("kvm", "host") } else { (emulation.as_str(), "max") };
+        ["-accel", accelerator, "-cpu", cpu].map(str::to_owned)
     }
 
     /// Those of a machine that is saved, and of one that is restored.
-    fn template_arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
-        let mut arguments = self.arguments(sockets, image, launch);
-        let monitor = chardev("monitor0", sockets.for_child(MONITOR_SOCKET), "");
+    fn template_arguments(&self, image: &Image, launch: &Launch) -> Vec<OsString> {
+        let mut arguments = self.arguments(image, launch);
+        let monitor = chardev("monitor0", MONITOR_SOCKET.into(), "");
         arguments.extend(["-chardev".into(), monitor, "-mon".into(), "chardev=monitor0,mode=control".into()]);
         for (number, port) in [VSOCK_PORT, NIC_PORT].iter().enumerate() {
             let port = format!("pcie-root-port,id={port},chassis={},slot={}", number + 1, number + 1);
@@ -250,10 +271,14 @@ impl Boot {
     }
 
     /// Those that every machine of the image and shape has.
-    fn arguments(&self, sockets: &SocketDir, image: &Image, launch: &Launch) -> Vec<OsString> {
+    fn arguments(&self, image: &Image, launch: &Launch) -> Vec<OsString> {
         let memory = launch.memory_mib;
         let mut arguments: Vec<OsString> = self.accelerator().iter().map(OsString::from).collect();
         let mut add = |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
+        let emulation = format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}");
+        let (accelerator, cpu) = if self.kvm { ("kvm", "host") } else { (emulation.as_str(), "max") };
+        add("-accel", accelerator.into());
+        add("-cpu", cpu.into());
         add("-name", format!("guest={}", launch.vm_id).into());
         // vhost-user devices work in the guest's memory, so it must be shared.
         add("-object", format!("memory-backend-memfd,id=mem0,size={memory}M,share=on").into());
@@ -267,7 +292,7 @@ impl Boot {
             add("-drive", drive("root0", disk));
             add("-device", "virtio-blk-pci,drive=root0".into());
         }
-        add("-chardev", chardev("serial0", sockets.for_child(SERIAL_SOCKET), ",server=on,wait=off"));
+        add("-chardev", chardev("serial0", SERIAL_SOCKET.into(), ",server=on,wait=off"));
         add("-serial", "chardev:serial0".into());
         add("-display", "none".into());
         // It needs no further process, user or privilege, and gets none.
@@ -275,6 +300,12 @@ impl Boot {
         arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
         arguments
     }
+}
+
+/// Before anything is started: what is in the machine's directory then is given to its user.
+fn expect_monitor(starting: &Starting) -> Result<qmp::Expected, LaunchError> {
+    let path = starting.sockets().for_us(MONITOR_SOCKET);
+    qmp::Expected::at(path).map_err(cannot("listen for QEMU's monitor"))
 }
 
 /// The TAP, which QEMU gets as its descriptor 0, if there is one.
@@ -289,8 +320,8 @@ fn nic_backend() -> [OsString; 2] {
     ["-netdev", "tap,id=net0,fd=0"].map(OsString::from)
 }
 
-fn vsock_backend(sockets: &SocketDir) -> [OsString; 2] {
-    ["-chardev".into(), chardev("vsock0", sockets.for_child(VHOST_SOCKET), "")]
+fn vsock_backend() -> [OsString; 2] {
+    ["-chardev".into(), chardev("vsock0", VHOST_SOCKET.into(), "")]
 }
 
 /// A device: what it is, and its options.
@@ -310,15 +341,10 @@ fn in_words(device: &Device) -> OsString {
     device.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(",").into()
 }
 
-fn vsock_arguments(sockets: &SocketDir) -> Vec<OsString> {
-    vec![
-        "--guest-cid".into(),
-        GUEST_CID.to_string().into(),
-        "--socket".into(),
-        sockets.for_child(VHOST_SOCKET).into(),
-        "--uds-path".into(),
-        sockets.for_child(AGENT_SOCKET).into(),
-    ]
+/// Both processes run in the machine's directory.
+fn vsock_arguments() -> Vec<OsString> {
+    let cid = GUEST_CID.to_string();
+    ["--guest-cid", &cid, "--socket", VHOST_SOCKET, "--uds-path", AGENT_SOCKET].map(OsString::from).to_vec()
 }
 
 /// A socket chardev.

@@ -11,7 +11,10 @@ use std::{
 
 use blixard::id::VmId;
 
-use super::procfs::{self, ProcessId};
+use super::{
+    Launch,
+    procfs::{self, ProcessId},
+};
 
 const FILE: &str = "machine.json";
 
@@ -23,6 +26,12 @@ pub(super) struct Record {
     pub(super) driver: String,
     /// The host's boot in which it was launched.
     boot_id: String,
+    /// The user that its processes are; `None`: vmhost's.
+    #[serde(default)]
+    pub(super) user: Option<u32>,
+    /// The cgroup that they are in, if any.
+    #[serde(default)]
+    pub(super) cgroup: Option<PathBuf>,
     /// Main process first.
     pub(super) processes: Vec<RecordedProcess>,
 }
@@ -38,10 +47,17 @@ pub(super) struct RecordedProcess {
 
 impl Record {
     /// Begins a launch. Fails when the directory has been launched into before: two machines must never share one.
-    pub(super) fn begin(dir: &Path, vm_id: VmId, driver: &str) -> io::Result<Self> {
-        fs::File::create_new(path(dir))?;
-        let record = Self { vm_id, driver: driver.to_owned(), boot_id: procfs::boot_id()?, processes: Vec::new() };
-        record.write(dir)?;
+    pub(super) fn begin(launch: &Launch, driver: &str) -> io::Result<Self> {
+        fs::File::create_new(path(&launch.dir))?;
+        let record = Self {
+            vm_id: launch.vm_id,
+            driver: driver.to_owned(),
+            boot_id: procfs::boot_id()?,
+            user: launch.user,
+            cgroup: launch.cgroup.clone(),
+            processes: Vec::new(),
+        };
+        record.write(&launch.dir)?;
         Ok(record)
     }
 
@@ -74,22 +90,35 @@ fn path(dir: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
+    fn launch(dir: &Path) -> Launch {
+        Launch {
+            vm_id: VmId::random(),
+            image: "default".to_owned(),
+            vcpus: 1,
+            memory_mib: 128,
+            dir: dir.to_owned(),
+            nic: None,
+            user: Some(4711),
+            cgroup: Some("/sys/fs/cgroup/vm".into()),
+        }
+    }
+
     #[test]
     fn a_record_reads_back_and_a_directory_is_launched_into_once() {
         let dir = tempfile::tempdir().expect("tempdir");
         assert_eq!(Record::read(dir.path()), None);
-        let mut record = Record::begin(dir.path(), VmId::random(), "qemu").expect("begins");
+        let mut record = Record::begin(&launch(dir.path()), "qemu").expect("begins");
         record.add(dir.path(), "helper", ProcessId { pid: 2, start_time: 1 }, false).expect("writes");
         record.add(dir.path(), "qemu", ProcessId { pid: 3, start_time: 2 }, true).expect("writes");
         assert_eq!(record.processes[0].name, "qemu");
         assert_eq!(Record::read(dir.path()), Some(record));
-        assert!(Record::begin(dir.path(), VmId::random(), "qemu").is_err());
+        assert!(Record::begin(&launch(dir.path()), "qemu").is_err());
     }
 
     #[test]
     fn a_torn_record_or_one_of_another_boot_counts_as_none() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let mut record = Record::begin(dir.path(), VmId::random(), "qemu").expect("begins");
+        let mut record = Record::begin(&launch(dir.path()), "qemu").expect("begins");
         record.boot_id = "another".to_owned();
         record.write(dir.path()).expect("writes");
         assert_eq!(Record::read(dir.path()), None);

@@ -1,7 +1,7 @@
 //! Unix sockets in a directory whose path may be longer than a socket's address (107 bytes).
 //!
-//! Children run *in* the directory, so a bare name always reaches it for them; vmhost goes through
-//! `/proc/self/fd/<directory>`. Short paths are used as they are: they are what people look for in `ps` and `ss`.
+//! Children run *in* the directory, so a bare name reaches a socket for them, also where they may not pass the directories above; vmhost goes
+//! through `/proc/self/fd/<directory>` when the path is too long. The directory may be a hypervisor's own: vmhost never follows a link in it.
 
 use std::{
     io,
@@ -9,10 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
+use tokio::net::UnixStream;
 
-/// `sun_path` has 108 bytes, one of them for the final zero, and a vsock proxy appends `_<port>` to the path it is given.
-const MAX_PATH_BYTES: usize = 107 - "_1024".len();
+/// `sun_path` has 108 bytes, one of them for the final zero.
+const MAX_PATH_BYTES: usize = 107;
 
 /// A directory with sockets in it.
 #[derive(Debug)]
@@ -27,19 +28,25 @@ impl SocketDir {
         Ok(Self { path: path.to_owned(), handle: rustix::fs::open(path, flags, Mode::empty())? })
     }
 
-    /// The socket's path for a process whose working directory is this directory.
-    pub(super) fn for_child(&self, name: &str) -> PathBuf {
-        self.short(name).unwrap_or_else(|| name.into())
+    /// The directory, for a child to be started in.
+    pub(super) fn for_start(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.handle.as_raw_fd()).into()
     }
 
-    /// The socket's path for this process, valid as long as `self`.
+    /// A file's path for this process, valid as long as `self`.
     pub(super) fn for_us(&self, name: &str) -> PathBuf {
-        self.short(name).unwrap_or_else(|| format!("/proc/self/fd/{}/{name}", self.handle.as_raw_fd()).into())
+        let path = self.path.join(name);
+        if path.as_os_str().len() <= MAX_PATH_BYTES { path } else { self.for_start().join(name) }
     }
 
-    fn short(&self, name: &str) -> Option<PathBuf> {
-        let path = self.path.join(name);
-        (path.as_os_str().len() <= MAX_PATH_BYTES).then_some(path)
+    /// Connects to a socket.
+    pub(super) async fn connect(&self, name: &str) -> io::Result<UnixStream> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let socket = rustix::fs::openat(&self.handle, name, flags, Mode::empty())?;
+        if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is no socket")));
+        }
+        UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
     }
 }
 
@@ -53,17 +60,27 @@ mod tests {
         let deep = root.path().join("d".repeat(100)).join("e".repeat(100));
         std::fs::create_dir_all(&deep).expect("mkdir");
         let dir = SocketDir::open(&deep).expect("opens");
-        assert_eq!(dir.for_child("s"), Path::new("s"));
         let _listener = tokio::net::UnixListener::bind(dir.for_us("s")).expect("binds");
         assert!(deep.join("s").exists());
-        tokio::net::UnixStream::connect(dir.for_us("s")).await.expect("connects");
+        dir.connect("s").await.expect("connects");
+    }
+
+    #[tokio::test]
+    async fn a_link_to_somebody_elses_socket_is_not_followed() {
+        let root = tempfile::tempdir().expect("tempdir");
+        let _others = tokio::net::UnixListener::bind(root.path().join("others")).expect("binds");
+        let own = root.path().join("own");
+        std::fs::create_dir(&own).expect("mkdir");
+        std::os::unix::fs::symlink("../others", own.join("s")).expect("links");
+        let dir = SocketDir::open(&own).expect("opens");
+        assert_eq!(dir.connect("s").await.expect_err("refused").kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(dir.connect("none").await.expect_err("none").kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
     fn a_short_path_is_used_as_it_is() {
         let root = tempfile::tempdir().expect("tempdir");
         let dir = SocketDir::open(root.path()).expect("opens");
-        assert_eq!(dir.for_child("s"), root.path().join("s"));
         assert_eq!(dir.for_us("s"), root.path().join("s"));
     }
 }

@@ -140,6 +140,8 @@ mod tests {
             memory_mib: 256,
             dir: "/nowhere".into(),
             nic: None,
+            user: None,
+            cgroup: None,
         };
         let basis = |launch: &Launch, driver| basis(launch, root.path(), driver, &[&program]).expect("there");
 

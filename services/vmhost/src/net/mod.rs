@@ -32,8 +32,8 @@ use blixard::{
 };
 use blixard_chassis::Tasks;
 
-pub(crate) use self::plan::Lease;
 pub use self::plan::Mac;
+pub(crate) use self::plan::{Lease, node_tag};
 use self::{
     kernel::{Kernel, KernelError},
     plan::{Names, Plan, orphans},

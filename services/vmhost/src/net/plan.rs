@@ -21,6 +21,12 @@ const PREFIX: &str = "blx";
 /// The gateway's index.
 const GATEWAY: u32 = 1;
 
+/// Tells vmhosts on one machine apart.
+pub(crate) fn node_tag(node: &NodeId, state_dir: &Path) -> [u8; 32] {
+    let digest = Sha256::new().chain_update(node.as_str()).chain_update([0]);
+    digest.chain_update(state_dir.as_os_str().as_encoded_bytes()).finalize().into()
+}
+
 /// What everything of one node's network is called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
@@ -31,9 +37,7 @@ pub(super) struct Names {
 impl Names {
     /// `state_dir` and the node's name tell vmhosts on one machine apart.
     pub(super) fn new(node: &NodeId, state_dir: &Path) -> Self {
-        let digest = Sha256::new().chain_update(node.as_str()).chain_update([0]);
-        let digest = digest.chain_update(state_dir.as_os_str().as_encoded_bytes()).finalize();
-        Self { tag: digest.iter().take(3).map(|byte| format!("{byte:02x}")).collect() }
+        Self { tag: node_tag(node, state_dir).iter().take(3).map(|byte| format!("{byte:02x}")).collect() }
     }
 
     pub(super) fn bridge(&self) -> String {

@@ -17,8 +17,8 @@ use std::{
 };
 
 use blixard::{
-    config::DriverChoice,
-    id::VmId,
+    config::{Config, DriverChoice},
+    id::{NodeId, VmId},
     pb::{
         common::v1::JobSpec,
         guest::v1::{
@@ -28,9 +28,12 @@ use blixard::{
     },
     time::Timestamp,
 };
-use blixard_vmhost::hypervisor::{
-    CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
-    ProcessExit, choose,
+use blixard_vmhost::{
+    containment::{Containment, Place},
+    hypervisor::{
+        CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
+        ProcessExit, choose,
+    },
 };
 use hyper_util::rt::TokioIo;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -47,6 +50,7 @@ const SIGKILL: i32 = 9;
 struct Bed {
     choice: DriverChoice,
     settings: HypervisorSettings,
+    containment: Containment,
     root: tempfile::TempDir,
     /// Guests under emulation take a core each: not all of them at once.
     turn: Option<SemaphorePermit<'static>>,
@@ -54,11 +58,17 @@ struct Bed {
 
 impl Bed {
     fn of(choice: DriverChoice, settings: HypervisorSettings) -> Self {
-        Self { choice, settings, root: tempfile::tempdir().expect("tempdir"), turn: None }
+        let root = tempfile::tempdir().expect("tempdir");
+        let driver = choose(choice, &settings).expect("the driver runs here").0;
+        let node = NodeId::parse("", "tried").expect("a name");
+        let users = Config::default().firecracker.vm_uids;
+        let containment = Containment::open(users, &node, root.path(), driver.containment());
+        Self { choice, settings, containment, root, turn: None }
     }
 
     async fn process() -> Option<Self> {
-        let settings = HypervisorSettings { image_dir: "images".into(), agent_command: vec![agent().into()] };
+        let settings =
+            HypervisorSettings { image_dir: "images".into(), agent_command: vec![agent().into()], vm_uids: None };
         Some(Self::of(DriverChoice::Process, settings))
     }
 
@@ -74,7 +84,7 @@ impl Bed {
 
     async fn isolated(choice: DriverChoice, required: bool) -> Option<Self> {
         static TURN: Semaphore = Semaphore::const_new(1);
-        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new() };
+        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new(), vm_uids: None };
         let missing = match choose(choice, &settings) {
             Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => None,
             Ok((_, why)) => Some(why),
@@ -94,7 +104,7 @@ impl Bed {
     /// A stand-in for the guest agent: a shell script that gets the agent's arguments.
     fn script(script: &str) -> Self {
         let agent_command = ["/bin/sh", "-c", script, "agent"].map(Into::into).to_vec();
-        Self::of(DriverChoice::Process, HypervisorSettings { image_dir: "images".into(), agent_command })
+        Self::of(DriverChoice::Process, HypervisorSettings { image_dir: "images".into(), agent_command, vm_uids: None })
     }
 
     /// The driver as a vmhost has it that was started just now: it knows nothing of earlier ones.
@@ -109,7 +119,9 @@ impl Bed {
     fn launch_in(&self, dir: &str) -> Launch {
         let dir = self.root.path().join(dir);
         fs::create_dir_all(&dir).expect("mkdir");
-        Launch { vm_id: VmId::random(), image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir, nic: None }
+        let vm_id = VmId::random();
+        let Place { user, cgroup } = self.containment.lease(vm_id).expect("there are users");
+        Launch { vm_id, image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir, nic: None, user, cgroup }
     }
 }
 
@@ -119,6 +131,13 @@ impl Drop for Bed {
         let mark = [b"BLIXARD_VM_DIR=", self.root.path().as_os_str().as_bytes(), b"/"].concat();
         let left = processes_where(|proc| contains(&fs::read(proc.join("environ")).unwrap_or_default(), &mark));
         left.into_iter().for_each(kill_from_outside);
+        let cgroups = self.containment.cgroups().unwrap_or_default();
+        for (_, cgroup) in &cgroups {
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+            let _ = fs::remove_dir(cgroup);
+        }
+        let _ = self.containment.lease(VmId::random()).map(|place| place.cgroup?.parent().map(fs::remove_dir));
+        assert!(std::thread::panicking() || cgroups.is_empty(), "cgroups are left: {cgroups:?}");
     }
 }
 
@@ -311,7 +330,10 @@ conformance! {
     a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does
     restored_machines_run_jobs_and_no_two_are_alike
     a_restored_machine_is_adopted_shut_down_and_killed_like_any_other
-    a_template_that_is_damaged_is_refused_and_leaves_nothing;
+    a_template_that_is_damaged_is_refused_and_leaves_nothing
+    its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights
+    what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is
+    a_machine_that_takes_too_much_memory_ends_and_says_so;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -597,6 +619,157 @@ async fn processes_are_detached_from_vmhost(bed: Bed) {
     end(&machine).await;
 }
 
+/// A field of `/proc/<pid>/status`.
+fn status(pid: u32, name: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.unwrap_or_else(|| panic!("no {name} in {status}")).trim().replace('\t', " ")
+}
+
+async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: Bed) {
+    eprintln!("contained by: {}", bed.containment.describe().1);
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let root = rustix::process::geteuid().is_root();
+    assert!(!root || launch.user.is_some(), "root may give VMs users of their own");
+    for pid in machine.pids() {
+        if let Some(user) = launch.user {
+            for ids in ["Uid", "Gid"] {
+                assert_eq!(status(pid, ids), [user; 4].map(|id| id.to_string()).join(" "), "{ids}");
+            }
+        }
+        assert_eq!(status(pid, "NoNewPrivs"), "1");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(status(pid, set), "0000000000000000", "{set}");
+        }
+        assert!(!root || status(pid, "CapBnd") == "0000000000000000");
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+        let most = |name: &str| {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("a limit");
+            line.split_whitespace().nth(1).expect("a hard limit").to_owned()
+        };
+        let file = most("Max file size").parse().expect("a number");
+        assert!((256_u64 << 20..1 << 30).contains(&file), "{limits}");
+        assert!(most("Max open files").parse::<u64>().expect("a number") <= 4096, "{limits}");
+    }
+    let threads = fs::read_dir(format!("/proc/{}/task", machine.pids()[0])).expect("it runs").flatten();
+    let filtered = threads.filter(|thread| {
+        fs::read_to_string(thread.path().join("status")).is_ok_and(|status| status.contains("Seccomp:\t2"))
+    });
+    assert!(filtered.count() >= 1, "the hypervisor filters its own system calls");
+    let own = launch.dir.join("run");
+    let mut owned: Vec<PathBuf> = fs::read_dir(&own).expect("there").map(|entry| entry.expect("one").path()).collect();
+    owned.push(own);
+    for path in owned {
+        use std::os::unix::fs::MetadataExt as _;
+        let owner = fs::symlink_metadata(&path).expect("there").uid();
+        assert_eq!(owner, launch.user.unwrap_or(rustix::process::geteuid().as_raw()), "{}", path.display());
+    }
+
+    let Some(cgroup) = &launch.cgroup else {
+        end(&machine).await;
+        return;
+    };
+    let read = |file: &str| fs::read_to_string(cgroup.join(file)).map(|text| text.trim().to_owned());
+    let within = read("cgroup.procs").expect("there");
+    let within = within.lines().map(|line| line.parse().expect("a pid"));
+    // A kernel thread that serves it has no command line.
+    let within: BTreeSet<u32> =
+        within.filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())).collect();
+    assert_eq!(within, machine.pids().into_iter().collect());
+    // Where the machine has controllers for version 2.
+    let limits: Vec<(&str, String)> = ["cpu.max", "memory.max", "memory.swap.max", "memory.oom.group", "pids.max"]
+        .into_iter()
+        .filter_map(|file| Some((file, read(file).ok()?)))
+        .collect();
+    eprintln!("limits: {limits:?}");
+    for used in ["memory.current", "pids.current"] {
+        eprintln!("{used}: {}", read(used).unwrap_or_default());
+    }
+    let delegated = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
+    assert!(!delegated || limits.len() == 5, "the controllers are all there");
+    for (file, value) in limits {
+        match file {
+            "cpu.max" => assert_eq!(value, "200000 100000"),
+            "memory.max" => assert!((256 << 20..1 << 30).contains(&value.parse::<u64>().expect("bytes")), "{value}"),
+            "memory.swap.max" => assert_eq!(value, "0"),
+            "memory.oom.group" => assert_eq!(value, "1"),
+            "pids.max" => assert_eq!(value, "130"),
+            other => panic!("{other} is not expected"),
+        }
+    }
+    end(&machine).await;
+    assert!(!cgroup.exists(), "it goes with the machine");
+}
+
+/// A process without any mark; killed when it is dropped.
+fn unmarked(prepare: impl FnOnce(&mut Command)) -> Sleeper {
+    let mut command = Command::new("sleep");
+    command.arg("1000").env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    prepare(&mut command);
+    Sleeper(command.spawn().expect("sleep runs"))
+}
+
+async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is(bed: Bed) {
+    use std::os::unix::process::CommandExt as _;
+    let (launch, other) = (bed.launch(), bed.launch());
+    let machine = start(&bed.driver(), &launch).await;
+    let count = machine.pids().len();
+    drop(machine);
+    let mut hidden = Vec::new();
+    let mut strangers = vec![unmarked(|_| ())];
+    let enter = |process: &Sleeper, cgroup: &Path| {
+        fs::write(cgroup.join("cgroup.procs"), process.0.id().to_string()).expect("moves");
+    };
+    if let (Some(cgroup), Some(others)) = (&launch.cgroup, &other.cgroup) {
+        hidden.push(unmarked(|_| ()));
+        enter(&hidden[0], cgroup);
+        fs::create_dir(others).expect("mkdir");
+        strangers.push(unmarked(|_| ()));
+        enter(&strangers[1], others);
+    }
+    if let (Some(user), Some(others)) = (launch.user, other.user) {
+        hidden.push(unmarked(|command| {
+            command.uid(user);
+        }));
+        strangers.push(unmarked(|command| {
+            command.uid(others);
+        }));
+    }
+    // Without a record, too: as a vmhost sweeps that knows the VM's own.
+    fs::remove_file(launch.dir.join("machine.json")).expect("it was recorded");
+    let swept = within(SOON, "sweep", bed.driver().sweep(&launch)).await.expect("sweeps");
+    assert_eq!(swept, count + hidden.len());
+    for process in &mut hidden {
+        until("what hid has ended", || process.has_ended()).await;
+    }
+    assert!(strangers.iter_mut().all(|process| !process.has_ended()), "a stranger was ended");
+    assert!(launch.cgroup.is_none_or(|cgroup| !cgroup.exists()));
+    drop(strangers);
+    if let Some(others) = other.cgroup {
+        until("nobody is in the other's", || fs::remove_dir(&others).is_ok()).await;
+    }
+}
+
+async fn a_machine_that_takes_too_much_memory_ends_and_says_so(bed: Bed) {
+    let launch = bed.launch();
+    let limit = launch.cgroup.as_ref().map(|cgroup| cgroup.join("memory.max"));
+    let machine = start(&bed.driver(), &launch).await;
+    let Some(limit) = limit.filter(|limit| limit.exists()) else {
+        eprintln!("SKIPPED: no memory is counted here: {}", bed.containment.describe().1);
+        end(&machine).await;
+        return;
+    };
+    hello(&machine).await;
+    // As if it had grown: the kernel takes back what it can, and then kills.
+    fs::write(&limit, (16 << 20).to_string()).expect("is lowered");
+    let exit = within(SOON, "wait", machine.wait()).await;
+    assert_eq!(exit.why, Some("it used more memory than it may"), "{exit}");
+    assert_eq!(exit.status, ProcessExit::Signaled(SIGKILL), "{exit}");
+    assert_eq!(processes_of(&launch), [0; 0]);
+}
+
 fn sockets_of(pid: u32) -> BTreeSet<PathBuf> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
@@ -663,7 +836,8 @@ async fn processes_that_the_agent_started_end_with_it_however_they_hide() {
 
 #[tokio::test]
 async fn a_program_that_is_missing_is_named() {
-    let settings = HypervisorSettings { image_dir: "images".into(), agent_command: vec!["/no/such/agent".into()] };
+    let settings =
+        HypervisorSettings { image_dir: "images".into(), agent_command: vec!["/no/such/agent".into()], vm_uids: None };
     let Err(error) = choose(DriverChoice::Process, &settings) else { panic!("it was chosen") };
     assert!(error.to_string().contains("/no/such/agent is not a program"), "{error}");
 }

@@ -72,7 +72,7 @@ struct Parts {
 impl Parts {
     /// `None` when Cloud Hypervisor runs on this machine itself.
     fn find() -> Result<Option<Self>, String> {
-        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new() };
+        let settings = HypervisorSettings { image_dir: image_dir(), agent_command: Vec::new(), vm_uids: None };
         if choose(DriverChoice::CloudHypervisor, &settings).is_ok() {
             return Ok(None);
         }
@@ -164,7 +164,7 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The emulated machine's `/init`.
+/// The emulated machine's `/init`. It runs the tests as systemd runs a service that cgroups are delegated to.
 fn script() -> String {
     let tests = env::var(TESTS).unwrap_or_else(|_| "cloud_hypervisor::".to_owned());
     let modules = MODULES.map(|module| format!("insmod /lib/modules/*/kernel/{module}")).join("\n");
@@ -175,10 +175,14 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t cgroup2 cgroup /sys/fs/cgroup
+echo '+cpu +memory +pids +io' > /sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/unit
 ip link set lo up
 {modules}
+chmod 666 /dev/kvm
 export {REQUIRE}={HERE} CLOUD_HYPERVISOR=/nested/cloud-hypervisor BLIXARD_IMAGE_DIR=/nested/images
-/nested/test {tests} --test-threads=1 2>&1
+sh -c 'echo 0 > /sys/fs/cgroup/unit/cgroup.procs; exec /nested/test {tests} --test-threads=1' 2>&1
 echo {VERDICT}$?
 poweroff -f
 "

@@ -95,7 +95,7 @@ impl World {
     }
 
     pub fn settings(&self) -> HypervisorSettings {
-        HypervisorSettings { image_dir: "images".into(), agent_command: self.agent.clone() }
+        HypervisorSettings { image_dir: "images".into(), agent_command: self.agent.clone(), vm_uids: None }
     }
 
     pub fn config(&self, advertise_endpoint: String) -> VmHostConfig {
@@ -105,6 +105,7 @@ impl World {
             log_dir: self.log_dir(),
             driver: DriverChoice::Process,
             image_dir: "images".into(),
+            vm_uids: Config::default().firecracker.vm_uids,
             agent_command: self.agent.clone(),
             max_vms: self.max_vms,
             templates: self.templates,

@@ -15,8 +15,8 @@
 //! A machine is saved as it is, paused, but for its confinement to its own directory, which is that of each machine that is restored from
 //! it. It has its vsock device then, which is a socket's relative path; a network interface is added before it goes on.
 //!
-//! It runs under its own seccomp filters, and where the kernel has it under Landlock: it opens the image's files, its own
-//! directory and nothing else.
+//! It runs under its own seccomp filters, and where the kernel has it under a Landlock that it makes itself: it opens the image's files, its own
+//! directory and nothing else. What `confine` does comes on top.
 
 mod api;
 #[cfg(test)]
@@ -29,7 +29,10 @@ mod version;
 use std::{
     ffi::OsString,
     fs, io,
-    os::unix::net::UnixStream,
+    os::unix::{
+        fs::{PermissionsExt as _, lchown},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -44,10 +47,12 @@ use self::{
     config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
-    AGENT_PORT, ChooseError, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
+    AGENT_PORT, ChooseError, Contained, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates,
+    doctor,
     events::Events,
-    image, images_in_words,
-    machine::{self, Agent, Kind, Starting, cannot},
+    image::{self, Image},
+    images_in_words,
+    machine::{self, Agent, Kind, Needs, Starting, cannot},
     socket::SocketDir,
     template, tools,
 };
@@ -64,6 +69,8 @@ const SAVED: &str = "saved";
 const SAVED_CONFIG: &str = "config.json";
 /// … and the guest's memory.
 const SAVED_MEMORY: &str = "memory-ranges";
+/// What it may take beside the guest's memory, in MiB. Measured: 2 of an idle machine; its devices' buffers come on top.
+const OVERHEAD_MIB: u32 = 96;
 /// It listens after a few milliseconds; the rest is for a loaded host.
 const API_PATIENCE: Duration = Duration::from_secs(20);
 /// The Landlock version that it insists on. Linux 6.2 has it.
@@ -142,6 +149,10 @@ impl Hypervisor for CloudHypervisor {
         KIND.driver
     }
 
+    fn containment(&self) -> Contained {
+        Contained::Yes { kvm: true }
+    }
+
     fn images(&self) -> Vec<String> {
         image::names(&self.image_dir)
     }
@@ -150,6 +161,7 @@ impl Hypervisor for CloudHypervisor {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
+            starting.contain(needs(&image))?;
             boot.start(starting, VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock), &what)
         })
         .await
@@ -177,34 +189,43 @@ impl Templates for CloudHypervisor {
 
     async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
-        let saved = launch.dir.join(SAVED);
-        fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
+        let saved = machine::own_dir(launch).join(SAVED);
         let machine = machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
+            let saved = starting.own_dir().join(SAVED);
+            fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
+            starting.contain(needs(&image))?;
             let config = VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock);
             boot.start(starting, config.saved_to(SAVED), &what)
         })
         .await?;
         template::be_nice(&*machine);
-        let saved = match save_running(&*machine, launch).await {
-            Ok(()) => move_saved(&saved, into),
-            Err(error) => Err(error),
-        };
+        let done = save_running(&*machine, launch).await;
+        // Nobody may change what is kept while it is looked at.
         machine.kill().await;
-        saved
+        done.and_then(|()| move_saved(&saved, into))
     }
 
     async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError> {
-        let (boot, what, template) = (self.boot.clone(), launch.clone(), template.to_owned());
-        machine::launch(KIND, launch, &self.tasks, move |starting| boot.restore(starting, &what, &template)).await
+        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
+        let template = template.to_owned();
+        machine::launch(KIND, launch, &self.tasks, move |starting| {
+            let image = image::find(&image_dir, &what.image)?;
+            link_saved(&template, &starting.own_dir().join(SAVED))
+                .map_err(cannot(format!("reach {} from the machine's directory", template.display())))?;
+            starting.contain(needs(&image))?;
+            boot.restore(starting, &what)
+        })
+        .await
     }
 }
 
 async fn save_running(machine: &dyn Machine, launch: &Launch) -> Result<(), LaunchError> {
     // What waits for the agent's knock takes the socket away when it has come.
-    let knock = launch.dir.join(format!("{VSOCK_SOCKET}_{AGENT_PORT}"));
+    let own = machine::own_dir(launch);
+    let knock = own.join(format!("{VSOCK_SOCKET}_{AGENT_PORT}"));
     template::until_ready(machine, |_| !knock.exists()).await?;
-    let sockets = SocketDir::open(&launch.dir).map_err(cannot("open the machine's directory"))?;
+    let sockets = SocketDir::open(&own).map_err(cannot("open the machine's directory"))?;
     let api = Api::new(sockets.for_us(API_SOCKET));
     api.pause().await.map_err(failed("pause the VM"))?;
     api.snapshot(&SnapshotConfig::new(SAVED)).await.map_err(failed("save the VM"))
@@ -221,11 +242,41 @@ fn move_saved(saved: &Path, into: &Path) -> Result<(), LaunchError> {
         template::dig_holes(&saved.join(SAVED_MEMORY))?;
         for entry in fs::read_dir(saved)? {
             let entry = entry?;
+            // Every machine that is restored reads it, whoever that runs as, and none may change it.
+            let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+            lchown(entry.path(), Some(owner), Some(group))?;
+            fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o444))?;
             fs::rename(entry.path(), into.join(entry.file_name()))?;
         }
         Ok(())
     };
+    // A link would lead this process elsewhere.
+    let plain = || {
+        for entry in fs::read_dir(saved)? {
+            let entry = entry?;
+            if !entry.file_type()?.is_file() {
+                return Err(io::Error::other(format!("{} is no file", entry.path().display())));
+            }
+        }
+        Ok(())
+    };
+    plain().map_err(cannot("keep what the VM was saved as"))?;
     moved().map_err(cannot("keep what the VM was saved as"))
+}
+
+/// Puts the files of a template into a directory that is made for it: the template's own is closed to the machine's user.
+fn link_saved(template: &Path, dir: &Path) -> io::Result<()> {
+    fs::create_dir(dir)?;
+    for entry in fs::read_dir(template)? {
+        let entry = entry?;
+        fs::hard_link(entry.path(), dir.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+fn needs(image: &Image) -> Needs {
+    let reads = image.files().cloned().collect();
+    Needs { overhead_mib: OVERHEAD_MIB, reads, restrict_themselves: true }
 }
 
 impl Boot {
@@ -241,11 +292,11 @@ impl Boot {
         })
     }
 
-    fn restore(&self, starting: &mut Starting, launch: &Launch, template: &Path) -> Result<(), LaunchError> {
+    fn restore(&self, starting: &mut Starting, launch: &Launch) -> Result<(), LaunchError> {
         let (api, pid) = self.start_vmm(starting)?;
         Handle::current().block_on(async {
             check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
-            api.restore(&RestoreConfig::new(template)).await.map_err(failed("restore the VM"))?;
+            api.restore(&RestoreConfig::new(SAVED)).await.map_err(failed("restore the VM"))?;
             if let Some(nic) = &launch.nic {
                 add_nic(&api, nic).await?;
             }

@@ -61,14 +61,14 @@ impl Bed {
         let vm_id = VmId::random();
         let dir = self.root.path().join(vm_id.to_string());
         fs::create_dir(&dir).expect("mkdir");
-        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic: None }
+        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic: None, user: None, cgroup: None }
     }
 
     /// A machine that runs, with its API.
     async fn running(&self) -> Running {
         let launch = self.launch();
         let machine = within("launch", self.driver.launch(&launch)).await.expect("launches");
-        Running { api: Api::new(launch.dir.join(API_SOCKET)), machine }
+        Running { api: Api::new(launch.dir.join("run").join(API_SOCKET)), machine }
     }
 
     /// A hypervisor that was told about a VM but not to boot it.
@@ -80,7 +80,7 @@ impl Bed {
         let start =
             machine::launch(KIND, &launch, &self.driver.tasks, move |starting| boot.start_vmm(starting).map(drop));
         let machine = within("launch", start).await.expect("starts");
-        let api = Api::new(launch.dir.join(API_SOCKET));
+        let api = Api::new(launch.dir.join("run").join(API_SOCKET));
         api.create(&config).await.expect("creates");
         Running { api, machine }
     }

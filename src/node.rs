@@ -101,6 +101,10 @@ pub struct Node {
     pub drain_deadline: Option<Timestamp>,
     /// What its keepers want of it: its state, unless it is Lost.
     pub wanted: NodeState,
+    /// The volumes that it has for its VMs.
+    pub volumes: Vec<String>,
+    /// The largest scratch disks that one of its VMs may have, together, in MiB; 0: it gives its VMs no disks.
+    pub scratch_mib: u64,
 }
 
 impl From<Node> for pb::Node {
@@ -122,6 +126,8 @@ impl From<Node> for pb::Node {
             updated_at: Some(node.updated_at.into()),
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted: node.wanted.to_pb().into(),
+            volumes: node.volumes,
+            scratch_mib: node.scratch_mib,
         }
     }
 }
@@ -160,6 +166,8 @@ impl TryFrom<pb::Node> for Node {
             updated_at: node.updated_at.unwrap_or_default().into(),
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted,
+            volumes: node.volumes,
+            scratch_mib: node.scratch_mib,
         })
     }
 }

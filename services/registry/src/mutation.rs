@@ -802,13 +802,14 @@ static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
 static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, \
-             registered_at, updated_at, reason, labels) \
-         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8, ?8, '', ?9 WHERE true \
+             registered_at, updated_at, reason, labels, volumes, scratch_mib) \
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8, ?8, '', ?9, ?10, ?11 WHERE true \
          ON CONFLICT (id) DO UPDATE SET state = wanted, endpoint = excluded.endpoint, \
              driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib, \
              max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1, \
              revision = excluded.revision, registered_at = excluded.registered_at, \
-             updated_at = excluded.updated_at, reason = wanted_reason, labels = excluded.labels",
+             updated_at = excluded.updated_at, reason = wanted_reason, labels = excluded.labels, \
+             volumes = excluded.volumes, scratch_mib = excluded.scratch_mib",
         NodeState::Ready
     )
 });
@@ -824,6 +825,8 @@ fn register_node(node: &Node, now: String) -> Statement {
         json(&node.images).into(),
         now.into(),
         json(&node.labels).into(),
+        json(&node.volumes).into(),
+        integer(node.scratch_mib),
     ];
     (sql(&REGISTER_NODE), params)
 }
@@ -948,6 +951,8 @@ mod tests {
             updated_at: Timestamp(0),
             drain_deadline: None,
             wanted: NodeState::Ready,
+            volumes: vec![],
+            scratch_mib: 0,
         };
         let id = JobId::random();
         let lost = Outcome::Lost { started: true, reason: String::new(), node: None };

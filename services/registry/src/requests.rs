@@ -272,6 +272,7 @@ mod tests {
             labels,
             node_id: None,
             egress: Default::default(),
+            volumes: Default::default(),
         };
         let node_id = NodeId::parse("", "n").unwrap();
         Mutation::CreateVm { id: VmId(Uuid::from_u128(vm)), config, node_id, scheduler_epoch: 0 }
@@ -295,6 +296,8 @@ mod tests {
             updated_at: Timestamp(0),
             drain_deadline: None,
             wanted: NodeState::Ready,
+            volumes: vec![],
+            scratch_mib: 0,
         };
         Mutation::RegisterNode { node }
     }

@@ -275,6 +275,7 @@ impl Cluster {
             labels,
             node_id: None,
             egress: Default::default(),
+            volumes: Default::default(),
         };
         self.vms.insert(vm_id, (config, node_id));
         vm_id
@@ -299,6 +300,8 @@ impl Cluster {
             updated_at: self.now,
             drain_deadline: None,
             wanted: state,
+            volumes: vec![],
+            scratch_mib: 0,
         }
     }
 

@@ -29,6 +29,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// What makes a guest one of its own, beside its network.
 const STEPS: [&str; 5] = ["entropy", "boot-id", "clock", "hostname", "machine-id"];
+/// What is asked for when it has volumes.
+const VOLUMES: &str = "volumes";
 /// How much randomness a guest is given.
 const ENTROPY_BYTES: usize = 64;
 
@@ -67,7 +69,13 @@ impl Agent {
     }
 
     /// Gives the guest its identity, if it has none yet, and has each step of it confirmed.
-    async fn configure(self, vm_id: VmId, network: Option<&pb::GuestNetwork>, own: bool) -> Result<Self, Error> {
+    async fn configure(
+        self,
+        vm_id: VmId,
+        network: Option<&pb::GuestNetwork>,
+        mounts: &[pb::Mount],
+        own: bool,
+    ) -> Result<Self, Error> {
         if self.hello.configured {
             return if self.hello.vm_id == vm_id.to_string() {
                 Ok(self)
@@ -91,9 +99,11 @@ impl Agent {
             time: Some(Timestamp::now().into()),
             entropy: entropy.into(),
             network: network.cloned(),
+            mounts: mounts.to_vec(),
         };
         let answer = self.client.clone().configure(client::request(request, CALL_TIMEOUT)).await?.into_inner();
-        confirmed(&answer, network.is_some(), own).map_err(|problem| refused(vm_id, &problem))?;
+        let asked = [network.map(|_| "network"), (!mounts.is_empty()).then_some(VOLUMES)];
+        confirmed(&answer, asked.into_iter().flatten(), own).map_err(|problem| refused(vm_id, &problem))?;
         tracing::debug!(%vm_id, skipped = ?answer.skipped, kernel = self.hello.kernel_release, "guest configured");
         let hello = pb::HelloResponse {
             configured: true,
@@ -106,13 +116,17 @@ impl Agent {
 }
 
 /// Whether every step of an identity was done. `own`: in a guest of its own none may be missing, for what is not its alone it may share
-/// with all that were restored from the same memory.
-fn confirmed(answer: &pb::ConfigureResponse, network: bool, own: bool) -> Result<(), String> {
+/// with all that were restored from the same memory. Volumes may be missing in none: a job must not find a directory in their place.
+fn confirmed<'a>(
+    answer: &pb::ConfigureResponse,
+    asked: impl Iterator<Item = &'a str>,
+    own: bool,
+) -> Result<(), String> {
     if answer.boot_id.is_empty() {
         return Err("the guest has no boot id after Configure".to_owned());
     }
-    let steps = STEPS.into_iter().chain(network.then_some("network"));
-    let missing: Vec<&str> = steps.filter(|step| own && !answer.done.iter().any(|done| done == step)).collect();
+    let steps = STEPS.into_iter().chain(asked).filter(|step| own || *step == VOLUMES);
+    let missing: Vec<&str> = steps.filter(|step| !answer.done.iter().any(|done| done == step)).collect();
     if missing.is_empty() { Ok(()) } else { Err(format!("the guest has not confirmed: {}", missing.join(", "))) }
 }
 
@@ -125,6 +139,7 @@ pub(crate) struct AgentLink {
     vm_id: VmId,
     machine: Arc<dyn Machine>,
     network: Option<pb::GuestNetwork>,
+    mounts: Vec<pb::Mount>,
     /// Whether the guest is a machine of its own.
     own: bool,
     current: Mutex<Option<Agent>>,
@@ -132,15 +147,21 @@ pub(crate) struct AgentLink {
 
 impl AgentLink {
     /// A way to the agent of `machine`; nothing is connected yet. `own`: the guest has a kernel of its own.
-    pub(crate) fn new(vm_id: VmId, machine: Arc<dyn Machine>, network: Option<pb::GuestNetwork>, own: bool) -> Self {
-        Self { vm_id, machine, network, own, current: Mutex::default() }
+    pub(crate) fn new(
+        vm_id: VmId,
+        machine: Arc<dyn Machine>,
+        network: Option<pb::GuestNetwork>,
+        mounts: Vec<pb::Mount>,
+        own: bool,
+    ) -> Self {
+        Self { vm_id, machine, network, mounts, own, current: Mutex::default() }
     }
 
     /// Waits until the agent answers, and gives it its identity. Tries for ever: the caller has the deadline. An error is final.
     pub(crate) async fn introduce(&self) -> Result<Agent, Error> {
         loop {
             let agent = match self.agent().await {
-                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), self.own).await,
+                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), &self.mounts, self.own).await,
                 Err(error) => Err(error),
             };
             match agent {
@@ -227,16 +248,21 @@ mod tests {
 
     #[test]
     fn a_guest_of_its_own_must_have_done_every_step_and_a_process_none() {
-        let all = [&STEPS[..], &["network"]].concat();
-        assert_eq!(confirmed(&answer(&all), true, true), Ok(()));
-        assert_eq!(confirmed(&answer(&STEPS), false, true), Ok(()));
-        assert_eq!(confirmed(&answer(&["boot-id"]), true, false), Ok(()));
+        let all = [&STEPS[..], &["network", VOLUMES]].concat();
+        let confirmed =
+            |answer: &pb::ConfigureResponse, asked: &[&str], own| confirmed(answer, asked.iter().copied(), own);
+        let both = ["network", VOLUMES];
+        assert_eq!(confirmed(&answer(&all), &both, true), Ok(()));
+        assert_eq!(confirmed(&answer(&STEPS), &[], true), Ok(()));
+        assert_eq!(confirmed(&answer(&["boot-id"]), &["network"], false), Ok(()));
+        let without = Err("the guest has not confirmed: volumes".to_owned());
+        assert_eq!(confirmed(&answer(&["boot-id"]), &both, false), without, "not even in a process");
         for at in 0..all.len() {
             let (mut done, missing) = (all.clone(), all[at]);
             done.remove(at);
-            assert_eq!(confirmed(&answer(&done), true, true), Err(format!("the guest has not confirmed: {missing}")));
+            assert_eq!(confirmed(&answer(&done), &both, true), Err(format!("the guest has not confirmed: {missing}")));
         }
         let unnamed = pb::ConfigureResponse { boot_id: String::new(), ..answer(&all) };
-        assert!(confirmed(&unnamed, true, true).is_err() && confirmed(&unnamed, true, false).is_err());
+        assert!(confirmed(&unnamed, &[], true).is_err() && confirmed(&unnamed, &[], false).is_err());
     }
 }

@@ -107,6 +107,7 @@ fn unknown_config() -> VmConfig {
         labels: std::collections::BTreeMap::new(),
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     }
 }
 
@@ -148,10 +149,12 @@ async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopte
     };
     let adopted = host.hypervisor.adopt(&host.launch(id, &record.config)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
+    // One that is adopted has its identity, and its volumes with it.
     let link = Arc::new(AgentLink::new(
         id,
         Arc::clone(&machine),
         host.guest_network(record),
+        vec![],
         host.hypervisor.has_guest_kernel(),
     ));
     let problem = match tokio::time::timeout(ADOPT_PATIENCE, link.introduce()).await {

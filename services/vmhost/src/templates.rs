@@ -25,7 +25,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blixard::{id::VmId, pb::guest::v1::GuestNetwork, time::Timestamp};
+use blixard::{
+    id::VmId,
+    pb::guest::v1::{GuestNetwork, Mount},
+    time::Timestamp,
+    volume::Volumes,
+};
 use blixard_chassis::Tasks;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
@@ -37,6 +42,7 @@ use crate::{
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
     records::DELETED,
+    volumes::Prepared,
 };
 
 /// Templates that wait to be made. More are asked for again by the next VM that boots.
@@ -302,8 +308,17 @@ pub(crate) struct Started {
 ///
 /// # Errors
 /// Why not, in words. Nothing of it runs then.
-pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<GuestNetwork>) -> Result<Started, String> {
+pub(crate) async fn start(
+    host: &Arc<Host>,
+    launch: &Launch,
+    volumes: &Volumes,
+    network: Option<GuestNetwork>,
+) -> Result<Started, String> {
     host.attach(launch).await?;
+    if !volumes.is_empty() {
+        let Prepared { disks, mounts } = host.prepare(volumes, &launch.dir).await?;
+        return boot(host, &Launch { disks, ..launch.clone() }, network, mounts).await;
+    }
     if let Some(template) = host.templates.find(host, launch).await {
         match restore(host, launch, &template, network.clone()).await {
             Ok(started) => return Ok(started),
@@ -322,8 +337,17 @@ pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<Gue
             }
         }
     }
+    boot(host, launch, network, vec![]).await
+}
+
+async fn boot(
+    host: &Arc<Host>,
+    launch: &Launch,
+    network: Option<GuestNetwork>,
+    mounts: Vec<Mount>,
+) -> Result<Started, String> {
     let machine = host.hypervisor.launch(launch).await.map_err(|error| with_sources(&error))?;
-    Ok(Started { link: link(host, launch, &machine, network), machine, restored: false })
+    Ok(Started { link: link(host, launch, &machine, network, mounts), machine, restored: false })
 }
 
 async fn restore(
@@ -334,7 +358,7 @@ async fn restore(
 ) -> Result<Started, String> {
     let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
     let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
-    let link = link(host, launch, &machine, network);
+    let link = link(host, launch, &machine, network, vec![]);
     let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
     let problem = tokio::select! {
         introduced = introduced => match introduced {
@@ -348,9 +372,15 @@ async fn restore(
     Err(problem)
 }
 
-fn link(host: &Host, launch: &Launch, machine: &Arc<dyn Machine>, network: Option<GuestNetwork>) -> Arc<AgentLink> {
+fn link(
+    host: &Host,
+    launch: &Launch,
+    machine: &Arc<dyn Machine>,
+    network: Option<GuestNetwork>,
+    mounts: Vec<Mount>,
+) -> Arc<AgentLink> {
     let own = host.hypervisor.has_guest_kernel();
-    Arc::new(AgentLink::new(launch.vm_id, Arc::clone(machine), network, own))
+    Arc::new(AgentLink::new(launch.vm_id, Arc::clone(machine), network, mounts, own))
 }
 
 /// An empty directory for another try.
@@ -503,6 +533,7 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
                 memory_mib: about.memory_mib,
                 dir: PathBuf::new(),
                 nic: None,
+                disks: vec![],
             };
             key_of(hypervisor, &launch).is_ok_and(|current| current == key)
         };

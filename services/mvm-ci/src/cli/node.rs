@@ -204,6 +204,8 @@ fn state_json(node: &Node) -> Value {
         "memory_mib": node.memory_mib,
         "max_vms": node.max_vms,
         "images": node.images,
+        "volumes": node.volumes,
+        "scratch_mib": node.scratch_mib,
         "labels": node.labels,
         "incarnation": node.incarnation,
         "registered_at": output::rfc3339(node.registered_at),
@@ -267,6 +269,11 @@ fn text(seen: &NodeUse) -> String {
         ("vcpus", node.vcpus.to_string()),
         ("driver", node.driver.clone()),
         ("images", node.images.join(" ")),
+        ("volumes", node.volumes.join(" ")),
+        (
+            "scratch",
+            if node.scratch_mib == 0 { "none".to_owned() } else { format!("at most {} MiB", node.scratch_mib) },
+        ),
         ("labels", pairs(&node.labels)),
         ("endpoint", node.endpoint.clone()),
         ("incarnation", node.incarnation.to_string()),
@@ -303,6 +310,8 @@ mod tests {
             updated_at: REGISTERED,
             drain_deadline: None,
             wanted: NodeState::Ready,
+            volumes: vec!["tools".into()],
+            scratch_mib: 250_000,
         };
         NodeUse { node, vms: 3, used_memory_mib: 1536, jobs: 2 }
     }

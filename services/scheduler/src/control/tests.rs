@@ -29,6 +29,8 @@ fn node() -> Node {
         updated_at: at(0),
         drain_deadline: None,
         wanted: NodeState::Ready,
+        volumes: vec![],
+        scratch_mib: 0,
     }
 }
 
@@ -42,6 +44,7 @@ fn config() -> VmConfig {
         labels,
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     }
 }
 

@@ -13,6 +13,7 @@ use super::*;
 mod behaviours;
 mod egress;
 mod tables;
+mod volumes;
 mod world;
 
 const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
@@ -52,6 +53,8 @@ fn node(revision: u64, incarnation: u64) -> Node {
         updated_at: Timestamp(0),
         drain_deadline: None,
         wanted: NodeState::Ready,
+        volumes: vec![],
+        scratch_mib: 0,
     }
 }
 
@@ -97,6 +100,7 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
         labels,
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     };
     Vm {
         id: vm_id(id),

@@ -89,6 +89,7 @@ mod tests {
             memory_mib: 256,
             dir: "/nowhere".into(),
             nic: None,
+            disks: vec![],
         };
         let basis = |launch: &Launch, driver| basis(launch, root.path(), driver, &[&program]).expect("there");
 

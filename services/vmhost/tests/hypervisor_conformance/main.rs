@@ -22,15 +22,23 @@ use blixard::{
     pb::{
         common::v1::JobSpec,
         guest::v1::{
-            ConfigureRequest, ConfigureResponse, HelloRequest, HelloResponse, RunRequest, RunResponse, RunStart,
+            ConfigureRequest, ConfigureResponse, HelloRequest, HelloResponse, Mount, RunRequest, RunResponse, RunStart,
             ShutdownRequest, guest_service_client::GuestServiceClient, run_request, run_response,
         },
     },
     time::Timestamp,
 };
-use blixard_vmhost::hypervisor::{
-    CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
-    ProcessExit, choose,
+use blixard_vmhost::{
+    disk::{
+        directory::{Directory, Special},
+        erofs::Plan,
+        ext4,
+        tree::Tree,
+    },
+    hypervisor::{
+        CONSOLE_TAIL_BYTES, Console, Disk, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
+        ProcessExit, choose,
+    },
 };
 use hyper_util::rt::TokioIo;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -109,7 +117,15 @@ impl Bed {
     fn launch_in(&self, dir: &str) -> Launch {
         let dir = self.root.path().join(dir);
         fs::create_dir_all(&dir).expect("mkdir");
-        Launch { vm_id: VmId::random(), image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir, nic: None }
+        Launch {
+            vm_id: VmId::random(),
+            image: "default".to_owned(),
+            vcpus: 1,
+            memory_mib: 256,
+            dir,
+            nic: None,
+            disks: vec![],
+        }
     }
 }
 
@@ -226,6 +242,7 @@ async fn configure(guest: &mut GuestServiceClient<Channel>, launch: &Launch) -> 
         time: Some(Timestamp::now().into()),
         entropy: [random(), random(), random()].concat().into(),
         network: None,
+        mounts: launch.disks.iter().map(mount).collect(),
     };
     guest.configure(configure).await.expect("is configured").into_inner()
 }
@@ -247,6 +264,30 @@ async fn run_named(mut guest: GuestServiceClient<Channel>, script: &str) -> toni
     let start = RunRequest { message: Some(run_request::Message::Start(start)) };
     let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
     guest.run(requests).await.expect("begins").into_inner()
+}
+
+fn mount(disk: &Disk) -> Mount {
+    Mount {
+        serial: disk.serial.clone(),
+        filesystem: disk.filesystem.to_owned(),
+        mount_path: format!("/mnt/{}", disk.serial),
+        read_only: disk.read_only,
+    }
+}
+
+/// Runs a script to its end: what it printed, and its exit status.
+async fn run_to_its_end(guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> (String, Option<i32>) {
+    let (mut responses, mut printed) = (run(guest, launch, script).await, Vec::new());
+    loop {
+        match responses.message().await.expect("it runs").expect("its end comes").message {
+            Some(run_response::Message::Exited(exited)) => {
+                let code = exited.exit.expect("it was started").exit_code;
+                return (String::from_utf8(printed).expect("text"), code);
+            }
+            Some(run_response::Message::Output(output)) => printed.extend(&output.data),
+            Some(run_response::Message::Started(_)) | None => {}
+        }
+    }
 }
 
 fn text(console: &Console) -> String {
@@ -303,7 +344,8 @@ conformance! {
     a_guest_that_printed_while_nobody_read_goes_on_when_somebody_does
     restored_machines_run_jobs_and_no_two_are_alike
     a_restored_machine_is_adopted_shut_down_and_killed_like_any_other
-    a_template_that_is_damaged_is_refused_and_leaves_nothing;
+    a_template_that_is_damaged_is_refused_and_leaves_nothing
+    a_guest_has_its_disks_and_several_may_have_one;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -657,4 +699,58 @@ async fn a_program_that_is_missing_is_named() {
     let settings = HypervisorSettings { image_dir: "images".into(), agent_command: vec!["/no/such/agent".into()] };
     let Err(error) = choose(DriverChoice::Process, &settings) else { panic!("it was chosen") };
     assert!(error.to_string().contains("/no/such/agent is not a program"), "{error}");
+}
+
+async fn a_guest_has_its_disks_and_several_may_have_one(bed: Bed) {
+    const SCRIPT: &str = "cat /mnt/shared/hello; echo no > /mnt/shared/hello; echo no > /mnt/shared/new
+        find /mnt/scratch; head -c 3000000 /dev/zero > /mnt/scratch/zeros; sync; wc -c < /mnt/scratch/zeros
+        dd if=/dev/zero of=/mnt/scratch/more bs=1M 2>&1 | grep -o 'No space left on device'; echo yes > /tmp/elsewhere; exec cat /tmp/elsewhere";
+    const EXPECTED: &str = "hello\n\
+        /bin/sh: can't create /mnt/shared/hello: Read-only file system\n\
+        /bin/sh: can't create /mnt/shared/new: Read-only file system\n\
+        /mnt/scratch\n\
+        3000000\n\
+        No space left on device\n\
+        yes\n";
+    let shared = bed.root.path().join("shared.erofs");
+    let files = bed.root.path().join("files");
+    fs::create_dir(&files).expect("mkdir");
+    fs::write(files.join("hello"), "hello\n").expect("writes");
+    write_erofs(&files, &shared);
+    let driver = bed.driver();
+    let mut machines = Vec::new();
+    for _ in 0..2 {
+        let launch = bed.launch();
+        let scratch = launch.dir.join("scratch");
+        let file = fs::File::options().read(true).write(true).create_new(true).open(&scratch).expect("creates");
+        ext4::create(&file, 64, &[7; 16]).expect("writes");
+        let disk = |path: &Path, serial: &str, read_only, filesystem| Disk {
+            path: path.to_owned(),
+            serial: serial.to_owned(),
+            read_only,
+            filesystem,
+        };
+        let disks = vec![disk(&scratch, "scratch", false, "ext4"), disk(&shared, "shared", true, "erofs")];
+        let launch = Launch { disks, ..launch };
+        machines.push((start(&driver, &launch).await, launch));
+    }
+    for (machine, launch) in &machines {
+        hello(machine).await;
+        let guest = client(machine).await.expect("connects");
+        let ran = within(BOOT, "the script", run_to_its_end(guest, launch, SCRIPT)).await;
+        assert_eq!(ran, (EXPECTED.to_owned(), Some(0)));
+    }
+    for (machine, _) in &machines {
+        end(machine).await;
+    }
+}
+
+/// Makes a disk of a directory.
+fn write_erofs(from: &Path, to: &Path) {
+    let directory = Directory::open(from).expect("a directory");
+    let listing = directory.list(Special::LeaveOut, 100).expect("it can be read");
+    let mut tree = Tree::default();
+    tree.apply(listing.changes).expect("a tree");
+    let plan = Plan::of(&tree).expect("it fits");
+    plan.write(&directory, &mut fs::File::create_new(to).expect("creates"), &mut |_| {}).expect("writes");
 }

@@ -15,8 +15,8 @@
 //! A machine is saved as it is, paused, but for its confinement to its own directory, which is that of each machine that is restored from
 //! it. It has its vsock device then, which is a socket's relative path; a network interface is added before it goes on.
 //!
-//! It runs under its own seccomp filters, and where the kernel has it under Landlock: it opens the image's files, its own
-//! directory and nothing else.
+//! It runs under its own seccomp filters, and where the kernel has it under Landlock: it opens the image's files, its
+//! disks, its own directory and nothing else.
 
 mod api;
 #[cfg(test)]
@@ -148,6 +148,7 @@ impl Hypervisor for CloudHypervisor {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
+            image.check(&what.image, &what.disks)?;
             boot.start(starting, VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock), &what)
         })
         .await

@@ -61,7 +61,7 @@ impl Bed {
         let vm_id = VmId::random();
         let dir = self.root.path().join(vm_id.to_string());
         fs::create_dir(&dir).expect("mkdir");
-        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic: None }
+        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic: None, disks: vec![] }
     }
 
     /// A machine that runs, with its API.

@@ -33,7 +33,7 @@ modules_first='drivers/virtio/virtio_ring drivers/virtio/virtio_pci_modern_dev d
     net/vmw_vsock/vmw_vsock_virtio_transport_common net/vmw_vsock/vmw_vsock_virtio_transport'
 modules_later='drivers/virtio/virtio_mmio net/core/failover drivers/net/net_failover drivers/net/virtio_net
     drivers/char/virtio_console drivers/block/virtio_blk drivers/misc/pvpanic/pvpanic drivers/misc/pvpanic/pvpanic-pci'
-# Inserted only when there is a root disk. (ext4 is built into the kernel.)
+# Inserted only when there is a root disk or a volume. (ext4 is built into the kernel.)
 modules_root='lib/libcrc32c fs/erofs/erofs fs/overlayfs/overlay'
 
 # What a hypervisor should pass the kernel; it may append.

@@ -13,7 +13,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    id::{NAME_ALLOWED, NodeId},
+    id::{NAME_ALLOWED, NodeId, is_name},
     limits,
     replica::{REPLICAS_ALLOWED, Replicas},
     vm::Defaults,
@@ -116,6 +116,8 @@ pub struct StorageConfig {
     pub vm_state_dir: PathBuf,
     /// A file with the key that seals jobs' secrets.
     pub secret_key_file: PathBuf,
+    /// What jobs can have mounted read-only, by name: disk images and directories.
+    pub volumes: Assignments<String>,
 }
 
 /// Whether the registry is alone or one of several replicas.
@@ -301,6 +303,7 @@ impl Default for Config {
                 data_dir: "./data".into(),
                 vm_state_dir: "./data/vm-state".into(),
                 secret_key_file: "./data/secrets.key".into(),
+                volumes: Assignments::default(),
             },
             registry: RegistryConfig {
                 replicas: Replicas::default(),
@@ -626,6 +629,20 @@ pub const SETTINGS: &[Setting] = &[
         allowed: "a path",
         set: |config, value| path(value).map(|path| config.storage.secret_key_file = path),
         get: |config| config.storage.secret_key_file.display().to_string(),
+    },
+    Setting {
+        key: "storage.volumes",
+        env: "BLIXARD_VOLUMES",
+        flag: "volumes",
+        help: "What jobs on this node can have mounted read-only: disk images with an erofs or ext4 file system, and directories",
+        allowed: "empty, or name=path,…: at most 32; names of 1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', paths of 1 to 255 bytes without a comma",
+        set: |config, value| {
+            let path = |path: &str| (!path.is_empty()).then(|| path.to_owned());
+            let all = Assignments::parse(value, path).filter(|all| all.0.keys().all(|name| is_name(name)))?;
+            config.storage.volumes = all;
+            Some(())
+        },
+        get: |config| config.storage.volumes.to_string(),
     },
     Setting {
         key: "registry.replicas",
@@ -1002,6 +1019,8 @@ mod tests {
             load(None, &[], &[("network-resolvers", "127.0.0.53")]),
             load(None, &[], &[("vm-uids", "60000-70000")]),
             load(None, &[("BLIXARD_VM_UIDS", "200000-100000")], &[]),
+            load(None, &[], &[("volumes", "../x=/srv")]),
+            load(None, &[("BLIXARD_VOLUMES", "tools=")], &[]),
         ];
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"
@@ -1012,13 +1031,15 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, firecracker.vm_uids, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, firecracker.vm_uids, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, storage.volumes, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
         environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20
         flag --network-resolvers: "127.0.0.53" is not allowed: empty, or at most 3 addresses with commas between them; not of loopback
         flag --vm-uids: "60000-70000" is not allowed: none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's
         environment variable BLIXARD_VM_UIDS: "200000-100000" is not allowed: none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's
+        flag --volumes: "../x=/srv" is not allowed: empty, or name=path,…: at most 32; names of 1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', paths of 1 to 255 bytes without a comma
+        environment variable BLIXARD_VOLUMES: "tools=" is not allowed: empty, or name=path,…: at most 32; names of 1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', paths of 1 to 255 bytes without a comma
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

@@ -1,7 +1,7 @@
 //! The contracts and the vocabulary that every part of Blixard VM Management shares.
 //!
 //! - [`pb`]: generated from `proto/`. Wire types are always written `pb::…`; the plain noun is the domain type.
-//! - [`id`], [`vm`], [`job`], [`node`], [`replica`], [`time`]: the domain types, parsed from the wire once, at the edge.
+//! - [`id`], [`vm`], [`volume`], [`job`], [`node`], [`replica`], [`time`]: the domain types, parsed from the wire once, at the edge.
 //! - [`error`]: every reason an RPC fails for, and the one way to make a [`tonic::Status`] of it.
 //! - [`config`]: every setting, its name in TOML, environment and flags, and what is allowed.
 //! - [`sdk`]: the client that users program against.
@@ -19,6 +19,7 @@ pub mod replica;
 pub mod sdk;
 pub mod time;
 pub mod vm;
+pub mod volume;
 
 /// Generated protobuf types, clients and servers, one module per package and version.
 pub mod pb {

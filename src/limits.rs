@@ -77,6 +77,15 @@ pub const KILL_GRACE: Duration = Duration::from_secs(10);
 /// Most bytes in one log chunk.
 pub const MAX_LOG_CHUNK: usize = 64 * 1024;
 
+/// Most volumes of a VM.
+pub const MAX_VOLUMES: usize = 16;
+/// Longest path at which one is mounted.
+pub const MAX_MOUNT_PATH_BYTES: usize = 255;
+/// Smallest scratch disk: below it a file system is mostly itself.
+pub const MIN_SCRATCH_MIB: u64 = 16;
+/// Largest scratch disk: 1 TiB.
+pub const MAX_SCRATCH_MIB: u64 = 1024 * 1024;
+
 /// Most destinations of an egress allow-list.
 pub const MAX_EGRESS_RULES: usize = 64;
 

@@ -163,6 +163,10 @@ pub struct Node {
     pub wanted: NodeState,
     /// What its machine is short of: with anything it takes no new VMs.
     pub pressure: BTreeSet<HostPressure>,
+    /// The volumes that it has for its VMs.
+    pub volumes: Vec<String>,
+    /// The largest scratch disks that one of its VMs may have, together, in MiB; 0: it gives its VMs no disks.
+    pub scratch_mib: u64,
 }
 
 impl Node {
@@ -199,6 +203,8 @@ impl From<Node> for pb::Node {
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted: node.wanted.to_pb().into(),
             pressure: node.pressure.into_iter().map(|pressure| pressure.to_pb().into()).collect(),
+            volumes: node.volumes,
+            scratch_mib: node.scratch_mib,
         }
     }
 }
@@ -238,6 +244,8 @@ impl TryFrom<pb::Node> for Node {
             drain_deadline: node.drain_deadline.map(Into::into),
             wanted,
             pressure: node.pressure.into_iter().filter_map(HostPressure::from_pb).collect(),
+            volumes: node.volumes,
+            scratch_mib: node.scratch_mib,
         })
     }
 }

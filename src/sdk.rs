@@ -386,6 +386,7 @@ impl VmManager {
                 labels: config.labels,
                 node_id: String::new(),
                 egress: None,
+                volumes: Vec::new(),
             }),
         };
         let vm = self.client.clone().start_vm(message).await?.into_inner().vm;

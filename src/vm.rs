@@ -9,6 +9,7 @@ use crate::{
     limits,
     pb::common::v1 as pb,
     time::{Timestamp, millis},
+    volume::{Source, Volumes},
 };
 
 /// How long a VM lives.
@@ -198,6 +199,13 @@ pub struct VmConfig {
     /// still finds its request.
     #[serde(default, skip_serializing_if = "is_none")]
     pub egress: Egress,
+    /// Disks beside its root. Not stored when there are none, for the same reason.
+    #[serde(default, skip_serializing_if = "no_volumes")]
+    pub volumes: Volumes,
+}
+
+fn no_volumes(volumes: &Volumes) -> bool {
+    volumes.is_empty()
 }
 
 fn is_none(egress: &Egress) -> bool {
@@ -207,14 +215,22 @@ fn is_none(egress: &Egress) -> bool {
 impl VmConfig {
     /// Checks a request's `config`, filling in defaults; errors name the field below `field`.
     pub fn parse(field: &str, config: pb::VmConfig, defaults: Defaults) -> Result<Self, Error> {
+        let kind = VmKind::from_pb(&format!("{field}.kind"), config.kind)?;
+        let volumes = Volumes::from_pb(&format!("{field}.volumes"), config.volumes)?;
+        let scratch = volumes.iter().find(|volume| matches!(volume.source, Source::ScratchMib(_)));
+        if let (VmKind::Service, Some(scratch)) = (kind, scratch) {
+            let allowed = "none, for a scratch disk is one job's and a service VM runs several";
+            return Err(invalid(&format!("{field}.volumes"), scratch, allowed));
+        }
         Ok(Self {
-            kind: VmKind::from_pb(&format!("{field}.kind"), config.kind)?,
+            kind,
             image: parse_image(field, config.image)?,
             vcpus: parse_vcpus(field, config.vcpus, defaults)?,
             memory_mib: parse_memory(field, config.memory_mib, defaults)?,
             labels: parse_labels(&format!("{field}.labels"), config.labels)?,
             node_id: parse_node(field, &config.node_id)?,
             egress: Egress::from_pb(&format!("{field}.egress"), config.egress)?,
+            volumes,
         })
     }
 
@@ -236,6 +252,7 @@ impl From<VmConfig> for pb::VmConfig {
             labels: config.labels,
             node_id: config.node_id.map(|id| id.to_string()).unwrap_or_default(),
             egress: config.egress.needs_network().then(|| config.egress.into()),
+            volumes: config.volumes.into(),
         }
     }
 }
@@ -390,6 +407,24 @@ mod tests {
         service   Terminated -> 
         service   Failed     -> 
         ");
+    }
+
+    #[test]
+    fn a_scratch_disk_is_an_ephemeral_vms_and_what_is_stored_without_volumes_is_as_it_was() {
+        let scratch = pb::volume::Source::ScratchMib(64);
+        let volumes = vec![pb::Volume { mount_path: "/scratch".into(), source: Some(scratch) }];
+        let parse = |kind: VmKind, volumes| {
+            let config = pb::VmConfig { kind: kind.to_pb().into(), volumes, ..Default::default() };
+            VmConfig::parse("config", config, Defaults { vcpus: 1, memory_mib: 128 })
+        };
+        let config = parse(VmKind::Ephemeral, volumes.clone()).expect("valid");
+        assert_eq!(VmConfig::parse_full("config", Some(config.clone().into())), Ok(config.clone()));
+        let stored = serde_json::to_string(&config).expect("text");
+        assert_eq!(serde_json::from_str::<VmConfig>(&stored).expect("reads"), config);
+        let refused = parse(VmKind::Service, volumes).expect_err("refused");
+        assert_eq!(refused.metadata["field"], "config.volumes");
+        let without = serde_json::to_string(&parse(VmKind::Service, vec![]).expect("valid")).expect("text");
+        assert!(!without.contains("volumes"), "{without}");
     }
 
     #[test]

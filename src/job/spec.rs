@@ -16,6 +16,7 @@ use crate::{
     pb::common::v1 as pb,
     time::millis,
     vm::{Defaults, parse_image, parse_labels, parse_memory, parse_node, parse_vcpus},
+    volume::Volumes,
 };
 
 /// How far a job must be kept from other jobs.
@@ -83,6 +84,8 @@ pub struct JobSpec {
     pub input_digest: Bytes,
     /// Whom its VM may talk to; `None`: nobody, or whatever the VM has that it names.
     pub egress: Option<Egress>,
+    /// Disks of its VM; none: none, or whatever the VM has that it names.
+    pub volumes: Volumes,
 }
 
 /// The label that says whose a job is.
@@ -154,6 +157,11 @@ impl JobSpec {
             Ok(pb::Isolation::Minimal) => Isolation::Minimal,
             Err(_) => return Err(invalid(&at("isolation"), spec.isolation, "one of the isolation levels 0 to 3")),
         };
+        let volumes = Volumes::from_pb(&at("volumes"), spec.volumes)?;
+        if isolation == Isolation::Minimal && volumes.scratch_mib() > 0 {
+            let allowed = "maximum or standard, for with a scratch disk it is given a VM of its own";
+            return Err(invalid(&at("isolation"), "minimal", allowed));
+        }
         Ok(Self {
             command: spec.command,
             env: spec.env,
@@ -184,6 +192,7 @@ impl JobSpec {
                 length => return Err(invalid(&at("input_digest"), length, "32 bytes, or none")),
             },
             egress: spec.egress.map(|egress| Egress::from_pb(&at("egress"), Some(egress))).transpose()?,
+            volumes,
             node_id: parse_node(field, &spec.node_id)?,
             target_vm_id: match spec.target_vm_id.as_str() {
                 "" => None,
@@ -359,6 +368,7 @@ impl From<JobSpec> for pb::JobSpec {
             result_ttl_ms: spec.result_ttl.map_or(0, millis),
             input_digest: spec.input_digest,
             egress: spec.egress.map(Into::into),
+            volumes: spec.volumes.into(),
         }
     }
 }
@@ -440,6 +450,12 @@ mod tests {
             ("spec.result_ttl_ms", |s| s.result_ttl_ms = u64::MAX),
             ("spec.input_digest", |s| s.input_digest = vec![1].into()),
             ("spec.egress.policy", |s| s.egress = Some(pb::Egress { policy: 9, allow: vec![] })),
+            ("spec.volumes[0].source", |s| s.volumes = vec![pb::Volume { mount_path: "/a".into(), source: None }]),
+            ("spec.isolation", |s| {
+                s.isolation = pb::Isolation::Minimal.into();
+                let source = Some(pb::volume::Source::ScratchMib(64));
+                s.volumes = vec![pb::Volume { mount_path: "/scratch".into(), source }];
+            }),
             ("spec.labels", |s| drop(s.labels.insert(String::new(), String::new()))),
             ("spec.node_id", |s| s.node_id = "a b".into()),
             ("spec.target_vm_id", |s| s.target_vm_id = "nonsense".into()),

@@ -61,6 +61,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         time: Some(Timestamp::now().into()),
         entropy: [*VmId::random().0.as_bytes(), *VmId::random().0.as_bytes()].concat().into(),
         network: None,
+        mounts: vec![],
     };
     let skipped = client.configure(configure).await?.into_inner().skipped;
     eprintln!("[{:?}] configured, skipped {skipped:?}", begun.elapsed());

@@ -21,7 +21,7 @@ use rustix::{
 use crate::network;
 
 /// The kernel modules to insert, one path below `/lib/modules` a line, in order: those that are needed to serve, those
-/// that can wait, those for a root disk. A line `--` ends each part.
+/// that can wait, those for file systems. A line `--` ends each part.
 const MODULE_ORDER: &str = "/lib/modules/order";
 const END_OF_PART: &str = "--";
 /// What jobs may raise their number of open files to: systemd's default.
@@ -58,18 +58,22 @@ pub(crate) fn prepare() -> io::Result<Vec<String>> {
     let _ = rustix::process::setsid();
 
     let order = fs::read_to_string(MODULE_ORDER).unwrap_or_default();
-    let mut parts = order.lines().map(str::trim).filter(|line| !line.is_empty());
-    let mut part = || parts.by_ref().take_while(|&line| line != END_OF_PART).collect::<Vec<_>>();
-    let (first, later, root) = (part(), part(), part());
+    let [first, later, filesystems] = parts(&order);
     insert_modules(first.into_iter());
     let Some(disk) = RootDisk::of(&fs::read_to_string("/proc/cmdline").unwrap_or_default()) else {
         return Ok(later.into_iter().map(str::to_owned).collect());
     };
     // The modules are out of sight afterwards.
-    insert_modules(later.into_iter().chain(root));
+    insert_modules(later.into_iter().chain(filesystems));
     disk.become_root()?;
     mount_all();
     Ok(vec![])
+}
+
+/// The parts of [`MODULE_ORDER`].
+fn parts(order: &str) -> [Vec<&str>; 3] {
+    let mut lines = order.lines().map(str::trim).filter(|line| !line.is_empty());
+    std::array::from_fn(|_| lines.by_ref().take_while(|&line| line != END_OF_PART).collect())
 }
 
 fn mount_all() {
@@ -133,6 +137,17 @@ impl RootDisk {
     }
 }
 
+/// Sees to it that the kernel knows a file system, as far as the image has it. With a root disk everything is inserted already, and out of
+/// sight.
+pub(crate) fn have_filesystem(name: &str) {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if !known.lines().any(|line| line.split_ascii_whitespace().last() == Some(name)) {
+        let order = fs::read_to_string(MODULE_ORDER).unwrap_or_default();
+        let [.., filesystems] = parts(&order);
+        insert_modules(filesystems.into_iter());
+    }
+}
+
 /// Sets up what serving did not need: the other modules and the loopback interface.
 pub(crate) fn finish(modules: &[String]) {
     insert_modules(modules.iter().map(String::as_str));
@@ -189,6 +204,12 @@ fn insert_module(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_come_in_three_parts() {
+        assert_eq!(parts("a\nb\n--\n\nc\n--\nd\ne"), [vec!["a", "b"], vec!["c"], vec!["d", "e"]]);
+        assert_eq!(parts("a"), [vec!["a"], vec![], vec![]]);
+    }
 
     #[test]
     fn a_root_disk_is_what_the_command_line_says() {

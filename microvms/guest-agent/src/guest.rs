@@ -1,6 +1,7 @@
 //! The guest as its host sees it: one identity, at most one live attempt, one end.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -32,6 +33,8 @@ struct State {
     vm_id: Option<VmId>,
     /// Made by the first Configure, where the agent is PID 1.
     boot_id: Option<String>,
+    /// Where volumes are mounted.
+    mounted: BTreeSet<String>,
     held: Option<Arc<Attempt>>,
     seen: Seen,
 }
@@ -114,7 +117,7 @@ impl Guest {
             let message = format!("this guest runs a job as VM {current}");
             return Err(Error::new(Reason::GuestRefused, message).with("vm_id", current));
         }
-        let configured = configuration.apply(self.identity.owns_guest)?;
+        let configured = configuration.apply(self.identity.owns_guest, &mut state.mounted)?;
         state.vm_id = Some(configuration.vm_id);
         let boot_id = state.boot_id.get_or_insert(configured.boot_id).clone();
         Ok(Configured { boot_id, ..configured })

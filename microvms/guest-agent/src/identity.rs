@@ -5,7 +5,7 @@
 //! first time, which is when the kernel makes it. What clones have in common is older: the layout of the agent's memory and the
 //! keys of its hash tables, on which nothing secret depends.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use blixard::{
     error::{Error, Reason, invalid},
@@ -18,7 +18,7 @@ use rustix::{
     time::{ClockId, Timespec, clock_settime},
 };
 
-use crate::network::Network;
+use crate::{network::Network, volumes::Volume};
 
 /// What programs take for the id of the machine that they run on.
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -95,6 +95,7 @@ pub(crate) struct Configuration {
     time: Timestamp,
     entropy: Vec<u8>,
     network: Option<Network>,
+    volumes: Vec<Volume>,
 }
 
 impl Configuration {
@@ -117,16 +118,22 @@ impl Configuration {
             time: request.time.map(Timestamp::from).ok_or_else(|| invalid("time", "", "required"))?,
             entropy: request.entropy.into(),
             network: request.network.map(Network::parse).transpose()?,
+            volumes: Volume::parse_all(request.mounts)?,
         })
     }
 
-    /// Makes the guest so. Steps are skipped when the machine is not the agent's own.
+    /// Makes the guest so. Steps are skipped when the machine is not the agent's own. `mounted`: where volumes are mounted already.
     ///
     /// # Errors
     /// A step failed: the guest is not to be used.
-    pub(crate) fn apply(&self, owns_guest: bool) -> Result<Configured, Error> {
+    pub(crate) fn apply(&self, owns_guest: bool, mounted: &mut BTreeSet<String>) -> Result<Configured, Error> {
         if !owns_guest {
             let why = "the agent is not PID 1 of a guest";
+            // A job that asked for a disk must not find a directory of the same name.
+            if let Some(volume) = self.volumes.first() {
+                let problem = format!("cannot mount {}: {why}", volume.mount_path);
+                return Err(Error::new(Reason::GuestRefused, problem));
+            }
             let network = self.network.as_ref().map(|_| "network");
             let steps = ["entropy", "clock", "hostname", "machine-id"].into_iter().chain(network);
             let skipped = steps.map(|step| format!("{step}: {why}")).collect();
@@ -150,7 +157,20 @@ impl Configuration {
         if let Some(network) = &self.network {
             step("network", network.apply())?;
         }
+        if !self.volumes.is_empty() {
+            step("volumes", self.mount(mounted))?;
+        }
         Ok(Configured { done, skipped: Vec::new(), boot_id })
+    }
+
+    fn mount(&self, mounted: &mut BTreeSet<String>) -> io::Result<()> {
+        for volume in &self.volumes {
+            if !mounted.contains(&volume.mount_path) {
+                volume.mount()?;
+                mounted.insert(volume.mount_path.clone());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -210,6 +230,7 @@ mod tests {
             time: Some(Timestamp(1).into()),
             entropy: vec![1; 32].into(),
             network: None,
+            mounts: vec![],
         };
         change(&mut request);
         Configuration::parse(request)
@@ -227,12 +248,24 @@ mod tests {
     #[test]
     fn a_process_is_given_nothing_and_says_so() {
         let network = pb::GuestNetwork { mtu: 1500, ..Default::default() };
-        let apply = |network| request(|r| r.network = network).expect("valid").apply(false).expect("skipped");
+        let apply = |network| {
+            let configuration = request(|r| r.network = network).expect("valid");
+            configuration.apply(false, &mut BTreeSet::new()).expect("skipped")
+        };
         assert_eq!(apply(None).skipped.len(), 4);
         let configured = apply(Some(network));
         assert_eq!(configured.skipped[4], "network: the agent is not PID 1 of a guest");
         assert_eq!(configured.done, ["boot-id"]);
         assert_ne!(configured.boot_id, apply(None).boot_id);
+        let mount = pb::Mount {
+            serial: "volume0".into(),
+            filesystem: "ext4".into(),
+            mount_path: "/scratch".into(),
+            read_only: false,
+        };
+        let with_volume = request(|r| r.mounts = vec![mount]).expect("valid");
+        let refused = with_volume.apply(false, &mut BTreeSet::new()).expect_err("it would be a directory");
+        assert_eq!(refused.message, "cannot mount /scratch: the agent is not PID 1 of a guest");
     }
 
     #[test]
@@ -264,6 +297,7 @@ mod tests {
             ("time", |r| r.time = None),
             ("entropy", |r| r.entropy = vec![1; 31].into()),
             ("entropy", |r| r.entropy = vec![1; 513].into()),
+            ("mounts[0].serial", |r| r.mounts = vec![pb::Mount::default()]),
             ("network.mtu", |r| r.network = Some(pb::GuestNetwork::default())),
         ];
         for (field, change) in cases {

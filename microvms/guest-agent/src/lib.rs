@@ -30,6 +30,7 @@ mod output;
 mod processes;
 mod redact;
 mod service;
+mod volumes;
 
 use std::{ffi::OsString, io, process::ExitCode, sync::Arc, time::Duration};
 

@@ -151,6 +151,7 @@ impl Parts {
             advertise_endpoint: endpoint.clone(),
             secret_key: Some(secret_key.clone()),
             node_labels: config.server.node_labels.0.clone(),
+            volumes: config.storage.volumes.0.clone(),
             network: config.network.clone(),
             health: HealthConfig::from(&config.vm_manager),
             logs: LogLimits::from(&config.retention),

@@ -802,14 +802,14 @@ static FAIL_QUEUED: LazyLock<String> = LazyLock::new(|| {
 static REGISTER_NODE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "INSERT INTO nodes (id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, \
-             registered_at, updated_at, reason, labels, pressure) \
-         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8, ?8, '', ?9, ?10 WHERE true \
+             registered_at, updated_at, reason, labels, pressure, volumes, scratch_mib) \
+         SELECT ?1, '{}', ?2, ?3, ?4, ?5, ?6, ?7, 1, {NEXT_REVISION}, ?8, ?8, '', ?9, ?10, ?11, ?12 WHERE true \
          ON CONFLICT (id) DO UPDATE SET state = wanted, endpoint = excluded.endpoint, \
              driver = excluded.driver, vcpus = excluded.vcpus, memory_mib = excluded.memory_mib, \
              max_vms = excluded.max_vms, images = excluded.images, incarnation = incarnation + 1, \
              revision = excluded.revision, registered_at = excluded.registered_at, \
              updated_at = excluded.updated_at, reason = wanted_reason, labels = excluded.labels, \
-             pressure = excluded.pressure",
+             pressure = excluded.pressure, volumes = excluded.volumes, scratch_mib = excluded.scratch_mib",
         NodeState::Ready
     )
 });
@@ -826,6 +826,8 @@ fn register_node(node: &Node, now: String) -> Statement {
         now.into(),
         json(&node.labels).into(),
         json(&node.pressure.iter().map(|pressure| pressure.as_str()).collect::<Vec<_>>()).into(),
+        json(&node.volumes).into(),
+        integer(node.scratch_mib),
     ];
     (sql(&REGISTER_NODE), params)
 }
@@ -951,6 +953,8 @@ mod tests {
             drain_deadline: None,
             wanted: NodeState::Ready,
             pressure: Default::default(),
+            volumes: vec![],
+            scratch_mib: 0,
         };
         let id = JobId::random();
         let lost = Outcome::Lost { started: true, reason: String::new(), node: None };

@@ -272,6 +272,7 @@ mod tests {
             labels,
             node_id: None,
             egress: Default::default(),
+            volumes: Default::default(),
         };
         let node_id = NodeId::parse("", "n").unwrap();
         Mutation::CreateVm { id: VmId(Uuid::from_u128(vm)), config, node_id, scheduler_epoch: 0 }
@@ -296,6 +297,8 @@ mod tests {
             drain_deadline: None,
             wanted: NodeState::Ready,
             pressure: Default::default(),
+            volumes: vec![],
+            scratch_mib: 0,
         };
         Mutation::RegisterNode { node }
     }

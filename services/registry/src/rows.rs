@@ -28,7 +28,7 @@ pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, 
      started_at, finished_at, created_revision, attempt_end, queued_at, not_before_ms, attempts_started";
 /// The columns that [`node`] expects.
 pub(crate) const NODE_COLUMNS: &str = "id, state, endpoint, driver, vcpus, memory_mib, max_vms, images, incarnation, revision, registered_at, \
-     labels, reason, updated_at, drain_deadline, wanted, pressure";
+     labels, reason, updated_at, drain_deadline, wanted, pressure, volumes, scratch_mib";
 
 /// How an attempt ended: the value of `jobs.attempt_end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,6 +196,9 @@ pub(crate) fn node(row: &Row<'_>) -> Result<pb::Node> {
         .to_pb()
         .into(),
         pressure: pressure(row, 16)?,
+        volumes: serde_json::from_str(row.get_ref(17)?.as_str_or_null()?.unwrap_or("[]"))
+            .map_err(|error| damaged(17, error))?,
+        scratch_mib: row.get::<_, Option<i64>>(18)?.and_then(|mib| u64::try_from(mib).ok()).unwrap_or(0),
     })
 }
 

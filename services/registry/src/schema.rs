@@ -29,7 +29,7 @@ struct Migration {
     statements: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES, RETRIES, PRESSURE];
+const MIGRATIONS: &[Migration] = &[TABLES, RETENTION, REQUESTS, LOST_NODES, RETRIES, PRESSURE, VOLUMES];
 
 const TABLES: Migration = Migration {
     version: 1,
@@ -320,6 +320,15 @@ const RETRIES: Migration = Migration {
 const PRESSURE: Migration =
     Migration { version: 6, statements: &["ALTER TABLE nodes ADD COLUMN pressure TEXT NOT NULL DEFAULT '[]'"] };
 
+/// What nodes have for their VMs to mount.
+const VOLUMES: Migration = Migration {
+    version: 7,
+    statements: &[
+        "ALTER TABLE nodes ADD COLUMN volumes TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE nodes ADD COLUMN scratch_mib INTEGER NOT NULL DEFAULT 0",
+    ],
+};
+
 /// The version of the schema that this program writes.
 pub(crate) fn newest() -> i64 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
@@ -419,7 +428,10 @@ mod tests {
             of("SELECT concat_ws(' ', queued_at, retry_on, backoff_ms, result_ttl_ms, revision) FROM jobs"),
             "2026-01-02T03:04:05.678Z 1 0 0 1"
         );
-        assert_eq!(of("SELECT concat_ws(' ', labels, wanted, revision) FROM nodes"), "{} Ready 2");
+        assert_eq!(
+            of("SELECT concat_ws(' ', labels, wanted, revision, volumes, scratch_mib) FROM nodes"),
+            "{} Ready 2 [] 0"
+        );
         assert_eq!(of("SELECT concat(count(*)) FROM events"), "2");
         // The event of the next change is written again.
         write("UPDATE jobs SET state = 'Cancelled', revision = 3").await;

@@ -275,6 +275,7 @@ impl Cluster {
             labels,
             node_id: None,
             egress: Default::default(),
+            volumes: Default::default(),
         };
         self.vms.insert(vm_id, (config, node_id));
         vm_id
@@ -300,6 +301,8 @@ impl Cluster {
             drain_deadline: None,
             wanted: state,
             pressure: Default::default(),
+            volumes: vec![],
+            scratch_mib: 0,
         }
     }
 

@@ -123,6 +123,11 @@ impl SchedulerApi {
                 let allowed = format!("{}, which its VM has, or nothing", vm.config.egress);
                 return Err(invalid(&format!("{field}.egress"), egress, &allowed));
             }
+            if !spec.volumes.is_empty() && spec.volumes != vm.config.volumes {
+                let has = if vm.config.volumes.is_empty() { "none".to_owned() } else { vm.config.volumes.to_string() };
+                let allowed = format!("{has}, which its VM has, or nothing");
+                return Err(invalid(&format!("{field}.volumes"), &spec.volumes, &allowed));
+            }
             return Ok(());
         }
         let config = VmConfig {
@@ -133,6 +138,7 @@ impl SchedulerApi {
             labels: BTreeMap::new(),
             node_id: spec.node_id.clone(),
             egress: spec.egress.clone().unwrap_or_default(),
+            volumes: spec.volumes.clone(),
         };
         could_ever_fit(&self.peers.nodes(), field, &config, &spec.node_labels)
     }

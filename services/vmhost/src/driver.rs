@@ -300,13 +300,15 @@ impl Driver {
     async fn begin(&mut self) -> std::io::Result<()> {
         self.dir.create()?;
         self.dir.intend_vm(&self.record).await?;
-        let (host, launch) = (Arc::clone(&self.host), self.launch.clone());
+        let (host, launch, volumes) = (Arc::clone(&self.host), self.launch.clone(), self.record.config.volumes.clone());
         let network = host.guest_network(&self.record);
         let events = self.event_sender.clone();
         // Not among the VM's own tasks: a launch that vmhost's end cuts in half leaves what recovery has to sweep.
         self.host.tasks.spawn("vm-launch", async move {
-            let event = match templates::start(&host, &launch, network).await {
+            let event = match templates::start(&host, &launch, &volumes, network).await {
                 Ok(started) => Event::Launched(started),
+                // Nothing of it runs, and it is no fault of the VM: the next vmhost is asked to start it again.
+                Err(_) if host.tasks.token().is_cancelled() => return,
                 Err(reason) => Event::Input(Input::LaunchFailed { reason }),
             };
             let _ = events.send(event).await;
@@ -335,7 +337,8 @@ impl Driver {
         match event {
             Event::Input(input) => self.step(input).await,
             Event::Launched(Started { machine, link, restored }) => {
-                self.booted = !restored;
+                // One with volumes boots, template or not.
+                self.booted = !restored && self.record.config.volumes.is_empty();
                 self.machine = Some((Arc::clone(&machine), link));
                 self.watch_machine(machine);
                 let boot_deadline = Timestamp::now().plus(self.host.boot_patience());

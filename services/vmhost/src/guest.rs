@@ -29,6 +29,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// What makes a guest one of its own, beside its network.
 const STEPS: [&str; 5] = ["entropy", "boot-id", "clock", "hostname", "machine-id"];
+/// What is asked for when it has volumes.
+const VOLUMES: &str = "volumes";
 /// How much randomness a guest is given.
 const ENTROPY_BYTES: usize = 64;
 
@@ -67,7 +69,13 @@ impl Agent {
     }
 
     /// Gives the guest its identity, if it has none yet, and has each step of it confirmed.
-    async fn configure(self, vm_id: VmId, network: Option<&pb::GuestNetwork>, restored: bool) -> Result<Self, Error> {
+    async fn configure(
+        self,
+        vm_id: VmId,
+        network: Option<&pb::GuestNetwork>,
+        mounts: &[pb::Mount],
+        restored: bool,
+    ) -> Result<Self, Error> {
         if self.hello.configured {
             return if self.hello.vm_id == vm_id.to_string() {
                 Ok(self)
@@ -87,9 +95,11 @@ impl Agent {
             time: Some(Timestamp::now().into()),
             entropy: entropy.into(),
             network: network.cloned(),
+            mounts: mounts.to_vec(),
         };
         let answer = self.client.clone().configure(client::request(request, CALL_TIMEOUT)).await?.into_inner();
-        confirmed(&answer, network.is_some(), restored).map_err(|problem| refused(vm_id, &problem))?;
+        let asked = [network.map(|_| "network"), (!mounts.is_empty()).then_some(VOLUMES)];
+        confirmed(&answer, asked.into_iter().flatten(), restored).map_err(|problem| refused(vm_id, &problem))?;
         tracing::debug!(%vm_id, skipped = ?answer.skipped, kernel = self.hello.kernel_release, "guest configured");
         let hello = pb::HelloResponse {
             configured: true,
@@ -102,15 +112,21 @@ impl Agent {
 }
 
 /// Whether every step of an identity was done. A guest that was booted may have skipped one, if it says so: it is not another's. One that was
-/// restored shares with all the others what is not its own since.
-fn confirmed(answer: &pb::ConfigureResponse, network: bool, restored: bool) -> Result<(), String> {
+/// restored shares with all the others what is not its own since. Volumes may be missing in none: a job must not find a directory in
+/// their place.
+fn confirmed<'a>(
+    answer: &pb::ConfigureResponse,
+    asked: impl Iterator<Item = &'a str>,
+    restored: bool,
+) -> Result<(), String> {
     if answer.boot_id.is_empty() {
         return Err("the guest has no boot id after Configure; make its image anew (make guest-image)".to_owned());
     }
     let done = |step: &str| answer.done.iter().any(|done| done == step);
     let skipped = |step: &str| answer.skipped.iter().any(|skipped| skipped.split(':').next() == Some(step));
-    let steps = STEPS.into_iter().chain(network.then_some("network"));
-    let missing: Vec<&str> = steps.filter(|step| !done(step) && (restored || !skipped(step))).collect();
+    let steps = STEPS.into_iter().chain(asked);
+    let missing: Vec<&str> =
+        steps.filter(|step| !done(step) && (restored || *step == VOLUMES || !skipped(step))).collect();
     if missing.is_empty() { Ok(()) } else { Err(format!("the guest has not confirmed: {}", missing.join(", "))) }
 }
 
@@ -123,6 +139,7 @@ pub(crate) struct AgentLink {
     vm_id: VmId,
     machine: Arc<dyn Machine>,
     network: Option<pb::GuestNetwork>,
+    mounts: Vec<pb::Mount>,
     /// Whether the guest's memory was others', too.
     restored: bool,
     current: Mutex<Option<Agent>>,
@@ -134,16 +151,17 @@ impl AgentLink {
         vm_id: VmId,
         machine: Arc<dyn Machine>,
         network: Option<pb::GuestNetwork>,
+        mounts: Vec<pb::Mount>,
         restored: bool,
     ) -> Self {
-        Self { vm_id, machine, network, restored, current: Mutex::default() }
+        Self { vm_id, machine, network, mounts, restored, current: Mutex::default() }
     }
 
     /// Waits until the agent answers, and gives it its identity. Tries for ever: the caller has the deadline. An error is final.
     pub(crate) async fn introduce(&self) -> Result<Agent, Error> {
         loop {
             let agent = match self.agent().await {
-                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), self.restored).await,
+                Ok(agent) => agent.configure(self.vm_id, self.network.as_ref(), &self.mounts, self.restored).await,
                 Err(error) => Err(error),
             };
             match agent {
@@ -231,19 +249,24 @@ mod tests {
 
     #[test]
     fn a_restored_guest_must_have_done_every_step_and_a_booted_one_may_say_that_it_has_not() {
-        let all = [&STEPS[..], &["network"]].concat();
-        assert_eq!(confirmed(&answer(&all, &[]), true, true), Ok(()));
-        assert_eq!(confirmed(&answer(&STEPS, &[]), false, true), Ok(()));
+        let all = [&STEPS[..], &["network", VOLUMES]].concat();
+        let both = ["network", VOLUMES];
+        let confirmed = |answer: &pb::ConfigureResponse, asked: &[&'static str], restored| {
+            confirmed(answer, asked.iter().copied(), restored)
+        };
+        assert_eq!(confirmed(&answer(&all, &[]), &both, true), Ok(()));
+        assert_eq!(confirmed(&answer(&STEPS, &[]), &[], true), Ok(()));
         for at in 0..all.len() {
             let (mut done, missing) = (all.clone(), all[at]);
             done.remove(at);
             let problem = Err(format!("the guest has not confirmed: {missing}"));
-            assert_eq!(confirmed(&answer(&done, &[]), true, true), problem);
-            assert_eq!(confirmed(&answer(&done, &[]), true, false), problem);
-            assert_eq!(confirmed(&answer(&done, &[missing]), true, true), problem);
-            assert_eq!(confirmed(&answer(&done, &[missing]), true, false), Ok(()));
+            assert_eq!(confirmed(&answer(&done, &[]), &both, true), problem);
+            assert_eq!(confirmed(&answer(&done, &[]), &both, false), problem);
+            assert_eq!(confirmed(&answer(&done, &[missing]), &both, true), problem);
+            let may_be_skipped = if missing == VOLUMES { problem } else { Ok(()) };
+            assert_eq!(confirmed(&answer(&done, &[missing]), &both, false), may_be_skipped);
         }
         let unnamed = pb::ConfigureResponse { boot_id: String::new(), ..answer(&all, &[]) };
-        assert!(confirmed(&unnamed, true, true).is_err() && confirmed(&unnamed, true, false).is_err());
+        assert!(confirmed(&unnamed, &both, true).is_err() && confirmed(&unnamed, &both, false).is_err());
     }
 }

@@ -1,5 +1,5 @@
 //! The node's place in the registry: it registers, says again and again that it lives, and registers again when the
-//! registry has given it up, or when there are other images than it said, or it is short of something else.
+//! registry has given it up, or when there are other images or volumes than it said, or it is short of something else.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -12,21 +12,21 @@ const RECONNECT_AFTER: Duration = Duration::from_millis(500);
 /// Pause before the node registers again: two vmhosts that call themselves the same take turns no faster than this.
 const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// How often the images are looked at. A look reads one small file for each.
-const LOOK_AT_IMAGES_EVERY: Duration = Duration::from_secs(2);
+/// How often the images and volumes are looked at. A look reads one small file, or a few bytes of one, for each.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Keeps the node registered; ends only when the registry refuses it.
 pub(crate) async fn keep_registered(host: &Arc<Host>) {
     loop {
         // Before it registers: what appears meanwhile is found afterwards, and at worst told twice.
-        let (images, told) = (host.images(), host.pressure.borrow().pressure.clone());
+        let (offers, told) = (offers(host), host.pressure.borrow().pressure.clone());
         let Some(incarnation) = reconcile::register(host).await else { return };
         tokio::select! {
             over = beat(host, incarnation) => {
                 tracing::warn!(incarnation, error = %over, "the registry has given this node up, or another vmhost has its name; it registers again");
             }
-            images = other_images(host, &images) => {
-                tracing::info!(incarnation, ?images, "the images have changed; the node registers again");
+            (images, volumes) = other_offers(host, &offers) => {
+                tracing::info!(incarnation, ?images, ?volumes, "the images or volumes have changed; the node registers again");
             }
             pressure = other_pressure(host, &told) => {
                 tracing::info!(incarnation, ?pressure, "what this node is short of has changed; it registers again");
@@ -36,13 +36,20 @@ pub(crate) async fn keep_registered(host: &Arc<Host>) {
     }
 }
 
-/// Returns when there are other images than these.
-async fn other_images(host: &Host, known: &[String]) -> Vec<String> {
+type Offers = (Vec<String>, Vec<String>);
+
+/// The images and the volumes that VMs can have now.
+fn offers(host: &Host) -> Offers {
+    (host.images(), host.offered_volumes())
+}
+
+/// Returns when they are others than these.
+async fn other_offers(host: &Host, known: &Offers) -> Offers {
     loop {
-        tokio::time::sleep(LOOK_AT_IMAGES_EVERY).await;
-        let images = host.images();
-        if images != known {
-            return images;
+        tokio::time::sleep(LOOK_EVERY).await;
+        let offers = offers(host);
+        if offers != *known {
+            return offers;
         }
     }
 }

@@ -20,6 +20,7 @@ use blixard::{
     pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
     vm::{VmConfig, VmState},
+    volume::Volumes,
 };
 use blixard_chassis::{SecretKey, Tasks};
 use futures::future::join_all;
@@ -47,12 +48,15 @@ use crate::{
     registry::Registry,
     service::Service,
     templates::{self, TemplateStore, Wanted},
+    volumes::{Prepared, Room, VolumeStore},
 };
 
 /// How long a guest may take to boot to its agent: QEMU without hardware virtualization on a busy host needs half a minute.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 /// The same for a plain process.
 const PROCESS_BOOT_PATIENCE: Duration = Duration::from_secs(10);
+/// The driver whose VMs are plain processes, without a kernel of theirs that could mount a disk.
+const PROCESS_DRIVER: &str = "process";
 
 /// What a vmhost needs to know.
 #[derive(Debug, Clone)]
@@ -85,6 +89,8 @@ pub struct VmHostConfig {
     pub node_labels: BTreeMap<String, String>,
     /// The guests' network.
     pub network: NetworkConfig,
+    /// What VMs can have mounted read-only, by name: disk images and directories.
+    pub volumes: BTreeMap<String, String>,
     /// How VMs are watched.
     pub health: HealthConfig,
     /// How large logs grow.
@@ -164,6 +170,9 @@ pub enum StartError {
     /// The registry's endpoint is no endpoint.
     #[error("the registry's endpoint")]
     Registry(#[source] Error),
+    /// The current directory, below which volumes with relative paths are, is not there.
+    #[error("cannot tell where volumes are")]
+    Volumes(#[source] io::Error),
     /// The VMs on disk can't be read.
     #[error("cannot read the VM state directory")]
     Recovery(#[source] io::Error),
@@ -261,6 +270,7 @@ pub(crate) struct Host {
     /// The guests' network, or why there is none.
     pub(crate) network: Result<Arc<Network>, Unavailable>,
     pub(crate) containment: Containment,
+    volumes: Arc<VolumeStore>,
     pub(crate) registry: Registry,
     pub(crate) lease: Arc<NodeLease>,
     pub(crate) health: HealthConfig,
@@ -301,12 +311,14 @@ impl Host {
             (Contained::Yes { .. }, (false, how)) => tracing::warn!(how, "VMs are contained in a REDUCED form"),
         }
         let (templates, wanted_templates) = TemplateStore::open(state.path(), config.templates, &hypervisor).await;
+        let volumes = VolumeStore::open(&config.volumes, state.path(), tasks.token().clone());
         let dirs = [state.path().to_owned(), config.log_dir.clone()];
         let host = Self {
             state,
             containment,
             templates: Arc::new(templates),
             network: network.map(Arc::new),
+            volumes: Arc::new(volumes.map_err(StartError::Volumes)?),
             logs: LogStore::open(&config.log_dir, config.logs).map_err(log_dir)?,
             consoles: Consoles::open(&config.log_dir.join("consoles")).map_err(log_dir)?,
             hypervisor,
@@ -344,6 +356,8 @@ impl Host {
             memory_mib: self.capacity.memory_mib,
             max_vms: self.max_vms,
             images: self.images(),
+            volumes: self.offered_volumes(),
+            scratch_mib: self.largest_scratch_mib(),
             labels,
             pressure: self.pressure.borrow().pressure.iter().map(|pressure| pressure.to_pb().into()).collect(),
             ..Default::default()
@@ -353,6 +367,23 @@ impl Host {
     /// The images that can be booted now, sorted.
     pub(crate) fn images(&self) -> Vec<String> {
         self.hypervisor.images()
+    }
+
+    /// The volumes that VMs can have now, sorted.
+    pub(crate) fn offered_volumes(&self) -> Vec<String> {
+        if self.gives_disks() { self.volumes.offered() } else { vec![] }
+    }
+
+    fn largest_scratch_mib(&self) -> u64 {
+        let room = Room::of(self.state.path(), std::iter::empty());
+        let total =
+            room.inspect_err(|error| tracing::error!(%error, "the VM state directory's disk can't be looked at"));
+        // Even a node with no room for any can have volumes.
+        if self.gives_disks() { total.map_or(1, |room| room.total_mib.max(1)) } else { 0 }
+    }
+
+    fn gives_disks(&self) -> bool {
+        self.hypervisor.name() != PROCESS_DRIVER
     }
 
     /// Where the inputs of jobs come from.
@@ -378,6 +409,7 @@ impl Host {
             nic: None,
             user: None,
             cgroup: self.containment.cgroup(vm_id),
+            disks: vec![],
         }
     }
 
@@ -401,6 +433,21 @@ impl Host {
         }
     }
 
+    /// Makes the disks that a machine is to be launched with, in its directory.
+    pub(crate) async fn prepare(self: &Arc<Self>, volumes: &Volumes, dir: &Path) -> Result<Prepared, String> {
+        let host = Arc::clone(self);
+        let room = move || host.disk_room(&host.vms());
+        self.volumes.prepare(volumes, dir, room).await.map_err(|error| with_sources(&error))
+    }
+
+    /// What the disk of the VM state directory has left. Blocking, for a few microseconds.
+    fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
+        let alive = vms.iter().filter(|(_, vm)| !vm.view.borrow().state.is_terminal());
+        let with_scratch = alive.filter(|(_, vm)| vm.config.volumes.scratch_mib() > 0);
+        let others = with_scratch.map(|(id, vm)| (vm.config.volumes.clone(), self.state.vm(*id).machine()));
+        Room::of(self.state.path(), others)
+    }
+
     /// What a VM's guest is told of its network.
     pub(crate) fn guest_network(&self, record: &VmRecord) -> Option<GuestNetwork> {
         let (lease, network) = (record.lease.as_ref()?, self.network.as_ref().ok()?);
@@ -408,7 +455,7 @@ impl Host {
     }
 
     pub(crate) fn boot_patience(&self) -> Duration {
-        if self.hypervisor.name() == "process" { PROCESS_BOOT_PATIENCE } else { BOOT_PATIENCE }
+        if self.hypervisor.name() == PROCESS_DRIVER { PROCESS_BOOT_PATIENCE } else { BOOT_PATIENCE }
     }
 
     /// The VMs; never held across an await.
@@ -459,6 +506,19 @@ impl Host {
         fs::remove_dir_all(&deleted)
     }
 
+    fn admit_volumes(&self, config: &VmConfig) -> Result<(), Error> {
+        if config.volumes.is_empty() {
+            return Ok(());
+        }
+        if !self.gives_disks() {
+            let allowed = format!("none: the driver \"{}\" has no disks to give", self.hypervisor.name());
+            let error = invalid("config.volumes", &config.volumes, &allowed);
+            return Err(Error { reason: Reason::ExceedsCapacity, ..error });
+        }
+        let room = self.disk_room(&self.vms()).map_err(unreadable_disk)?;
+        self.volumes.admit(&config.volumes, &room)
+    }
+
     /// Starts a VM, unless it is here already; returns when that is on disk.
     pub(crate) async fn start_vm(self: &Arc<Self>, vm_id: VmId, config: VmConfig) -> Result<(), Error> {
         self.admit(&config)?;
@@ -487,6 +547,7 @@ impl Host {
             let error = invalid("config.egress", &config.egress, &allowed);
             return Err(Error { reason: Reason::ExceedsCapacity, ..error });
         }
+        self.admit_volumes(config)?;
         let known = self.images();
         if known.contains(&config.image) {
             return Ok(());
@@ -513,6 +574,9 @@ impl Host {
             // Not because of a template.
             self.capacity.room_for(config.memory_mib, alive.into_iter(), self.max_vms)?;
             self.templates.give_way();
+        }
+        if config.volumes.scratch_mib() > 0 {
+            self.disk_room(&vms).map_err(unreadable_disk)?.check(config.volumes.scratch_mib())?;
         }
         let lease = match &self.network {
             Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),
@@ -672,4 +736,8 @@ impl Host {
 fn alive_memory(vms: &BTreeMap<VmId, VmHandle>) -> Vec<u32> {
     let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
     alive.map(|vm| vm.config.memory_mib).collect()
+}
+
+fn unreadable_disk(error: io::Error) -> Error {
+    Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory's disk can't be looked at"))
 }

@@ -9,14 +9,15 @@
 //! ```
 //! `node_lease` ends what runs here when the registry is silent for too long, `health` what does not answer, `cleaning` deletes what
 //! the registry has forgotten, `invariants` finds and ends what nothing here accounts for, `pressure` gives memory back before the
-//! kernel takes it, `net` is what guests reach, `templates` what they are restored from and `containment` what their hypervisors run
-//! as. What a VM
+//! kernel takes it, `net` is what guests reach, `volumes` the disks that they have beside their roots, `templates` what they are
+//! restored from and `containment` what their hypervisors run as. What a VM
 //! holds is on disk before it is made (`records`), so that a kill -9 at any moment leaves nothing that the next start
 //! does not find (`recovery`). VMs outlive this process.
 //!
 //! This crate must not know how jobs are placed or queued: it is told, and it reports to the registry.
 
 pub mod containment;
+pub mod disk;
 pub mod hypervisor;
 pub mod lease;
 pub mod lifecycle;
@@ -45,6 +46,7 @@ mod registry;
 mod reporter;
 mod service;
 mod templates;
+mod volumes;
 
 pub use host::{HealthConfig, Pace, StartError, VmHost, VmHostConfig};
 pub use logs::{LogLimits, NodeLogs};

@@ -81,6 +81,7 @@ fn host_config(
         advertise_endpoint: advertise,
         secret_key,
         network: config.network,
+        volumes: config.storage.volumes.0,
         health: HealthConfig::from(&config.vm_manager),
         logs: LogLimits::from(&config.retention),
         watch: None,

@@ -108,6 +108,7 @@ fn unknown_config() -> VmConfig {
         labels: std::collections::BTreeMap::new(),
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     }
 }
 
@@ -150,8 +151,8 @@ async fn adopt(host: &Host, id: VmId, record: &VmRecord) -> Result<Option<Adopte
     };
     let adopted = host.hypervisor.adopt(&host.launch_of(id, record)).await;
     let Some(machine) = adopted.map_err(|error| with_sources(&error))? else { return Ok(None) };
-    // It has had its identity since it was Ready.
-    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record), false));
+    // It has had its identity since it was Ready, and its volumes with it.
+    let link = Arc::new(AgentLink::new(id, Arc::clone(&machine), host.guest_network(record), vec![], false));
     let problem = match tokio::time::timeout(ADOPT_PATIENCE, link.introduce()).await {
         Ok(Ok(agent)) if agent.hello.boot_id == *guest_boot => return Ok(Some((machine, link))),
         Ok(Ok(_)) => "its guest restarted".to_owned(),

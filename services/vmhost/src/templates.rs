@@ -25,7 +25,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blixard::{id::VmId, pb::guest::v1::GuestNetwork, time::Timestamp};
+use blixard::{
+    id::VmId,
+    pb::guest::v1::{GuestNetwork, Mount},
+    time::Timestamp,
+    volume::Volumes,
+};
 use blixard_chassis::Tasks;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
@@ -37,6 +42,7 @@ use crate::{
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
     records::DELETED,
+    volumes::Prepared,
 };
 
 /// Templates that wait to be made. More are asked for again by the next VM that boots.
@@ -302,8 +308,17 @@ pub(crate) struct Started {
 ///
 /// # Errors
 /// Why not, in words. Nothing of it runs then.
-pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<GuestNetwork>) -> Result<Started, String> {
+pub(crate) async fn start(
+    host: &Arc<Host>,
+    launch: &Launch,
+    volumes: &Volumes,
+    network: Option<GuestNetwork>,
+) -> Result<Started, String> {
     host.attach(launch).await?;
+    if !volumes.is_empty() {
+        let Prepared { disks, mounts } = host.prepare(volumes, &launch.dir).await?;
+        return boot(host, &Launch { disks, ..launch.clone() }, network, mounts).await;
+    }
     if let Some(template) = host.templates.find(host, launch).await {
         match restore(host, launch, &template, network.clone()).await {
             Ok(started) => return Ok(started),
@@ -322,8 +337,17 @@ pub(crate) async fn start(host: &Arc<Host>, launch: &Launch, network: Option<Gue
             }
         }
     }
+    boot(host, launch, network, vec![]).await
+}
+
+async fn boot(
+    host: &Arc<Host>,
+    launch: &Launch,
+    network: Option<GuestNetwork>,
+    mounts: Vec<Mount>,
+) -> Result<Started, String> {
     let machine = host.hypervisor.launch(launch).await.map_err(|error| with_sources(&error))?;
-    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, false));
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, mounts, false));
     Ok(Started { machine, link, restored: false })
 }
 
@@ -335,7 +359,7 @@ async fn restore(
 ) -> Result<Started, String> {
     let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
     let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
-    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, true));
+    let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, vec![], true));
     let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
     let problem = tokio::select! {
         introduced = introduced => match introduced {
@@ -513,6 +537,7 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
                 nic: None,
                 user: None,
                 cgroup: None,
+                disks: vec![],
             };
             key_of(hypervisor, &launch).is_ok_and(|current| current == key)
         };

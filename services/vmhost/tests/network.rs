@@ -28,7 +28,7 @@ use blixard::{
     vm::VmState,
 };
 use blixard_chaos_kit::{Network, run_in};
-use blixard_vmhost::hypervisor::{Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, choose};
+use blixard_vmhost::hypervisor::{Hypervisor, Launch, LaunchError, Machine, choose};
 use support::{Node, World, frames::Guest, frames::mac, vm_config, wait_for};
 
 const PUBLIC: Ipv4Addr = Ipv4Addr::new(1, 2, 3, 4);
@@ -468,27 +468,10 @@ const PUBLIC6: Ipv6Addr = Ipv6Addr::new(0x2600, 0, 0, 0, 0, 0, 0, 1);
 /// For a guest under emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(240);
 
-/// QEMU, if it can boot a guest here.
-fn qemu() -> Option<Arc<dyn Hypervisor>> {
-    let project = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two deep");
-    let image_dir = std::env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project.join("images"), Into::into);
-    let chosen =
-        choose(DriverChoice::Qemu, &HypervisorSettings { image_dir, agent_command: Vec::new(), vm_uids: None });
-    let missing = match chosen {
-        Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => return Some(driver),
-        Ok((_, why)) => why,
-        Err(error) => error.to_string(),
-    };
-    let required = std::env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
-    assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
-    eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
-    None
-}
-
 /// The whole way: a job in a real guest, over virtio-net, TAP, bridge and NAT, to somebody who listens in another namespace.
 #[test]
 fn a_job_in_a_real_guest_reaches_what_its_policy_allows() {
-    let Some(driver) = qemu() else { return };
+    let Some(driver) = support::qemu() else { return };
     let prepare = |network: &Network| {
         ip(network, 1, "address add fd99::1/64 dev eth0 nodad");
         ip(network, 1, &format!("address add {PUBLIC6}/128 dev lo nodad"));

@@ -39,6 +39,7 @@ fn job(state: JobState, attempt: u32, generation: u64) -> Job {
         result_ttl: None,
         input_digest: Bytes::new(),
         egress: None,
+        volumes: Default::default(),
     };
     Job {
         id: JobId(Uuid::from_u128(1)),
@@ -75,6 +76,7 @@ fn vm(number: u128, memory_mib: u32) -> Vm {
             labels: BTreeMap::from([(OWNER_LABEL.to_owned(), "scheduler".to_owned())]),
             node_id: None,
             egress: Default::default(),
+            volumes: Default::default(),
         },
         state: VmState::Starting,
         node_id: node().id,
@@ -109,6 +111,8 @@ fn node() -> Node {
         drain_deadline: None,
         wanted: NodeState::Ready,
         pressure: Default::default(),
+        volumes: vec![],
+        scratch_mib: 0,
     }
 }
 

@@ -71,6 +71,7 @@ impl Agent {
             time: Some(Timestamp::now().into()),
             entropy: vec![7; 64].into(),
             network: None,
+            mounts: vec![],
         }
     }
 

@@ -8,7 +8,9 @@ use blixard::{
     egress::Egress,
     job::{JobState, RetryOn},
     limits,
+    pb::common::v1 as common,
     vm::{VmKind, VmState},
+    volume::DEFAULT_SCRATCH_PATH,
 };
 use blixard_chassis::settings::{Flags, add_flags};
 use clap::{ArgAction, ArgMatches, CommandFactory as _, FromArgMatches as _, error::ErrorKind};
@@ -86,6 +88,42 @@ Exit code: the command's own; 128 + N when signal N ended it; 124 when it ran ou
 125 when it could not be run or was lost, or its files could not be fetched. With --array: 0 when every job succeeded, else 1.
 Ctrl-C cancels the job; a second Ctrl-C leaves without waiting for its end.";
 
+/// Disks beside the root.
+#[derive(Clone, clap::Args)]
+pub(crate) struct VolumeArgs {
+    /// A volume of its node's by name, mounted read-only; may be repeated.
+    #[arg(long, value_parser = volume, value_name = "NAME:/PATH")]
+    pub(crate) volume: Vec<common::Volume>,
+    /// An empty disk that goes with the VM, such as 10G, mounted at /scratch or where it says; may be repeated.
+    #[arg(long, value_parser = scratch, value_name = "SIZE[:/PATH]")]
+    pub(crate) scratch: Vec<common::Volume>,
+}
+
+impl VolumeArgs {
+    /// As the contract has them.
+    pub(crate) fn into_pb(self) -> Vec<common::Volume> {
+        self.volume.into_iter().chain(self.scratch).collect()
+    }
+}
+
+/// `NAME:/PATH`; what may stand there is for the server to say.
+pub(crate) fn volume(text: &str) -> Result<common::Volume, String> {
+    let (name, path) = text.split_once(':').ok_or("expected NAME:/PATH, such as tools:/opt/tools")?;
+    let source = Some(common::volume::Source::Name(name.to_owned()));
+    Ok(common::Volume { mount_path: path.to_owned(), source })
+}
+
+/// `SIZE[:/PATH]`.
+pub(crate) fn scratch(text: &str) -> Result<common::Volume, String> {
+    const EXPECTED: &str = "expected a size in MiB, GiB or TiB and perhaps a path, such as 512M, 10G:/work or 1T";
+    let (size, path) = text.split_once(':').unwrap_or((text, DEFAULT_SCRATCH_PATH));
+    let mib_per_unit = [('M', 1), ('G', 1024), ('T', 1024 * 1024)];
+    let (number, factor) =
+        mib_per_unit.iter().find_map(|(unit, mib)| Some((size.strip_suffix(*unit)?, *mib))).ok_or(EXPECTED)?;
+    let mib = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)).ok_or(EXPECTED)?;
+    Ok(common::Volume { mount_path: path.to_owned(), source: Some(common::volume::Source::ScratchMib(mib)) })
+}
+
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
     #[command(flatten)]
@@ -102,6 +140,8 @@ pub(crate) struct RunArgs {
     /// Whom it may talk to over the network: none (the default), internet (public addresses), or what is listed.
     #[arg(long, value_name = "none|internet|allow=CIDR[:PORT],...")]
     pub(crate) egress: Option<Egress>,
+    #[command(flatten)]
+    pub(crate) volumes: VolumeArgs,
     /// Environment variable; may be repeated.
     #[arg(long, value_parser = key_value, value_name = "NAME=VALUE")]
     pub(crate) env: Vec<(String, String)>,
@@ -409,6 +449,8 @@ pub(crate) struct VmCreateArgs {
     /// Whom it may talk to over the network: none, internet (public addresses), or what is listed.
     #[arg(long, default_value = "none", value_name = "none|internet|allow=CIDR[:PORT],...")]
     pub(crate) egress: Egress,
+    #[command(flatten)]
+    pub(crate) volumes: VolumeArgs,
     /// Label; may be repeated.
     #[arg(long, value_parser = key_value, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<(String, String)>,
@@ -749,6 +791,9 @@ mod tests {
             ("mvm-ci run --file a:b -- true", "the latter an absolute path"),
             ("mvm-ci run --secret TOKEN=abc -- true", "NAME=@FILE"),
             ("mvm-ci run --artifacts-dir d -- true", "--artifact"),
+            ("mvm-ci run --volume tools -- true", "expected NAME:/PATH"),
+            ("mvm-ci run --scratch 10 -- true", "such as 512M, 10G:/work or 1T"),
+            ("mvm-ci run --scratch 99999999999999999T -- true", "such as 512M"),
             ("mvm-ci run --array 0-3 -- true", "such as 1-100"),
             ("mvm-ci run --array 1-1001 -- true", "at most 1000"),
             ("mvm-ci run --array 1-2 --after 7 -- true", "cannot be used with"),

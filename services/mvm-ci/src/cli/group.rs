@@ -45,6 +45,10 @@ struct Entry {
     memory: Option<u32>,
     egress: Option<Egress>,
     #[serde(default)]
+    volume: Vec<String>,
+    #[serde(default)]
+    scratch: Vec<String>,
+    #[serde(default)]
     env: BTreeMap<String, String>,
     #[serde(default)]
     workdir: String,
@@ -104,6 +108,8 @@ fn job(entry: Entry) -> Result<pb::GroupJob, String> {
         None => (0, 0),
     };
     let retry_on = entry.retry_on.iter().map(|on| args::retry_on(on).map(|on| common::RetryOn::from(on).into()));
+    let volumes = entry.volume.iter().map(|text| args::volume(text));
+    let volumes = volumes.chain(entry.scratch.iter().map(|text| args::scratch(text)));
     let spec = common::JobSpec {
         command: entry.command,
         env: entry.env,
@@ -113,6 +119,7 @@ fn job(entry: Entry) -> Result<pb::GroupJob, String> {
         memory_mib: entry.memory,
         isolation: isolation.into(),
         egress: entry.egress.map(Into::into),
+        volumes: volumes.collect::<Result<_, String>>()?,
         priority: entry.priority,
         timeout_ms: millis_or_none(entry.timeout.as_deref().map(args::duration).transpose()?),
         max_attempts: entry.retries.saturating_add(1),
@@ -145,6 +152,8 @@ mod tests {
             retries = 1
             retry_on = ["lost", "failed"]
             timeout = "10m"
+            volume = ["tools:/opt/tools"]
+            scratch = ["2G"]
 
             [[job]]
             name = "report"
@@ -158,6 +167,12 @@ mod tests {
         assert_eq!((jobs[0].array_first, jobs[0].array_last), (1, 3));
         let spec = jobs[0].spec.as_ref().expect("a spec");
         assert_eq!((spec.max_attempts, &spec.retry_on[..], spec.timeout_ms), (2, &[1, 2][..], 600_000));
+        let volumes = [
+            ("/opt/tools", common::volume::Source::Name("tools".into())),
+            ("/scratch", common::volume::Source::ScratchMib(2048)),
+        ];
+        let volume = |(path, source): (&str, _)| common::Volume { mount_path: path.into(), source: Some(source) };
+        assert_eq!(spec.volumes, volumes.map(volume));
         let on = pb::GroupDependency { name: "test".into(), condition: common::DependencyCondition::Ended.into() };
         assert_eq!(jobs[1].depends_on, [on]);
         assert_eq!(jobs[1].spec.as_ref().expect("a spec").isolation(), common::Isolation::Minimal);
@@ -171,6 +186,7 @@ mod tests {
             ("wait = true", "unknown field `wait`"),
             ("array = \"0-1\"", "job \"a\": expected FIRST-LAST"),
             ("egress = \"all\"", "none, internet, or allow="),
+            ("scratch = [\"5\"]", "job \"a\": expected a size"),
             ("timeout = \"5\"", "job \"a\": expected a duration"),
             ("retry_on = [\"x\"]", "job \"a\": expected lost, failed or timed-out"),
             ("service = true\nephemeral = true", "exclude each other"),

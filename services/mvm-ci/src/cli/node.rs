@@ -205,6 +205,8 @@ fn state_json(node: &Node) -> Value {
         "memory_mib": node.memory_mib,
         "max_vms": node.max_vms,
         "images": node.images,
+        "volumes": node.volumes,
+        "scratch_mib": node.scratch_mib,
         "labels": node.labels,
         "pressure": node.pressure.iter().map(|pressure| pressure.as_str()).collect::<Vec<_>>(),
         "incarnation": node.incarnation,
@@ -279,6 +281,11 @@ fn text(seen: &NodeUse) -> String {
         ("vcpus", node.vcpus.to_string()),
         ("driver", node.driver.clone()),
         ("images", node.images.join(" ")),
+        ("volumes", node.volumes.join(" ")),
+        (
+            "scratch",
+            if node.scratch_mib == 0 { "none".to_owned() } else { format!("at most {} MiB", node.scratch_mib) },
+        ),
         ("labels", pairs(&node.labels)),
         ("endpoint", node.endpoint.clone()),
         ("incarnation", node.incarnation.to_string()),
@@ -316,6 +323,8 @@ mod tests {
             drain_deadline: None,
             wanted: NodeState::Ready,
             pressure: Default::default(),
+            volumes: vec!["tools".into()],
+            scratch_mib: 250_000,
         };
         NodeUse { node, vms: 3, used_memory_mib: 1536, jobs: 2 }
     }

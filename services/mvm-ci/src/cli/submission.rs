@@ -51,6 +51,7 @@ pub(crate) fn spec(args: &RunArgs) -> Result<common::JobSpec, Error> {
         labels: args.label.iter().cloned().chain(tenant).collect(),
         node_id: args.node.clone(),
         egress: args.egress.clone().map(Into::into),
+        volumes: args.volumes.clone().into_pb(),
         node_labels: map(&args.node_label),
         preferred_node_labels: map(&args.prefer_node_label),
         target_vm_id: vm.clone().unwrap_or_default(),
@@ -137,7 +138,7 @@ mod tests {
     fn every_flag_reaches_the_spec() {
         let id = "00000000-0000-0000-0000-000000000017";
         let line = format!(
-            "--service --image i --vcpus 3 --memory 256 --egress allow=10.0.0.0/8:443 --env A=1 --timeout 2s --workdir /w --priority -5 --retries 2 \
+            "--service --image i --vcpus 3 --memory 256 --egress allow=10.0.0.0/8:443 --volume tools:/t --scratch 10G --scratch 512M:/s --env A=1 --timeout 2s --workdir /w --priority -5 --retries 2 \
              --retry-on lost,failed --backoff 1s --queue-timeout 1m --start-timeout 30s --label a=b --tenant ci --node n \
              --node-label disk=ssd --prefer-node-label rack=1 --after {id} --artifact /out --ttl 1d -- make test"
         );
@@ -159,6 +160,13 @@ mod tests {
                 policy: common::EgressPolicy::AllowList.into(),
                 allow: vec![common::EgressRule { cidr: "10.0.0.0/8".into(), port: 443 }],
             }),
+            volumes: [
+                ("/t", common::volume::Source::Name("tools".into())),
+                ("/scratch", common::volume::Source::ScratchMib(10_240)),
+                ("/s", common::volume::Source::ScratchMib(512)),
+            ]
+            .map(|(path, source)| common::Volume { mount_path: path.into(), source: Some(source) })
+            .into(),
             retry_on: vec![common::RetryOn::Lost.into(), common::RetryOn::Failed.into()],
             backoff_ms: 1000,
             queue_timeout_ms: 60_000,

@@ -83,6 +83,7 @@ async fn create(client: &Client, args: VmCreateArgs, printer: &Printer) -> Resul
             labels: args.label.into_iter().collect(),
             node_id: args.node,
             egress: Some(args.egress.into()),
+            volumes: args.volumes.into_pb(),
         }),
     };
     let answer = client.call(request, async |mut stub, request| stub.start_vm(request).await).await?;

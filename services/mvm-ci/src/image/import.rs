@@ -11,11 +11,12 @@ use blixard_vmhost::hypervisor::{MANIFEST, Manifest, RootDisk};
 use super::{
     ImageError, Phase, Told,
     blobs::{Blobs, mismatch, verify},
+    erofs::Contents,
     layer::{self, Allowance, Unpacked},
     oci::{self, Config, Digest, Execution, Hasher, Saved},
     reference::Reference,
     registry,
-    root::{self, FILESYSTEM, ROOT_DISK},
+    root::{self, FILESYSTEM, LayerFiles, ROOT_DISK},
     store::{Draft, Entry, Store},
     tree::Tree,
 };
@@ -102,7 +103,7 @@ pub async fn import(store: &Store, settings: &Settings, source: &Source, told: T
     let (mut tree, layers) = image.unpack(&blobs, draft.path(), told)?;
     let source = format!("{} ({})", settings.source, image.digest);
     let settings = Settings { source, ..settings.clone() };
-    write(&base, &settings, &mut tree, &layers, &image.execution, &draft, told)?;
+    write(&base, &settings, &mut tree, &LayerFiles(&layers), &image.execution, &draft, told)?;
     finish(store, &settings, draft)
 }
 
@@ -111,7 +112,7 @@ pub(super) fn write(
     base: &Base,
     settings: &Settings,
     tree: &mut Tree,
-    layers: &[Unpacked],
+    contents: &dyn Contents,
     execution: &Execution,
     draft: &Draft,
     told: Told<'_>,
@@ -120,7 +121,7 @@ pub(super) fn write(
     let working_dir = execution.working_dir.clone().unwrap_or_default();
     root::tell_guest(tree, &env, &working_dir)?;
     fs::create_dir(&draft.image).map_err(|error| ImageError::io(draft.image.display(), error))?;
-    let root = root::write(tree, layers, &draft.image.join(ROOT_DISK), told)?;
+    let root = root::write(tree, contents, &draft.image.join(ROOT_DISK), told)?;
     let mut manifest = base.link_into(&draft.image)?;
     manifest.sha256.insert(ROOT_DISK.to_owned(), root.hex().to_owned());
     manifest.root_disk = Some(RootDisk { file: ROOT_DISK.to_owned(), filesystem: FILESYSTEM.to_owned() });
@@ -297,7 +298,7 @@ impl Layers {
 
     /// Unpacks, verifies and merges the layers.
     fn unpack(&self, blobs: &Blobs, beside: &Path, told: Told<'_>) -> Result<(Tree, Vec<Unpacked>), ImageError> {
-        let (mut tree, mut unpacked) = (Tree::new(), Vec::new());
+        let (mut tree, mut unpacked) = (Tree::default(), Vec::new());
         let mut allowance = Allowance::default();
         let sizes = self.layers.iter().map(|layer| layer.size(blobs)).collect::<Result<Vec<u64>, _>>()?;
         let (mut done, total) = (0, sizes.iter().fold(0, |sum: u64, size| sum.saturating_add(*size)));

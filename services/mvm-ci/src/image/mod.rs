@@ -22,7 +22,6 @@
 
 mod blobs;
 mod build;
-mod erofs;
 mod import;
 mod layer;
 mod oci;
@@ -31,9 +30,10 @@ mod registry;
 mod root;
 mod store;
 mod tarball;
-mod tree;
 
 use std::{fmt, io};
+
+use blixard_vmhost::disk::{directory, erofs, tree};
 
 pub use build::{from_directory, run_script};
 pub use import::{Settings, Source, import};

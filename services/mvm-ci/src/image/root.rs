@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufWriter, Read, Seek as _, Write},
+    io::{self, BufWriter, Read, Write},
     path::Path,
 };
 
@@ -57,37 +57,27 @@ pub(super) fn tell_guest(tree: &mut Tree, env: &[String], working_dir: &str) -> 
 }
 
 /// Writes the root disk, and says its digest.
-pub(super) fn write(tree: &Tree, layers: &[Unpacked], path: &Path, told: Told<'_>) -> Result<Digest, ImageError> {
+pub(super) fn write(tree: &Tree, contents: &dyn Contents, path: &Path, told: Told<'_>) -> Result<Digest, ImageError> {
     let failed = |error: WriteError| ImageError::invalid("the root disk", &format!("can't be written: {error}"));
     let plan = Plan::of(tree).map_err(failed)?;
     let file = File::create_new(path).map_err(|error| ImageError::io(path.display(), error))?;
     let mut out = Hashing { inner: BufWriter::with_capacity(1024 * 1024, file), hasher: Hasher::new() };
-    plan.write(&Files { layers }, &mut out, &mut |done| told(Phase::Write, done, plan.bytes())).map_err(failed)?;
+    plan.write(contents, &mut out, &mut |done| told(Phase::Write, done, plan.bytes())).map_err(failed)?;
     out.flush().map_err(|error| ImageError::io(path.display(), error))?;
     Ok(out.hasher.digest())
 }
 
-/// Where contents are.
-struct Files<'a> {
-    layers: &'a [Unpacked],
-}
+/// The layers that an image was merged from.
+pub(super) struct LayerFiles<'a>(pub(super) &'a [Unpacked]);
 
-impl Contents for Files<'_> {
+impl Contents for LayerFiles<'_> {
     fn open(&self, content: &Content, offset: u64) -> io::Result<Box<dyn Read + '_>> {
         match content {
             Content::Layer { layer, offset: start, .. } => {
-                let layer = self.layers.get(*layer).ok_or(io::ErrorKind::NotFound)?;
+                let layer = self.0.get(*layer).ok_or(io::ErrorKind::NotFound)?;
                 Ok(Box::new(ReadAt { file: &layer.file, at: start + offset }))
             }
-            Content::Host { path, .. } => {
-                let mut file = File::open(path)?;
-                file.seek(io::SeekFrom::Start(offset))?;
-                Ok(Box::new(file))
-            }
-            Content::Bytes(bytes) => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-                Ok(Box::new(io::Cursor::new(bytes[start..].to_vec())))
-            }
+            Content::Host { .. } | Content::Bytes(_) => Err(io::ErrorKind::NotFound.into()),
         }
     }
 }

@@ -147,6 +147,7 @@ pub(crate) fn config(kind: VmKind) -> pb::VmConfig {
         labels: BTreeMap::new(),
         node_id: String::new(),
         egress: None,
+        volumes: vec![],
     }
 }
 

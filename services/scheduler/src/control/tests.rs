@@ -30,6 +30,8 @@ fn node() -> Node {
         drain_deadline: None,
         wanted: NodeState::Ready,
         pressure: Default::default(),
+        volumes: vec![],
+        scratch_mib: 0,
     }
 }
 
@@ -43,6 +45,7 @@ fn config() -> VmConfig {
         labels,
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     }
 }
 

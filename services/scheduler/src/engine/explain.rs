@@ -15,7 +15,7 @@ use blixard::{
 use super::{
     Decision, Engine,
     jobs::{JobEntry, Phase},
-    nodes::{NodeEntry, Warm},
+    nodes::{NodeEntry, Warm, missing_volume},
     queue::Wait,
     shape::{Class, Constraint, NodeIx, Shape, SiteId},
     vms::VmEntry,
@@ -198,7 +198,7 @@ impl Engine {
         let (fit, candidates) = self.candidates(site, class, ROOMS_LOOKED_AT);
         let about = self.about(now, entry, COUNTED_AT_DECISION);
         let filters = vec![
-            filter("node_and_labels", all, allowed),
+            filter("node_labels_and_volumes", all, allowed),
             filter("ready_image_vcpus_vm_slots", allowed, slots),
             filter("memory", slots.min(count(ROOMS_LOOKED_AT)), fit),
         ];
@@ -256,6 +256,14 @@ impl Engine {
                 |entry| {
                     let label = missing_label(constraint, &entry.node).unwrap_or_default();
                     format!("{} has no label {label}", entry.node.id)
+                },
+            ),
+            Question::new(
+                "volumes",
+                |entry| missing_volume(constraint, &entry.node).is_none(),
+                |entry| {
+                    let missing = missing_volume(constraint, &entry.node).unwrap_or_default();
+                    format!("{} has not: {missing}", entry.node.id)
                 },
             ),
             Question::new(

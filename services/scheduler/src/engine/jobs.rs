@@ -194,8 +194,10 @@ impl Engine {
         let site = self.fleet.use_site(&Constraint::of(spec));
         let image = ImageId(self.images.number(&spec.image));
         let egress = self.egress_id(spec.egress.as_ref().unwrap_or(&Egress::None));
+        let volumes = self.volumes_id(&spec.volumes);
         let (vcpus, memory_mib, isolation) = (spec.vcpus, spec.memory_mib, spec.isolation);
-        let (id, new) = self.queue.enter(Shape::Like { image, egress, vcpus, memory_mib, isolation, site }, tenant);
+        let shape = Shape::Like { image, egress, volumes, vcpus, memory_mib, isolation, site };
+        let (id, new) = self.queue.enter(shape, tenant);
         if !new {
             self.fleet.leave_site(site);
         }

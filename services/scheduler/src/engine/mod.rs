@@ -46,6 +46,7 @@ use blixard::{
     pb::common::v1 as pb,
     time::Timestamp,
     vm::{Vm, VmConfig},
+    volume::Volume,
 };
 
 pub use nodes::{NodeEntry, Nodes, could_ever_fit};
@@ -57,7 +58,7 @@ use self::{
     nodes::Fleet,
     orders::Orders,
     queue::{Offer, Queue, Wait},
-    shape::{ImageId, Names, NodeIx, ShapeId, SiteId},
+    shape::{BootId, ImageId, Names, NodeIx, ShapeId, SiteId},
     vms::{BootFailures, Creation, Evictable, VmCounts, VmEntry},
 };
 
@@ -140,8 +141,8 @@ enum Wake {
     Order(OrderKey),
     /// A VM that refused a job is believed again.
     Trust(VmId),
-    /// VMs of this image may be started again.
-    BootPause(ImageId),
+    /// VMs of this image, with these volumes, may be started again.
+    BootPause(BootId),
     /// A free VM is old or idle enough to be ended.
     Vm(VmId),
     /// A job's pause is over, or it has waited long enough.
@@ -161,6 +162,8 @@ pub struct Engine {
     images: Names,
     /// The first one is [`Egress::None`].
     egresses: Names,
+    /// The first one is empty.
+    volume_sets: Names<[Volume]>,
     fleet: Fleet,
     vms: BTreeMap<VmId, VmEntry>,
     counts: VmCounts,
@@ -175,8 +178,8 @@ pub struct Engine {
     watched_vms: u64,
     creations: BTreeMap<Ticket, Creation>,
     next_ticket: Ticket,
-    /// By image: the reason one VM after another does not boot.
-    boot_failures: BTreeMap<ImageId, BootFailures>,
+    /// By image and volumes: the reason one VM after another does not boot.
+    boot_failures: BTreeMap<BootId, BootFailures>,
     /// Images that are kept warm, and with how many VMs.
     pre_warm: Vec<(ImageId, u32)>,
     jobs: BTreeMap<JobId, JobEntry>,
@@ -197,8 +200,8 @@ impl Engine {
     /// An engine that knows of nothing yet and does not lead.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        let mut images = Names::default();
-        let egresses = Names::beginning_with(&Egress::None.to_string());
+        let mut images = Names::<str>::default();
+        let egresses = Names::<str>::beginning_with(&Egress::None.to_string());
         let pre_warm = settings.pre_warm.iter().map(|(image, count)| (ImageId(images.number(image)), *count)).collect();
         Self {
             settings,
@@ -206,6 +209,7 @@ impl Engine {
             now: Timestamp(0),
             images,
             egresses,
+            volume_sets: Names::beginning_with(&[]),
             fleet: Fleet::default(),
             vms: BTreeMap::new(),
             counts: VmCounts::default(),
@@ -473,7 +477,7 @@ impl Engine {
                     self.change_vm(vm_id, |entry| entry.suspect = false);
                     self.vm_changed(now, vm_id, effects);
                 }
-                Wake::BootPause(image) => self.queue.offer(image, Offer::Anything),
+                Wake::BootPause((image, _)) => self.queue.offer(image, Offer::Anything),
                 Wake::Vm(vm_id) => self.on_vm_timer(now, vm_id, effects),
                 Wake::Job(job_id) => self.on_job_timer(now, job_id, effects),
                 Wake::Node(ix) => self.on_node_timer(now, ix, effects),

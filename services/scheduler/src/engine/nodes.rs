@@ -3,7 +3,10 @@
 //! A *site* is the set of nodes that some constraint allows. It keeps its Ready nodes in order of free memory, and those that
 //! have free VMs by the VMs' class, so that the best one is found without looking at the others.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use blixard::{
     config::PlacementChoice,
@@ -13,9 +16,10 @@ use blixard::{
     node::{Node, NodeState},
     time::Timestamp,
     vm::{VmConfig, VmKind},
+    volume::Volumes,
 };
 
-use super::shape::{Class, Constraint, ImageId, Names, NodeIx, Shape, ShapeId, SiteId};
+use super::shape::{Class, Constraint, ImageId, Names, NodeIx, Shape, ShapeId, SiteId, least_scratch};
 
 /// Sites that nothing uses are kept up to this many: jobs alike come again.
 const KEPT_SITES: usize = 256;
@@ -164,6 +168,7 @@ impl Fleet {
         let offers_the_same = before.is_some_and(|before| {
             let (a, b) = (before, &node);
             (a.vcpus, a.memory_mib, &a.images, &a.labels) == (b.vcpus, b.memory_mib, &b.images, &b.labels)
+                && (&a.volumes, a.scratch_mib) == (&b.volumes, b.scratch_mib)
         });
         let lost_before = before.filter(|before| before.incarnation == node.incarnation).map(|before| before.state);
         self.ready -= u32::from(self.place(ix).state == Some(NodeState::Ready));
@@ -414,9 +419,9 @@ impl Fleet {
     /// A free VM for this shape: a service VM first (it is warm), on a node that is liked, the smallest that fits; else one
     /// that was started for a job like it.
     pub(super) fn warm(&self, shape: &Shape) -> Option<Warm> {
-        let Shape::Like { image, egress, vcpus, memory_mib, site, .. } = *shape else { return None };
+        let Shape::Like { image, egress, volumes, vcpus, memory_mib, site, .. } = *shape else { return None };
         let site = self.sites.get(&site)?;
-        let class = |kind, memory_mib, vcpus| Class { image, egress, kind, memory_mib, vcpus };
+        let class = |kind, memory_mib, vcpus| Class { image, egress, volumes, kind, memory_mib, vcpus };
         let services = class(VmKind::Service, memory_mib, 0)..=class(VmKind::Service, u32::MAX, u32::MAX);
         let mut best: Option<Warm> = None;
         let mut classes = 0;
@@ -549,10 +554,57 @@ fn best_room(rooms: &BTreeSet<Room>, memory_mib: u64, choice: PlacementChoice) -
 /// How many of the preferred labels a node has; `None`: it must not be used.
 fn likes(constraint: &Constraint, node: &Node) -> Option<u32> {
     let has = |(key, value): (&String, &String)| node.labels.get(key) == Some(value);
-    let allowed =
-        constraint.node_id.as_ref().is_none_or(|wanted| *wanted == node.id) && constraint.labels.iter().all(has);
+    let allowed = constraint.node_id.as_ref().is_none_or(|wanted| *wanted == node.id)
+        && constraint.labels.iter().all(has)
+        && missing_volume(constraint, node).is_none();
     let liked = constraint.preferred.iter().filter(|label| has(*label)).count();
     allowed.then(|| u32::try_from(liked).unwrap_or(u32::MAX))
+}
+
+/// The first volume that a node lacks, in words.
+pub(super) fn missing_volume<'a>(constraint: &'a Constraint, node: &Node) -> Option<&'a str> {
+    if node.scratch_mib < constraint.scratch_mib {
+        return Some(if node.scratch_mib == 0 { "disks for its VMs" } else { "scratch disks of that size" });
+    }
+    constraint.volumes.iter().find(|name| !node.volumes.contains(name)).map(String::as_str)
+}
+
+/// Keeps the nodes that have what a VM is to have mounted.
+fn retain_with_volumes(candidates: &mut Vec<&Node>, field: &str, volumes: &Volumes) -> Result<(), Error> {
+    let refuse = |value: &dyn fmt::Display, allowed: &str| {
+        let error = invalid(&format!("{field}.volumes"), value, allowed);
+        Error { reason: Reason::ExceedsCapacity, ..error }
+    };
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let most = candidates.iter().map(|node| node.scratch_mib).max().unwrap_or(0);
+    if most == 0 {
+        let allowed = "none: no node that would do gives its VMs disks (the driver process has none to give)";
+        return Err(refuse(volumes, allowed));
+    }
+    if volumes.scratch_mib() > most {
+        let allowed = format!("scratch disks of at most {most} MiB together, what the largest node offers");
+        return Err(refuse(volumes, &allowed));
+    }
+    candidates.retain(|node| node.scratch_mib >= least_scratch(volumes));
+    let known: BTreeSet<&str> = candidates.iter().flat_map(|node| node.volumes.iter().map(String::as_str)).collect();
+    for name in volumes.names() {
+        if !known.contains(name) {
+            let allowed = if known.is_empty() {
+                "scratch disks only: no node that would do has volumes (storage.volumes)".to_owned()
+            } else {
+                format!("the volumes that nodes that would do have: {}", join(known))
+            };
+            return Err(refuse(&name, &allowed));
+        }
+    }
+    candidates.retain(|node| volumes.names().all(|name| node.volumes.iter().any(|has| has == name)));
+    if candidates.is_empty() {
+        let names = join(volumes.names());
+        return Err(refuse(&names, "volumes of one node: each of these is some node's, but no node has all of them"));
+    }
+    Ok(())
 }
 
 /// Whether any node that has these labels could ever run this, were it empty. With no node at all everything may come.
@@ -585,6 +637,7 @@ pub fn could_ever_fit(
         return Err(Error { reason: Reason::ExceedsCapacity, ..error });
     }
     candidates.retain(|node| !config.egress.needs_network() || has_network(node));
+    retain_with_volumes(&mut candidates, field, &config.volumes)?;
     for (key, value) in node_labels {
         candidates.retain(|node| node.labels.get(key) == Some(value));
         if candidates.is_empty() {

@@ -7,12 +7,15 @@ use blixard::{
     id::VmId,
     time::Timestamp,
     vm::{VmConfig, VmKind, VmState},
+    volume::Volumes,
 };
 
 use super::{
     Effect, Engine, LOOKS_PER_STEP, OWNER, OWNER_LABEL, Wake,
     queue::Wait,
-    shape::{Class, Constraint, EgressId, ImageId, NO_EGRESS, NodeIx, Shape, ShapeId, SiteId},
+    shape::{
+        BootId, Class, Constraint, EgressId, ImageId, NO_EGRESS, NO_VOLUMES, NodeIx, Shape, ShapeId, SiteId, VolumesId,
+    },
     vms::VmEntry,
 };
 
@@ -91,7 +94,7 @@ impl Engine {
     fn is_kept_warm(&self, class: &Class) -> bool {
         let wanted = self.pre_warm.iter().find(|(image, _)| *image == class.image).map_or(0, |(_, count)| *count);
         let defaults = self.settings.defaults;
-        let counts = (class.kind, class.egress) == (VmKind::Service, NO_EGRESS)
+        let counts = (class.kind, class.egress, class.volumes) == (VmKind::Service, NO_EGRESS, NO_VOLUMES)
             && class.memory_mib >= defaults.memory_mib
             && class.vcpus >= defaults.vcpus;
         counts && self.warm_of(class.image) <= wanted
@@ -117,7 +120,7 @@ impl Engine {
             for _ in 0..missing {
                 let most = self.settings.max_service_vms.max(wanted);
                 let full = self.settings.max_service_vms > 0 && self.our_services(image) >= most;
-                if full || self.boot_pause(now, image) {
+                if full || self.boot_pause(now, class.boot()) {
                     break;
                 }
                 let site = self.fleet.use_site(&Constraint::default());
@@ -133,15 +136,15 @@ impl Engine {
     fn pre_warmed(&self, image: ImageId) -> Class {
         let defaults = self.settings.defaults;
         let (memory_mib, vcpus) = (defaults.memory_mib, defaults.vcpus);
-        Class { image, egress: NO_EGRESS, kind: VmKind::Service, memory_mib, vcpus }
+        Class { image, egress: NO_EGRESS, volumes: NO_VOLUMES, kind: VmKind::Service, memory_mib, vcpus }
     }
 
     pub(super) fn our_services(&self, image: ImageId) -> u32 {
         self.counts.our_services.get(&image).copied().unwrap_or(0)
     }
 
-    pub(super) fn boot_pause(&self, now: Timestamp, image: ImageId) -> bool {
-        self.boot_failures.get(&image).is_some_and(|failures| failures.not_before > now)
+    pub(super) fn boot_pause(&self, now: Timestamp, boot: BootId) -> bool {
+        self.boot_failures.get(&boot).is_some_and(|failures| failures.not_before > now)
     }
 
     /// The number of a policy.
@@ -155,6 +158,11 @@ impl Engine {
         self.egresses.name(class.egress.0).parse().unwrap_or_default()
     }
 
+    /// The number of a set of volumes.
+    pub(super) fn volumes_id(&mut self, volumes: &Volumes) -> VolumesId {
+        VolumesId(self.volume_sets.number(volumes))
+    }
+
     /// The VM of ours to start.
     pub(super) fn config_of(&self, class: &Class, constraint: &Constraint) -> VmConfig {
         VmConfig {
@@ -165,6 +173,7 @@ impl Engine {
             labels: BTreeMap::from([(OWNER_LABEL.to_owned(), OWNER.to_owned())]),
             node_id: constraint.node_id.clone(),
             egress: self.egress_of(class),
+            volumes: self.volume_sets.name(class.volumes.0).iter().cloned().collect(),
         }
     }
 

@@ -103,8 +103,8 @@ impl Engine {
 
     /// A VM that is being started for nobody in particular and would do.
     fn unclaimed(&self, shape: &Shape, site: SiteId) -> Option<VmId> {
-        let Shape::Like { image, egress, memory_mib, .. } = *shape else { return None };
-        let class = |kind, memory_mib, vcpus| Class { image, egress, kind, memory_mib, vcpus };
+        let Shape::Like { image, egress, volumes, memory_mib, .. } = *shape else { return None };
+        let class = |kind, memory_mib, vcpus| Class { image, egress, volumes, kind, memory_mib, vcpus };
         let from = class(VmKind::Ephemeral, memory_mib, 0);
         let classes = self.counts.unclaimed.range(from..=class(VmKind::Service, u32::MAX, u32::MAX));
         let would_do = classes.filter(|(class, _)| shape.takes(class)).flat_map(|(_, nodes)| nodes);
@@ -122,7 +122,7 @@ impl Engine {
         site: SiteId,
         class: &Class,
     ) -> Result<NodeIx, Wait> {
-        if self.boot_pause(now, class.image) {
+        if self.boot_pause(now, class.boot()) {
             return Err(Wait::BootPause);
         }
         if isolation == Isolation::Minimal {

@@ -14,6 +14,7 @@ mod behaviours;
 mod egress;
 mod pressure;
 mod tables;
+mod volumes;
 mod world;
 
 const DEFAULTS: Defaults = Defaults { vcpus: 2, memory_mib: 512 };
@@ -54,6 +55,8 @@ fn node(revision: u64, incarnation: u64) -> Node {
         drain_deadline: None,
         wanted: NodeState::Ready,
         pressure: Default::default(),
+        volumes: vec![],
+        scratch_mib: 0,
     }
 }
 
@@ -99,6 +102,7 @@ fn vm(id: u128, revision: u64, kind: VmKind, state: VmState) -> Vm {
         labels,
         node_id: None,
         egress: Default::default(),
+        volumes: Default::default(),
     };
     Vm {
         id: vm_id(id),

@@ -219,7 +219,7 @@ impl Engine {
             }
             VmState::Draining => entry.reason = vm.reason.into(),
             VmState::Ready | VmState::Busy | VmState::Idle => {
-                self.boot_failures.remove(&class.image);
+                self.boot_failures.remove(&class.boot());
             }
             VmState::Terminated | VmState::Failed => {}
         }
@@ -267,7 +267,7 @@ impl Engine {
     /// so that a broken image ends its jobs with a reason. VMs that were starting together, as on a node whose vmhost was away for
     /// long, are one failure: in a row is what began after the one before had failed. `began`: the revision as of which it was Starting.
     fn on_boot_failure(&mut self, now: Timestamp, class: Class, began: u64, vm: &Vm, effects: &mut Vec<Effect>) {
-        let failures = self.boot_failures.entry(class.image).or_default();
+        let failures = self.boot_failures.entry(class.boot()).or_default();
         if began <= failures.revision {
             return;
         }
@@ -275,7 +275,7 @@ impl Engine {
         failures.count += 1;
         failures.not_before = Timestamp(now.0 + (500 << failures.count.min(6)));
         let (count, not_before) = (failures.count, failures.not_before);
-        self.arm(not_before, Wake::BootPause(class.image));
+        self.arm(not_before, Wake::BootPause(class.boot()));
         if count < MAX_BOOT_FAILURES || self.lead.is_none() {
             return;
         }
@@ -357,7 +357,7 @@ impl Engine {
 
     pub(super) fn class_of(&mut self, config: &VmConfig) -> Class {
         let (image, egress) = (ImageId(self.images.number(&config.image)), self.egress_id(&config.egress));
-        Class::of(config, image, egress)
+        Class::of(config, image, egress, self.volumes_id(&config.volumes))
     }
 
     fn find_room(&mut self, config: &VmConfig) -> Result<(Class, NodeIx), Error> {

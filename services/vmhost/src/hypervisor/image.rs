@@ -9,7 +9,7 @@ use std::{
 
 use blixard::id::is_name;
 
-use super::LaunchError;
+use super::{Disk, LaunchError};
 
 /// The file in an image's directory that says what it is.
 pub const MANIFEST: &str = "manifest.json";
@@ -26,7 +26,7 @@ pub struct Manifest {
     /// The disk whose files jobs see. None: they see the initramfs's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root_disk: Option<RootDisk>,
-    /// The file systems that the initramfs can mount as a root disk.
+    /// The file systems that the initramfs can mount, as a root disk and as volumes.
     #[serde(default)]
     pub root_filesystems: Vec<String>,
     /// SHA-256 digests by file name, 64 hexadecimal digits each.
@@ -89,6 +89,20 @@ pub(super) struct Image {
     pub(super) cmdline: String,
     /// The first disk, `/dev/vda` in the guest: read-only, the same file for all VMs.
     pub(super) root_disk: Option<PathBuf>,
+    /// What its guest can mount.
+    pub(super) filesystems: Vec<String>,
+}
+
+impl Image {
+    /// Whether its guest can mount these disks.
+    pub(super) fn check(&self, name: &str, disks: &[Disk]) -> Result<(), LaunchError> {
+        let strange = disks.iter().find(|disk| !self.filesystems.iter().any(|known| known == disk.filesystem));
+        strange.map_or(Ok(()), |disk| {
+            let known = if self.filesystems.is_empty() { "none".to_owned() } else { self.filesystems.join(", ") };
+            let problem = format!("its initramfs can't mount a volume of \"{}\", only of: {known}", disk.filesystem);
+            Err(LaunchError::BadImage { image: name.to_owned(), problem })
+        })
+    }
 }
 
 impl Image {
@@ -142,7 +156,13 @@ fn image_of(dir: &Path, manifest: &Manifest) -> Result<Image, String> {
         }
     }
     let root_disk = manifest.root_disk.as_ref().map(|disk| part(dir, &disk.file)).transpose()?;
-    Ok(Image { kernel: part(dir, &manifest.kernel)?, initramfs: part(dir, &manifest.initramfs)?, cmdline, root_disk })
+    Ok(Image {
+        kernel: part(dir, &manifest.kernel)?,
+        initramfs: part(dir, &manifest.initramfs)?,
+        cmdline,
+        root_disk,
+        filesystems: manifest.root_filesystems.clone(),
+    })
 }
 
 fn part(dir: &Path, name: &str) -> Result<PathBuf, String> {
@@ -193,6 +213,13 @@ mod tests {
         assert_eq!(disk.cmdline, "quiet root=/dev/vda rootfstype=erofs ro");
         assert_eq!(find(root.path(), "good").expect("boots").kernel, root.path().join("good/vmlinuz"));
         assert_eq!(find(root.path(), "own").expect("boots").cmdline, "quiet root=fstab");
+        let volume =
+            |filesystem| vec![Disk { path: "/v".into(), serial: "volume0".to_owned(), read_only: true, filesystem }];
+        disk.check("disk", &volume("erofs")).expect("it can mount that");
+        assert_eq!(
+            disk.check("disk", &volume("ext4")).expect_err("it can't").to_string(),
+            "image \"disk\" cannot be booted: its initramfs can't mount a volume of \"ext4\", only of: erofs"
+        );
         let problem = |name| find(root.path(), name).expect_err("refused").to_string();
         assert!(problem("half").contains("initramfs: No such file"), "{}", problem("half"));
         assert!(problem("torn").contains("manifest.json: EOF"), "{}", problem("torn"));

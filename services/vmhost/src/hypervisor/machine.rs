@@ -32,7 +32,7 @@ use tokio::{
 };
 
 use super::{
-    AGENT_PORT, Console, Launch, LaunchError, Machine, MachineExit,
+    AGENT_PORT, Console, Disk, Launch, LaunchError, Machine, MachineExit,
     cgroup::{Cgroup, Limits},
     confine::{self, Confinement, Files},
     console::{self, Recorder},
@@ -56,6 +56,8 @@ const MAX_ANSWER_BYTES: usize = 32;
 /// The directory in a launch's directory that its processes run in and may write to. What lies beside it is vmhost's: it would follow a link
 /// that a hostile hypervisor lays there.
 const OWN_DIR: &str = "run";
+/// In it: links to disks that other machines have, too.
+const SHARED_DISKS: &str = "disks";
 /// CPUs that a machine may use beyond its guest's: for the threads that serve its devices.
 const SPARE_CPUS: u32 = 1;
 /// For each so many MiB of a guest the kernel may keep one in page tables: two processes' and the processor's, eight bytes for 4 KiB each.
@@ -200,6 +202,7 @@ impl Starting {
     /// Has what is started from now on contained: as the VM's user, in its cgroup, with nothing but what it needs.
     pub(super) fn contain(&mut self, needs: Needs) -> Result<(), LaunchError> {
         let own = self.own_dir();
+        let longest_disk = reach_disks(&self.launch).map_err(cannot("put the machine's disks into its directory"))?;
         if let Some(user) = self.launch.user {
             hand_over(&own, user).map_err(cannot(format!("give {} to user {user}", own.display())))?;
         }
@@ -216,11 +219,11 @@ impl Starting {
         }
         self.confinement = Some(Confinement {
             user: self.launch.user,
-            reads: needs.reads,
+            reads: needs.reads.into_iter().chain(disks_of_others(&self.launch)).collect(),
             files: if needs.restrict_themselves { Files::Any } else { Files::Own(own) },
-            // The guest's memory is a file, and the longest that it writes but for what it is saved as, which has its devices besides. (A disk
-            // that it may write to has its say here.)
-            longest_file: (guest_mib + u64::from(needs.overhead_mib)) * BYTES_PER_MIB,
+            // The guest's memory is a file, and the longest that it writes but for what it is saved as, which has its devices besides, and for
+            // its disks.
+            longest_file: longest_disk.max((guest_mib + u64::from(needs.overhead_mib)) * BYTES_PER_MIB),
             threads: threads.into(),
         });
         Ok(())
@@ -338,6 +341,36 @@ impl Starting {
 /// Where a launch's processes run.
 pub(super) fn own_dir(launch: &Launch) -> PathBuf {
     launch.dir.join(OWN_DIR)
+}
+
+/// Where a machine's processes find a disk: its own ones below the directory that they run in, for what is above that is closed to them.
+pub(super) fn disk_path(launch: &Launch, disk: &Disk) -> PathBuf {
+    match disk.path.strip_prefix(&launch.dir) {
+        Ok(name) if disk.read_only => Path::new(".").join(SHARED_DISKS).join(name),
+        Ok(name) => Path::new(".").join(name),
+        Err(_) => disk.path.clone(),
+    }
+}
+
+/// Links a machine's own disks to where its processes find them. Those that others have, too, into a directory: what is in it is not given
+/// to the machine's user. Says how long the longest is that may be written to.
+fn reach_disks(launch: &Launch) -> io::Result<u64> {
+    let (own, mut longest) = (own_dir(launch), 0);
+    for disk in launch.disks.iter().filter(|disk| disk.path.starts_with(&launch.dir)) {
+        let link = own.join(disk_path(launch, disk));
+        if disk.read_only {
+            DirBuilder::new().mode(0o700).recursive(true).create(own.join(SHARED_DISKS))?;
+        } else {
+            longest = longest.max(fs::metadata(&disk.path)?.len());
+        }
+        fs::hard_link(&disk.path, link)?;
+    }
+    Ok(longest)
+}
+
+/// Its other disks.
+fn disks_of_others(launch: &Launch) -> impl Iterator<Item = PathBuf> {
+    launch.disks.iter().filter(|disk| !disk.path.starts_with(&launch.dir)).map(|disk| disk.path.clone())
 }
 
 /// Those of these processes that run, and whatever is in the cgroup.

@@ -79,7 +79,7 @@ pub struct Launch {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// This incarnation's own directory: absolute, mode 0700, and empty at launch. May be longer than a socket's path.
+    /// This incarnation's own directory: absolute, mode 0700, and empty at launch but for its disks. May be longer than a socket's path.
     pub dir: PathBuf,
     /// Its network interface, at launch; `None`: it gets none.
     pub nic: Option<Nic>,
@@ -87,6 +87,8 @@ pub struct Launch {
     pub user: Option<u32>,
     /// The cgroup that its processes are put into; `None`: into none. Made at launch, gone with the machine.
     pub cgroup: Option<PathBuf>,
+    /// Disks beside the image's, at launch.
+    pub disks: Vec<Disk>,
 }
 
 /// Whether a driver's machines are contained.
@@ -99,6 +101,19 @@ pub enum Contained {
         /// Whether they need /dev/kvm.
         kvm: bool,
     },
+}
+
+/// A disk beside the image's. It is raw: its bytes are the guest's, and its format is never guessed from them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The file, absolute.
+    pub path: PathBuf,
+    /// What the guest knows it by: at most 20 bytes.
+    pub serial: String,
+    /// Whether nobody writes to it, so that any number of VMs may have it.
+    pub read_only: bool,
+    /// The file system on it: "erofs", "ext4".
+    pub filesystem: &'static str,
 }
 
 /// A way to run VMs.

@@ -126,6 +126,7 @@ impl Hypervisor for Qemu {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
+            image.check(&what.image, &what.disks)?;
             boot.start(starting, &image, &what)
         })
         .await
@@ -289,8 +290,13 @@ impl Boot {
         add("-initrd", image.initramfs.clone().into());
         add("-append", image.cmdline.clone().into());
         if let Some(disk) = &image.root_disk {
-            add("-drive", drive("root0", disk));
+            add("-drive", drive("root0", disk, true));
             add("-device", "virtio-blk-pci,drive=root0".into());
+        }
+        for disk in &launch.disks {
+            let serial = &disk.serial;
+            add("-drive", drive(serial, &machine::disk_path(launch, disk), disk.read_only));
+            add("-device", format!("virtio-blk-pci,drive={serial},serial={serial}").into());
         }
         add("-chardev", chardev("serial0", SERIAL_SOCKET.into(), ",server=on,wait=off"));
         add("-serial", "chardev:serial0".into());
@@ -355,9 +361,11 @@ fn chardev(id: &str, path: PathBuf, options: &str) -> OsString {
     argument
 }
 
-/// A disk that nobody writes to, so that any number of VMs may have it.
-fn drive(id: &str, path: &Path) -> OsString {
-    let mut argument = OsString::from(format!("if=none,id={id},format=raw,readonly=on,file="));
+/// A disk. Any number of VMs may have one that is read-only. An error is the guest's to see: left to itself QEMU stops the whole VM when the
+/// host's disk is full, and nobody would set it going again.
+fn drive(id: &str, path: &Path, read_only: bool) -> OsString {
+    let how = if read_only { "readonly=on" } else { "readonly=off,werror=report,rerror=report" };
+    let mut argument = OsString::from(format!("if=none,id={id},format=raw,{how},file="));
     argument.push(escaped(path));
     argument
 }
@@ -393,7 +401,9 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_does_not_become_an_option() {
         assert_eq!(chardev("c", "/a,server=on/s".into(), ",wait=off"), "socket,id=c,path=/a,,server=on/s,wait=off");
-        assert_eq!(drive("d", Path::new("/a,b")), "if=none,id=d,format=raw,readonly=on,file=/a,,b");
+        assert_eq!(drive("d", Path::new("/a,b"), true), "if=none,id=d,format=raw,readonly=on,file=/a,,b");
+        let scratch = "if=none,id=d,format=raw,readonly=off,werror=report,rerror=report,file=/a,,b";
+        assert_eq!(drive("d", Path::new("/a,b"), false), scratch);
     }
 
     #[tokio::test]

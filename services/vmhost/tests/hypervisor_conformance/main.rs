@@ -22,16 +22,23 @@ use blixard::{
     pb::{
         common::v1::JobSpec,
         guest::v1::{
-            ConfigureRequest, ConfigureResponse, GuestNetwork, HelloRequest, HelloResponse, RunRequest, RunResponse,
-            RunStart, ShutdownRequest, guest_service_client::GuestServiceClient, run_request, run_response,
+            ConfigureRequest, ConfigureResponse, GuestNetwork, HelloRequest, HelloResponse, Mount, RunRequest,
+            RunResponse, RunStart, ShutdownRequest, guest_service_client::GuestServiceClient, run_request,
+            run_response,
         },
     },
     time::Timestamp,
 };
 use blixard_vmhost::{
     containment::{Containment, Place},
+    disk::{
+        directory::{Directory, Special},
+        erofs::Plan,
+        ext4,
+        tree::Tree,
+    },
     hypervisor::{
-        CONSOLE_TAIL_BYTES, Console, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
+        CONSOLE_TAIL_BYTES, Console, Disk, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
         ProcessExit, choose,
     },
 };
@@ -121,7 +128,8 @@ impl Bed {
         fs::create_dir_all(&dir).expect("mkdir");
         let vm_id = VmId::random();
         let Place { user, cgroup } = self.containment.lease(vm_id).expect("there are users");
-        Launch { vm_id, image: "default".to_owned(), vcpus: 1, memory_mib: 256, dir, nic: None, user, cgroup }
+        let (image, nic, disks) = ("default".to_owned(), None, vec![]);
+        Launch { vm_id, image, vcpus: 1, memory_mib: 256, dir, nic, user, cgroup, disks }
     }
 }
 
@@ -253,6 +261,7 @@ async fn configure_with(
         time: Some(Timestamp::now().into()),
         entropy: [random(), random(), random()].concat().into(),
         network,
+        mounts: launch.disks.iter().map(mount).collect(),
     };
     guest.configure(configure).await.expect("is configured").into_inner()
 }
@@ -274,6 +283,30 @@ async fn run_named(mut guest: GuestServiceClient<Channel>, script: &str) -> toni
     let start = RunRequest { message: Some(run_request::Message::Start(start)) };
     let requests = tokio_stream::iter([start]).chain(tokio_stream::pending());
     guest.run(requests).await.expect("begins").into_inner()
+}
+
+fn mount(disk: &Disk) -> Mount {
+    Mount {
+        serial: disk.serial.clone(),
+        filesystem: disk.filesystem.to_owned(),
+        mount_path: format!("/mnt/{}", disk.serial),
+        read_only: disk.read_only,
+    }
+}
+
+/// Runs a script to its end: what it printed, and its exit status.
+async fn run_to_its_end(guest: GuestServiceClient<Channel>, launch: &Launch, script: &str) -> (String, Option<i32>) {
+    let (mut responses, mut printed) = (run(guest, launch, script).await, Vec::new());
+    loop {
+        match responses.message().await.expect("it runs").expect("its end comes").message {
+            Some(run_response::Message::Exited(exited)) => {
+                let code = exited.exit.expect("it was started").exit_code;
+                return (String::from_utf8(printed).expect("text"), code);
+            }
+            Some(run_response::Message::Output(output)) => printed.extend(&output.data),
+            Some(run_response::Message::Started(_)) | None => {}
+        }
+    }
 }
 
 fn text(console: &Console) -> String {
@@ -333,7 +366,8 @@ conformance! {
     a_template_that_is_damaged_is_refused_and_leaves_nothing
     its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights
     what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is
-    a_machine_that_takes_too_much_memory_ends_and_says_so;
+    a_machine_that_takes_too_much_memory_ends_and_says_so
+    a_guest_has_its_disks_and_several_may_have_one;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -840,4 +874,58 @@ async fn a_program_that_is_missing_is_named() {
         HypervisorSettings { image_dir: "images".into(), agent_command: vec!["/no/such/agent".into()], vm_uids: None };
     let Err(error) = choose(DriverChoice::Process, &settings) else { panic!("it was chosen") };
     assert!(error.to_string().contains("/no/such/agent is not a program"), "{error}");
+}
+
+async fn a_guest_has_its_disks_and_several_may_have_one(bed: Bed) {
+    const SCRIPT: &str = "cat /mnt/shared/hello; echo no > /mnt/shared/hello; echo no > /mnt/shared/new
+        find /mnt/scratch; head -c 3000000 /dev/zero > /mnt/scratch/zeros; sync; wc -c < /mnt/scratch/zeros
+        dd if=/dev/zero of=/mnt/scratch/more bs=1M 2>&1 | grep -o 'No space left on device'; echo yes > /tmp/elsewhere; exec cat /tmp/elsewhere";
+    const EXPECTED: &str = "hello\n\
+        /bin/sh: can't create /mnt/shared/hello: Read-only file system\n\
+        /bin/sh: can't create /mnt/shared/new: Read-only file system\n\
+        /mnt/scratch\n\
+        3000000\n\
+        No space left on device\n\
+        yes\n";
+    let shared = bed.root.path().join("shared.erofs");
+    let files = bed.root.path().join("files");
+    fs::create_dir(&files).expect("mkdir");
+    fs::write(files.join("hello"), "hello\n").expect("writes");
+    write_erofs(&files, &shared);
+    let driver = bed.driver();
+    let mut machines = Vec::new();
+    for _ in 0..2 {
+        let launch = bed.launch();
+        let scratch = launch.dir.join("scratch");
+        let file = fs::File::options().read(true).write(true).create_new(true).open(&scratch).expect("creates");
+        ext4::create(&file, 64, &[7; 16]).expect("writes");
+        let disk = |path: &Path, serial: &str, read_only, filesystem| Disk {
+            path: path.to_owned(),
+            serial: serial.to_owned(),
+            read_only,
+            filesystem,
+        };
+        let disks = vec![disk(&scratch, "scratch", false, "ext4"), disk(&shared, "shared", true, "erofs")];
+        let launch = Launch { disks, ..launch };
+        machines.push((start(&driver, &launch).await, launch));
+    }
+    for (machine, launch) in &machines {
+        hello(machine).await;
+        let guest = client(machine).await.expect("connects");
+        let ran = within(BOOT, "the script", run_to_its_end(guest, launch, SCRIPT)).await;
+        assert_eq!(ran, (EXPECTED.to_owned(), Some(0)));
+    }
+    for (machine, _) in &machines {
+        end(machine).await;
+    }
+}
+
+/// Makes a disk of a directory.
+fn write_erofs(from: &Path, to: &Path) {
+    let directory = Directory::open(from).expect("a directory");
+    let listing = directory.list(Special::LeaveOut, 100).expect("it can be read");
+    let mut tree = Tree::default();
+    tree.apply(listing.changes).expect("a tree");
+    let plan = Plan::of(&tree).expect("it fits");
+    plan.write(&directory, &mut fs::File::create_new(to).expect("creates"), &mut |_| {}).expect("writes");
 }

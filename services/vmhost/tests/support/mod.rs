@@ -50,6 +50,7 @@ pub struct World {
     pub templates: u32,
     pub secret_key: Option<SecretKey>,
     pub network: NetworkConfig,
+    pub volumes: BTreeMap<String, String>,
     pub health: HealthConfig,
     pub logs: LogLimits,
     pub watch: Option<HostWatch>,
@@ -78,6 +79,7 @@ impl World {
             templates: 0,
             secret_key: SecretKey::from_bytes(&[7; 32]),
             network: Config::default().network,
+            volumes: BTreeMap::new(),
             health: HealthConfig { check_every: None, recycle_below_memory_percent: 0 },
             logs: LogLimits::from(&Config::default().retention),
             // Whatever else runs on this machine: it has room.
@@ -113,6 +115,7 @@ impl World {
             advertise_endpoint,
             secret_key: self.secret_key.clone(),
             node_labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+            volumes: self.volumes.clone(),
             network: self.network.clone(),
             health: self.health,
             logs: self.logs,
@@ -235,10 +238,11 @@ impl World {
 
     /// No directory and no process of a VM is left. (Templates may stay.)
     pub async fn assert_nothing_left(&self) {
+        const KEPT: [&str; 3] = [".lock", ".templates", "volumes"];
         wait_for("everything to be given back", || {
             let entries = fs::read_dir(self.vm_state_dir()).map_err(|error| error.to_string())?.flatten();
             let dirs: Vec<_> =
-                entries.map(|entry| entry.file_name()).filter(|name| name != ".lock" && name != ".templates").collect();
+                entries.map(|entry| entry.file_name()).filter(|name| !KEPT.iter().any(|kept| name == kept)).collect();
             let pids = self.processes();
             if dirs.is_empty() && pids.is_empty() { Ok(()) } else { Err(format!("{dirs:?} {pids:?}")) }
         })
@@ -420,6 +424,7 @@ pub fn vm_config(kind: common::VmKind) -> common::VmConfig {
         labels: BTreeMap::new(),
         node_id: String::new(),
         egress: None,
+        volumes: vec![],
     }
 }
 
@@ -468,4 +473,21 @@ pub fn agent() -> PathBuf {
         }
     });
     agent
+}
+
+/// QEMU, if it can boot a guest here.
+pub fn qemu() -> Option<Arc<dyn Hypervisor>> {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two deep");
+    let image_dir = env::var_os("BLIXARD_IMAGE_DIR").map_or_else(|| project.join("images"), Into::into);
+    let chosen =
+        choose(DriverChoice::Qemu, &HypervisorSettings { image_dir, agent_command: Vec::new(), vm_uids: None });
+    let missing = match chosen {
+        Ok((driver, _)) if driver.images().iter().any(|image| image == "default") => return Some(driver),
+        Ok((_, why)) => why,
+        Err(error) => error.to_string(),
+    };
+    let required = env::var_os("BLIXARD_REQUIRE_QEMU").is_some_and(|value| value == "1");
+    assert!(!required, "BLIXARD_REQUIRE_QEMU=1, but {missing}");
+    eprintln!("SKIPPED: no guest is booted under QEMU: {missing}");
+    None
 }

@@ -409,6 +409,7 @@ fn an_explanation_says_what_every_node_was_asked_and_answered() {
     it waits for 512 MiB of memory: n1 has 400 MiB free
     node 3/3 
     node_labels 2/3 n2 has no label disk=ssd
+    volumes 2/2 
     image 2/2 
     vcpus 2/2 
     ready 1/2 n3 is Cordoned

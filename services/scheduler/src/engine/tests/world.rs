@@ -3,7 +3,10 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use blixard::job::{Dependency, DependencyCondition, TENANT_LABEL};
+use blixard::{
+    job::{Dependency, DependencyCondition, TENANT_LABEL},
+    volume::{Source, Volume},
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -43,7 +46,7 @@ struct World {
 
 impl World {
     fn new(settings: Settings) -> Self {
-        let nodes = (1..=NODES).map(|number| (named(number), Node { id: named(number), ..node(1, 1) })).collect();
+        let nodes = (1..=NODES).map(|number| (named(number), with_disks(number))).collect();
         let mut world = Self {
             engine: Engine::new(settings.clone()),
             now: Timestamp(0),
@@ -240,6 +243,7 @@ impl World {
             assert!(state.is_terminal(), "{job_id} was assigned before what it depends on had ended");
             assert!(dependency.condition == DependencyCondition::Ended || state == JobState::Succeeded);
         }
+        assert_eq!(job.spec.volumes, self.vms[&vm_id].config.volumes, "{job_id} was given another's disks");
         let tenant = job.spec.labels.get(TENANT_LABEL).cloned();
         let same = |other: &&Job| other.spec.labels.get(TENANT_LABEL) == tenant.as_ref();
         let busy = |other: &&Job| matches!(other.state, JobState::Assigned | JobState::Running);
@@ -418,6 +422,10 @@ impl World {
     }
 }
 
+fn with_disks(number: u8) -> Node {
+    Node { id: named(number), scratch_mib: 1000, volumes: vec!["tools".into()], ..node(1, 1) }
+}
+
 fn config_images(config: &VmConfig) -> Vec<String> {
     vec![config.image.clone()]
 }
@@ -440,6 +448,14 @@ fn planned(number: usize, (isolation, priority, tenant, kind, _): Plan) -> JobSp
         }
         if kind == 3 {
             spec.memory_mib = 1500;
+        }
+        if kind == 4 {
+            let source = if spec.isolation == Isolation::Minimal {
+                Source::Name("tools".to_owned())
+            } else {
+                Source::ScratchMib(64)
+            };
+            spec.volumes = [Volume { mount_path: "/disk".to_owned(), source }].into_iter().collect();
         }
     })
 }
@@ -495,7 +511,7 @@ proptest! {
 
     #[test]
     fn whatever_the_order_of_events_every_job_ends_and_no_limit_is_broken(
-        plans in prop::collection::vec((0u8..3, -1i32..2, 0u8..2, 0u8..4, any::<bool>()), 1..12),
+        plans in prop::collection::vec((0u8..3, -1i32..2, 0u8..2, 0u8..5, any::<bool>()), 1..12),
         steps in prop::collection::vec((0u8..14, 0usize..1000), 0..300),
         pre_warm in 0u32..2,
         recycle_after_jobs in 0u32..3,

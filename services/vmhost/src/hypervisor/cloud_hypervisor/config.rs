@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::super::{Launch, Nic, image::Image};
+use super::super::{Launch, Nic, image::Image, machine::disk_path};
 
 /// The first CID that is not reserved. The guest's address in its own vsock proxy only, so every VM may have the same.
 const GUEST_CID: u32 = 3;
@@ -65,13 +65,15 @@ struct Rng {
     src: &'static str,
 }
 
-/// An image's disk, which all of its VMs share.
+/// A disk. All VMs that have it share one that is read-only.
 #[derive(Debug, Serialize)]
 struct Disk {
     path: PathBuf,
     readonly: bool,
     /// Otherwise the format would be guessed from the disk's own bytes.
     image_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -100,7 +102,17 @@ impl VmConfig {
             cpus: Cpus { boot_vcpus: launch.vcpus, max_vcpus: launch.vcpus, nested: false },
             memory: Memory { size: u64::from(launch.memory_mib) * BYTES_PER_MIB, shared: false },
             rng: Rng { src: "/dev/urandom" },
-            disks: image.root_disk.into_iter().map(|path| Disk { path, readonly: true, image_type: "Raw" }).collect(),
+            disks: image
+                .root_disk
+                .into_iter()
+                .map(|path| Disk { path, readonly: true, image_type: "Raw", serial: None })
+                .chain(launch.disks.iter().map(|disk| Disk {
+                    path: disk_path(launch, disk),
+                    readonly: disk.read_only,
+                    image_type: "Raw",
+                    serial: Some(disk.serial.clone()),
+                }))
+                .collect(),
             // Relative to the launch's directory, which the hypervisor runs in: no path is too long for a socket. With
             // the dot, for Landlock's rule is about the path's parent, and that of a bare name is empty.
             vsock: Vsock { cid: GUEST_CID, socket: Path::new(".").join(vsock) },
@@ -180,6 +192,13 @@ mod tests {
             initramfs: "/images/default/initramfs".into(),
             cmdline: "console=ttyS0 quiet".to_owned(),
             root_disk: Some("/images/tools/root.erofs".into()),
+            filesystems: vec!["erofs".to_owned(), "ext4".to_owned()],
+        };
+        let disk = |path: &str, number, read_only| super::super::super::Disk {
+            path: path.into(),
+            serial: format!("volume{number}"),
+            read_only,
+            filesystem: "ext4",
         };
         let launch = Launch {
             vm_id: VmId::random(),
@@ -190,6 +209,7 @@ mod tests {
             nic: None,
             user: None,
             cgroup: None,
+            disks: vec![disk("/srv/tools.img", 0, true), disk("/var/lib/blixard/vm/disk1", 1, false)],
         };
         insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));
     }

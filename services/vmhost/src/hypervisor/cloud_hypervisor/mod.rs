@@ -15,8 +15,8 @@
 //! A machine is saved as it is, paused, but for its confinement to its own directory, which is that of each machine that is restored from
 //! it. It has its vsock device then, which is a socket's relative path; a network interface is added before it goes on.
 //!
-//! It runs under its own seccomp filters, and where the kernel has it under a Landlock that it makes itself: it opens the image's files, its own
-//! directory and nothing else. What `confine` does comes on top.
+//! It runs under its own seccomp filters, and where the kernel has it under a Landlock that it makes itself: it opens the image's files, its
+//! disks, its own directory and nothing else. What `confine` does comes on top.
 
 mod api;
 #[cfg(test)]
@@ -161,6 +161,7 @@ impl Hypervisor for CloudHypervisor {
         let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         machine::launch(KIND, launch, &self.tasks, move |starting| {
             let image = image::find(&image_dir, &what.image)?;
+            image.check(&what.image, &what.disks)?;
             starting.contain(needs(&image))?;
             boot.start(starting, VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock), &what)
         })

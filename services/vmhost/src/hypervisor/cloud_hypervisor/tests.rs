@@ -61,7 +61,8 @@ impl Bed {
         let vm_id = VmId::random();
         let dir = self.root.path().join(vm_id.to_string());
         fs::create_dir(&dir).expect("mkdir");
-        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic: None, user: None, cgroup: None }
+        let (nic, user, cgroup, disks) = (None, None, None, vec![]);
+        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks }
     }
 
     /// A machine that runs, with its API.

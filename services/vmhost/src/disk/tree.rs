@@ -9,33 +9,34 @@
 //! What a path means is what it would mean to a process whose root this is: a symbolic link on the way is followed, `/`
 //! and `..` end at this root. The last name of a path is never followed. As in containerd, and so in Docker.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::collections::BTreeMap;
 
 /// One name in a path: neither empty nor `.` nor `..`, without `/` and NUL.
-pub(super) type Name = Vec<u8>;
+pub type Name = Vec<u8>;
 /// A path from the root on; the root has none.
-pub(super) type Path = Vec<Name>;
+pub type Path = Vec<Name>;
 /// An inode's place in [`Tree::inodes`].
-pub(super) type InodeId = usize;
+pub type InodeId = usize;
 
 /// The root directory.
-pub(super) const ROOT: InodeId = 0;
+pub const ROOT: InodeId = 0;
 /// As many symbolic links as Linux follows in one path.
 const MAX_LINKS_FOLLOWED: u32 = 40;
 
 /// Where the bytes of a file are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Content {
+pub enum Content {
     /// In the unpacked layer of this number, from an offset on.
     Layer { layer: usize, offset: u64, len: u64 },
-    /// In a file of the host, which its owner told us to take.
-    Host { path: PathBuf, len: u64 },
+    /// In a file of the host, below a directory whose owner told us to take it.
+    Host { path: Path, len: u64 },
     /// Here.
     Bytes(Vec<u8>),
 }
 
 impl Content {
-    pub(super) fn len(&self) -> u64 {
+    /// How many there are.
+    pub fn size(&self) -> u64 {
         match self {
             Self::Layer { len, .. } | Self::Host { len, .. } => *len,
             Self::Bytes(bytes) => bytes.len() as u64,
@@ -45,7 +46,7 @@ impl Content {
 
 /// What an inode is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
     Directory(BTreeMap<Name, InodeId>),
     File(Content),
     Symlink(Vec<u8>),
@@ -56,21 +57,21 @@ pub(super) enum Kind {
 
 /// What every inode has beside.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Attributes {
+pub struct Attributes {
     /// Permissions with set-uid, set-gid and sticky: the lower 12 bits.
-    pub(super) mode: u16,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
     /// Seconds since 1970.
-    pub(super) mtime: u64,
+    pub mtime: u64,
     /// By their full names: `user.x`, `security.capability`.
-    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Inode {
-    pub(super) kind: Kind,
-    pub(super) attributes: Attributes,
+pub struct Inode {
+    pub kind: Kind,
+    pub attributes: Attributes,
 }
 
 impl Inode {
@@ -83,7 +84,7 @@ impl Inode {
 
 /// What a layer does to what is below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum Change {
     /// Whiteout: this path of the layers below is gone.
     Remove(Path),
     /// Opaque whiteout: what the layers below have in this directory is gone.
@@ -96,7 +97,7 @@ pub(super) enum Change {
 
 /// A layer that makes no sense.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Conflict {
+pub enum Conflict {
     #[error("{} is on the way to another file, and no directory", show(.0))]
     NotADirectory(Path),
     #[error("{} leads through more than {MAX_LINKS_FOLLOWED} symbolic links", show(.0))]
@@ -108,29 +109,31 @@ pub(super) enum Conflict {
 }
 
 /// A path, for people.
-pub(super) fn show(path: &[Name]) -> String {
+pub fn show(path: &[Name]) -> String {
     let text = path.iter().map(|name| String::from_utf8_lossy(name).escape_debug().to_string());
     text.fold(String::new(), |text, name| text + "/" + &name)
 }
 
 /// The files of an image.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub struct Tree {
     /// Some may have lost all their names.
     inodes: Vec<Inode>,
 }
 
-impl Tree {
-    pub(super) fn new() -> Self {
+impl Default for Tree {
+    fn default() -> Self {
         Self { inodes: vec![Inode::directory()] }
     }
+}
 
-    pub(super) fn inode(&self, id: InodeId) -> &Inode {
+impl Tree {
+    pub fn inode(&self, id: InodeId) -> &Inode {
         &self.inodes[id]
     }
 
     /// Applies a layer. Whiteouts speak of the layers below only, wherever in the layer they stand.
-    pub(super) fn apply(&mut self, changes: Vec<Change>) -> Result<(), Conflict> {
+    pub fn apply(&mut self, changes: Vec<Change>) -> Result<(), Conflict> {
         for change in &changes {
             match change {
                 Change::Remove(path) => self.remove(path),
@@ -166,7 +169,7 @@ impl Tree {
         }
     }
 
-    pub(super) fn add(&mut self, path: &[Name], inode: Inode) -> Result<(), Conflict> {
+    pub fn add(&mut self, path: &[Name], inode: Inode) -> Result<(), Conflict> {
         let Some((last, parent)) = path.split_last() else {
             return self.update(ROOT, inode).map_err(|_| Conflict::RootReplaced);
         };
@@ -210,7 +213,7 @@ impl Tree {
     }
 
     /// What a path names; a symbolic link at its end is not followed.
-    pub(super) fn find(&mut self, path: &[Name]) -> Result<Option<InodeId>, Conflict> {
+    pub fn find(&mut self, path: &[Name]) -> Result<Option<InodeId>, Conflict> {
         let Some((last, parent)) = path.split_last() else { return Ok(Some(ROOT)) };
         let parent = self.walk(parent, false)?;
         Ok(parent.and_then(|parent| self.names(parent).get(last).copied()))

@@ -49,7 +49,7 @@ fn paths(tree: &Tree) -> Vec<String> {
 
 #[test]
 fn whiteouts_take_away_what_is_below_and_nothing_of_their_own_layer() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::default();
     tree.apply(vec![add("a/old", file("1")), add("b/old", file("1")), add("c", file("1"))]).expect("applies");
     // The whiteouts stand last, where they would be applied last by a tool that is not careful.
     let second = vec![
@@ -66,7 +66,7 @@ fn whiteouts_take_away_what_is_below_and_nothing_of_their_own_layer() {
 
 #[test]
 fn a_symbolic_link_on_the_way_is_followed_within_the_root_and_one_at_the_end_is_replaced() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::default();
     let first = vec![
         add("usr/lib/x", file("1")),
         link("lib", "usr/lib"),
@@ -91,7 +91,7 @@ fn a_symbolic_link_on_the_way_is_followed_within_the_root_and_one_at_the_end_is_
 
 #[test]
 fn links_that_go_in_circles_and_files_in_the_way_are_refused() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::default();
     tree.apply(vec![link("a", "b"), link("b", "a"), add("file", file("1"))]).expect("applies");
     assert_eq!(tree.apply(vec![add("a/x", file("2"))]), Err(Conflict::TooManyLinks(path("a"))));
     assert_eq!(tree.apply(vec![add("file/x", file("2"))]), Err(Conflict::NotADirectory(path("file"))));
@@ -102,7 +102,7 @@ fn links_that_go_in_circles_and_files_in_the_way_are_refused() {
 
 #[test]
 fn a_hard_link_reaches_into_the_layers_below_and_does_not_follow() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::default();
     tree.apply(vec![add("a", file("1")), link("l", "a")]).expect("applies");
     tree.apply(vec![Change::Link(path("d/b"), path("a")), Change::Link(path("d/l"), path("l"))]).expect("applies");
     tree.apply(vec![add("a", file("2"))]).expect("applies");
@@ -167,7 +167,7 @@ impl Model {
 proptest! {
     #[test]
     fn layers_merge_as_their_paths_say(layers in prop::collection::vec(steps(), 1..5)) {
-        let (mut tree, mut model) = (Tree::new(), Model::default());
+        let (mut tree, mut model) = (Tree::default(), Model::default());
         for layer in &layers {
             let names = |path: &[u8]| -> Path { path.iter().map(|name| vec![b'a' + name]).collect() };
             let changes = layer.iter().map(|step| match step {

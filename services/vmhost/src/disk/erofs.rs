@@ -44,7 +44,7 @@ const S_IFLNK: u16 = 0o120_000;
 
 /// Why a tree can't be written.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum WriteError {
+pub enum WriteError {
     #[error(
         "the extended attributes of one file are more than {MAX_XATTR_BYTES} bytes, or \"{0}\" is none that EROFS can hold"
     )]
@@ -56,7 +56,7 @@ pub(super) enum WriteError {
 }
 
 /// Opens contents.
-pub(super) trait Contents {
+pub trait Contents {
     /// The bytes of a file from an offset on.
     fn open(&self, content: &Content, offset: u64) -> io::Result<Box<dyn Read + '_>>;
 }
@@ -88,7 +88,7 @@ impl Place {
 }
 
 /// The plan of a file system: all of it is placed before a byte is written.
-pub(super) struct Plan<'a> {
+pub struct Plan<'a> {
     tree: &'a Tree,
     places: Vec<Place>,
     /// Index in `places`.
@@ -97,7 +97,7 @@ pub(super) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    pub(super) fn of(tree: &'a Tree) -> Result<Self, WriteError> {
+    pub fn of(tree: &'a Tree) -> Result<Self, WriteError> {
         let mut plan = Self { tree, places: vec![], by_inode: BTreeMap::new(), blocks: 0 };
         plan.find_all()?;
         plan.place()?;
@@ -105,7 +105,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The size of the file system.
-    pub(super) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.blocks * BLOCK
     }
 
@@ -138,7 +138,7 @@ impl<'a> Plan<'a> {
         let xattr_bytes = xattrs(inode)?.len() as u64;
         let size = match &inode.kind {
             Kind::Directory(names) => directory(names, |_| (0, 0), (0, 0)).len() as u64,
-            Kind::File(content) => content.len(),
+            Kind::File(content) => content.size(),
             Kind::Symlink(target) => target.len() as u64,
             Kind::CharDevice { .. } | Kind::BlockDevice { .. } | Kind::Fifo => 0,
         };
@@ -178,7 +178,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Writes it, and tells how much is done.
-    pub(super) fn write(
+    pub fn write(
         &self,
         contents: &dyn Contents,
         out: &mut impl Write,

@@ -122,7 +122,7 @@ async fn jobs_in_real_guests_share_what_they_may_read_and_nothing_that_they_may_
 
     let failed = started(&world, bad).await;
     assert_eq!(failed.state(), common::VmState::Failed);
-    let says = "cannot have a volume: mount a file system of erofs at /broken: ";
+    let says = "cannot set the guest's volumes: mount a file system of erofs at /broken: ";
     assert!(failed.reason.contains(says), "{}", failed.reason);
 
     // What others hold counts, and goes with them.

@@ -518,8 +518,19 @@ async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io:
     let marked = dir.to_owned();
     let left = tokio::task::spawn_blocking(move || marked_below(&marked)).await?;
     end_marked(&left).await.map_err(io::Error::other)?;
+    // What else such a machine held is in its record.
+    for path in entries(dir)?.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == NEW)) {
+        let machine = path.join("machine");
+        hypervisor.sweep(&nobodys(String::new(), 1, 1, machine)).await.map_err(io::Error::other)?;
+    }
     let (dir, hypervisor) = (dir.to_owned(), Arc::clone(hypervisor));
     blocking(move || take_up(&dir, most, &*hypervisor)).await
+}
+
+/// The launch of no VM.
+fn nobodys(image: String, vcpus: u32, memory_mib: u32, dir: PathBuf) -> Launch {
+    let vm_id = VmId(uuid::Uuid::nil());
+    Launch { vm_id, image, vcpus, memory_mib, dir, nic: None, user: None, cgroup: None, disks: vec![] }
 }
 
 /// What an earlier vmhost left that is whole and current; the rest is deleted.
@@ -528,17 +539,7 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
     for path in entries(dir)? {
         let key = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let current = |about: &About| {
-            let launch = Launch {
-                vm_id: VmId(uuid::Uuid::nil()),
-                image: about.image.clone(),
-                vcpus: about.vcpus,
-                memory_mib: about.memory_mib,
-                dir: PathBuf::new(),
-                nic: None,
-                user: None,
-                cgroup: None,
-                disks: vec![],
-            };
+            let launch = nobodys(about.image.clone(), about.vcpus, about.memory_mib, PathBuf::new());
             key_of(hypervisor, &launch).is_ok_and(|current| current == key)
         };
         match About::read(&path).filter(current) {

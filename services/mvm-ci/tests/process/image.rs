@@ -379,7 +379,7 @@ fn an_imported_image_boots_and_its_jobs_run_in_its_root() {
         echo $#; for file; do read -r number < $file; sum=$((sum + number)); done; echo $sum";
     let out = stdout(plane.cli(["run", "--image", "app", "--env", "PATH=/bin", "--", "/bin/sh", "-c", script]));
     let expected = "ID=imported\n/work\nfrom the image\n/opt/full/new /opt/full/other\nnoted\n70000 80000 640\n0 0 2770\n2\nmore\n\
-        os-release\n/dev/vda\n600\n179700\n";
+        machine-id\nos-release\n/dev/vda\n600\n179700\n";
     assert_eq!(out, expected);
     // Another VM of the image has the disk as it was.
     let again =

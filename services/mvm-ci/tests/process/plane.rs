@@ -103,7 +103,8 @@ impl Plane {
         let held: Vec<_> = std::fs::read_dir(self.path("data/vm-state"))
             .map_err(|error| error.to_string())?
             .flatten()
-            .filter(|entry| entry.path().is_dir())
+            // Templates stay.
+            .filter(|entry| entry.path().is_dir() && entry.file_name() != ".templates")
             .map(|entry| entry.path())
             .collect();
         if left.is_empty() && held.is_empty() { Ok(()) } else { Err(format!("left: {left:?} {held:?}")) }

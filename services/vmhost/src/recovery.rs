@@ -46,7 +46,7 @@ use crate::{
     driver::{self, Beginning, with_sources},
     guest::AgentLink,
     host::Host,
-    hypervisor::{Launch, Machine},
+    hypervisor::{Launch, Machine, end_cgroup},
     lifecycle::{Input, Lifecycle, Limits, Run},
     logs::{LogWriter, Outcome},
     records::{AttemptRecord, VmDir, VmRecord},
@@ -60,6 +60,7 @@ const ADOPT_PATIENCE: Duration = Duration::from_secs(15);
 /// Adopts or ends every VM that has a directory.
 pub(crate) async fn recover(host: &Arc<Host>) -> io::Result<()> {
     let ids = host.state.list()?;
+    end_leftover_cgroups(host).await;
     if ids.is_empty() {
         return Ok(());
     }
@@ -67,6 +68,21 @@ pub(crate) async fn recover(host: &Arc<Host>) -> io::Result<()> {
     let alive = host.vms().values().filter(|vm| !vm.view.borrow().state.is_terminal()).count();
     tracing::info!(found = ids.len(), adopted = alive, "VMs of an earlier vmhost recovered");
     Ok(())
+}
+
+/// Those that no record stands for, as of a template that was being made.
+async fn end_leftover_cgroups(host: &Host) {
+    let cgroups = host.containment.cgroups().unwrap_or_else(|error| {
+        tracing::error!(%error, "the cgroups of VMs can't be listed");
+        Vec::new()
+    });
+    for (vm_id, path) in cgroups {
+        if matches!(host.state.vm(vm_id).vm(), Ok(None))
+            && let Err(error) = end_cgroup(path).await
+        {
+            tracing::error!(%vm_id, error = with_sources(&error), "a cgroup is left");
+        }
+    }
 }
 
 async fn recover_vm(host: &Arc<Host>, id: VmId) {

@@ -30,10 +30,6 @@ impl Hypervisor for Grouped {
         self.0.name()
     }
 
-    fn has_guest_kernel(&self) -> bool {
-        self.0.has_guest_kernel()
-    }
-
     fn containment(&self) -> Contained {
         Contained::Yes { kvm: false }
     }

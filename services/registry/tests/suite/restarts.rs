@@ -139,13 +139,9 @@ async fn the_log_tells_of_vms_and_assignments_in_the_guides_words() {
     process.client.assign_job(assign(&job, &vm, 1)).await.unwrap();
     process.client.finish_attempt(finished(&job, 1, JobState::Succeeded)).await.unwrap();
     let log = process.kill();
-    let lines: Vec<_> = log.lines().filter_map(|line| Some(line.split_once(" INFO ")?.1)).collect();
+    let lines = log.lines().filter_map(|line| Some(line.split_once(" INFO ")?.1));
+    let lines: Vec<_> = lines.filter(|line| !line.starts_with("registry schema migrated version=")).collect();
     let expected = [
-        "registry schema migrated version=1".to_owned(),
-        "registry schema migrated version=2".to_owned(),
-        "registry schema migrated version=3".to_owned(),
-        "registry schema migrated version=4".to_owned(),
-        "registry schema migrated version=5".to_owned(),
         format!("VM registered vm_id={vm} state=Starting"),
         format!("VM state changed vm_id={vm} Starting -> Ready"),
         format!("VM state changed vm_id={vm} Ready -> Busy"),

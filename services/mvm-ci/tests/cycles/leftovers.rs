@@ -28,6 +28,12 @@ pub(crate) async fn none(bed: &Bed, vms: &[String]) -> Result<(), String> {
         if vms.is_empty() { Ok(()) } else { Err(format!("{vms:?}")) }
     })
     .await?;
+    wait_until("no template to be made", GONE_WITHIN, async || {
+        let templates = fs::read_dir(bed.state_dir().join(".templates")).into_iter().flatten().flatten();
+        let made: Vec<_> = templates.map(|entry| entry.file_name()).collect();
+        if made.iter().any(|name| name.to_string_lossy().ends_with(".new")) { Err(format!("{made:?}")) } else { Ok(()) }
+    })
+    .await?;
     // At once: nobody is to have time to clean up.
     let mut wrong = of_host(bed, vms);
     let check = client::request(vmhost::CheckInvariantsRequest { repair: false }, Duration::from_secs(60));

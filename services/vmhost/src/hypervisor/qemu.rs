@@ -276,10 +276,6 @@ impl Boot {
         let memory = launch.memory_mib;
         let mut arguments: Vec<OsString> = self.accelerator().iter().map(OsString::from).collect();
         let mut add = |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
-        let emulation = format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}");
-        let (accelerator, cpu) = if self.kvm { ("kvm", "host") } else { (emulation.as_str(), "max") };
-        add("-accel", accelerator.into());
-        add("-cpu", cpu.into());
         add("-name", format!("guest={}", launch.vm_id).into());
         // vhost-user devices work in the guest's memory, so it must be shared.
         add("-object", format!("memory-backend-memfd,id=mem0,size={memory}M,share=on").into());

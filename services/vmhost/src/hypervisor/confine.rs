@@ -45,8 +45,6 @@ const PROGRAM_DATA: [&str; 2] = ["/usr/share", "/etc/ld.so.cache"];
 const KVM: &str = "/dev/kvm";
 /// Devices of which any process may have use.
 const DEVICES: [&str; 3] = ["/dev/null", "/dev/urandom", KVM];
-/// By which a restored machine gets its memory page by page.
-const USERFAULTFD: &str = "/dev/userfaultfd";
 /// What it takes to start processes as other users, and to look after them and their files then.
 const RIGHTS: [(CapabilitySet, &str); 6] = [
     (CapabilitySet::SETUID, "CAP_SETUID"),
@@ -205,7 +203,7 @@ pub(crate) fn landlock_version() -> u32 {
 
 /// What a VM's user is a member of besides its own group.
 fn groups() -> BTreeSet<u32> {
-    [KVM, USERFAULTFD].into_iter().filter_map(group_of).collect()
+    group_of(KVM).into_iter().collect()
 }
 
 /// A group, other than root's, that may use a device where not everybody may.

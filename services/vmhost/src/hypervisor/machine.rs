@@ -317,6 +317,9 @@ impl Starting {
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let within = cgroup.clone();
         let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots, within.as_ref()) };
+        if let Some(cgroup) = &cgroup {
+            cgroup.kill();
+        }
         if let Err(error) = procfs::end_all(find).await {
             return error;
         }

@@ -6,7 +6,8 @@
 use std::{
     collections::BTreeSet,
     ffi::OsStr,
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read as _},
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -22,6 +23,9 @@ use super::{LaunchError, ProcessExit};
 pub(super) const ENV_VM_ID: &str = "BLIXARD_VM_ID";
 /// Every process of a machine has it in its environment: its launch's directory.
 pub(super) const ENV_VM_DIR: &str = "BLIXARD_VM_DIR";
+
+/// The most that the kernel lets a program start with is half of this, arguments included.
+const MAX_ENVIRONMENT_BYTES: u64 = 4 * 1024 * 1024;
 
 /// How long a process may take to end after SIGKILL: it must leave the kernel, and QEMU returns its memory.
 pub(super) const DEATH_PATIENCE: Duration = Duration::from_secs(30);
@@ -61,8 +65,10 @@ fn parse_stat(pid: u32, text: &str) -> Option<Stat> {
     let parent = fields.next()?.parse().ok()?;
     let session = fields.nth(1)?.parse().ok()?;
     let flags: u32 = fields.nth(2)?.parse().ok()?;
-    let start_time = fields.nth(12)?.parse().ok()?;
-    let (dead, kernel) = (matches!(state, "Z" | "X"), flags & PF_KTHREAD != 0);
+    let threads: u32 = fields.nth(10)?.parse().ok()?;
+    let start_time = fields.nth(1)?.parse().ok()?;
+    // A thread may outlive the one that the process began with.
+    let (dead, kernel) = (matches!(state, "Z" | "X") && threads <= 1, flags & PF_KTHREAD != 0);
     Some(Stat { id: ProcessId { pid, start_time }, dead, kernel, parent, session })
 }
 
@@ -90,6 +96,16 @@ fn running() -> Vec<Stat> {
     pids.filter_map(stat).filter(|stat| !stat.dead).collect()
 }
 
+/// What a process has in its environment. It may have it anywhere in its memory, and of any length.
+fn environment(pid: u32) -> Vec<u8> {
+    let mut environment = Vec::new();
+    if let Ok(file) = fs::File::open(format!("/proc/{pid}/environ")) {
+        // What was read before an error counts.
+        let _ = file.take(MAX_ENVIRONMENT_BYTES).read_to_end(&mut environment);
+    }
+    environment
+}
+
 /// What tells a machine's processes from all others.
 #[derive(Debug, Clone)]
 pub(super) struct Marks {
@@ -104,7 +120,7 @@ impl Marks {
 
     /// Whether the process was started for another machine, as its environment says.
     pub(super) fn are_others_on(&self, pid: u32) -> bool {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = environment(pid);
         let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
         let mut dirs = environment.split(|&byte| byte == 0).filter(|entry| entry.starts_with(&mark));
         dirs.any(|entry| self.environment[1] != entry)
@@ -112,7 +128,7 @@ impl Marks {
 
     /// Whether the process was started for this machine, as its environment says.
     pub(super) fn are_on(&self, pid: u32) -> bool {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = environment(pid);
         environment.split(|&byte| byte == 0).any(|entry| self.environment.iter().any(|mark| mark == entry))
     }
 
@@ -185,7 +201,7 @@ pub fn marked_below(state_dir: &Path) -> Vec<MarkedProcess> {
     let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
     let own = std::process::id();
     let dir_of = |pid: u32| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = environment(pid);
         let mut entries = environment.split(|&byte| byte == 0);
         let dir = entries.find_map(|entry| entry.strip_prefix(mark.as_slice()))?;
         Some(PathBuf::from(OsStr::from_bytes(dir))).filter(|dir| dir.starts_with(state_dir))
@@ -310,6 +326,10 @@ mod tests {
         assert_eq!(stat, Stat { id, dead: false, kernel: false, parent: 1, session: 7 });
         let kthread = text.replace("4194304", "2129984");
         assert!(parse_stat(12, &kthread).expect("parses").kernel);
+        let leader_gone = text.replace(") S 1", ") Z 1");
+        assert!(parse_stat(12, &leader_gone).expect("parses").dead);
+        let others_run = leader_gone.replace("20 0 1 0 9876", "20 0 3 0 9876");
+        assert!(!parse_stat(12, &others_run).expect("parses").dead, "its other threads run");
         assert_eq!(parse_stat(12, "12 (x"), None);
         assert_eq!(parse_stat(12, "12 (x) S 1"), None);
     }

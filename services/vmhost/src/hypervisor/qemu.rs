@@ -360,7 +360,8 @@ fn chardev(id: &str, path: PathBuf, options: &str) -> OsString {
 /// A disk. Any number of VMs may have one that is read-only. An error is the guest's to see: left to itself QEMU stops the whole VM when the
 /// host's disk is full, and nobody would set it going again.
 fn drive(id: &str, path: &Path, read_only: bool) -> OsString {
-    let how = if read_only { "readonly=on" } else { "readonly=off,werror=report,rerror=report" };
+    // Without locks: one that some other machine holds, which need not be honest, would keep this one from starting.
+    let how = if read_only { "readonly=on,file.locking=off" } else { "readonly=off,werror=report,rerror=report" };
     let mut argument = OsString::from(format!("if=none,id={id},format=raw,{how},file="));
     argument.push(escaped(path));
     argument
@@ -397,7 +398,10 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_does_not_become_an_option() {
         assert_eq!(chardev("c", "/a,server=on/s".into(), ",wait=off"), "socket,id=c,path=/a,,server=on/s,wait=off");
-        assert_eq!(drive("d", Path::new("/a,b"), true), "if=none,id=d,format=raw,readonly=on,file=/a,,b");
+        assert_eq!(
+            drive("d", Path::new("/a,b"), true),
+            "if=none,id=d,format=raw,readonly=on,file.locking=off,file=/a,,b"
+        );
         let scratch = "if=none,id=d,format=raw,readonly=off,werror=report,rerror=report,file=/a,,b";
         assert_eq!(drive("d", Path::new("/a,b"), false), scratch);
     }

@@ -55,8 +55,6 @@ use crate::{
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 /// The same for a plain process.
 const PROCESS_BOOT_PATIENCE: Duration = Duration::from_secs(10);
-/// The driver whose VMs are plain processes, without a kernel of theirs that could mount a disk.
-const PROCESS_DRIVER: &str = "process";
 
 /// What a vmhost needs to know.
 #[derive(Debug, Clone)]
@@ -371,7 +369,7 @@ impl Host {
 
     /// The volumes that VMs can have now, sorted.
     pub(crate) fn offered_volumes(&self) -> Vec<String> {
-        if self.gives_disks() { self.volumes.offered() } else { vec![] }
+        if self.hypervisor.takes_devices() { self.volumes.offered() } else { vec![] }
     }
 
     fn largest_scratch_mib(&self) -> u64 {
@@ -379,11 +377,7 @@ impl Host {
         let total =
             room.inspect_err(|error| tracing::error!(%error, "the VM state directory's disk can't be looked at"));
         // Even a node with no room for any can have volumes.
-        if self.gives_disks() { total.map_or(1, |room| room.total_mib.max(1)) } else { 0 }
-    }
-
-    fn gives_disks(&self) -> bool {
-        self.hypervisor.name() != PROCESS_DRIVER
+        if self.hypervisor.takes_devices() { total.map_or(1, |room| room.total_mib.max(1)) } else { 0 }
     }
 
     /// Where the inputs of jobs come from.
@@ -455,7 +449,7 @@ impl Host {
     }
 
     pub(crate) fn boot_patience(&self) -> Duration {
-        if self.hypervisor.name() == PROCESS_DRIVER { PROCESS_BOOT_PATIENCE } else { BOOT_PATIENCE }
+        if self.hypervisor.name() == "process" { PROCESS_BOOT_PATIENCE } else { BOOT_PATIENCE }
     }
 
     /// The VMs; never held across an await.
@@ -510,7 +504,7 @@ impl Host {
         if config.volumes.is_empty() {
             return Ok(());
         }
-        if !self.gives_disks() {
+        if !self.hypervisor.takes_devices() {
             let allowed = format!("none: the driver \"{}\" has no disks to give", self.hypervisor.name());
             let error = invalid("config.volumes", &config.volumes, &allowed);
             return Err(Error { reason: Reason::ExceedsCapacity, ..error });

@@ -4,50 +4,22 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use blixard::{
     config::DriverChoice,
     pb::common::v1::{JobState, VmKind},
 };
-use blixard_vmhost::hypervisor::{Hypervisor, Launch, LaunchError, Machine, choose};
-use support::{NODE, World, shell, wait_for};
-
-/// The process driver, which has but one image, with a list of them that a test changes.
-struct WithImages {
-    inner: Arc<dyn Hypervisor>,
-    images: Arc<Mutex<Vec<String>>>,
-}
-
-#[tonic::async_trait]
-impl Hypervisor for WithImages {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-
-    fn images(&self) -> Vec<String> {
-        self.images.lock().unwrap().clone()
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        self.inner.launch(launch).await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        self.inner.adopt(launch).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        self.inner.sweep(launch).await
-    }
-}
+use blixard_vmhost::hypervisor::choose;
+use support::{NODE, World, passing::Passing, shell, wait_for};
 
 #[tokio::test]
 async fn a_node_registers_again_when_its_images_change_and_what_runs_there_goes_on() {
     let world = World::new().await;
     let (inner, _) = choose(DriverChoice::Process, &world.settings()).unwrap();
-    let images = Arc::new(Mutex::new(vec!["default".to_owned()]));
-    let node = world.node_with(Arc::new(WithImages { inner, images: images.clone() })).await;
+    let driver = Passing::new(inner);
+    let images = driver.images.clone();
+    let node = world.node_with(Arc::new(driver)).await;
     let vm = world.start_vm(&node, VmKind::Service).await;
     let until = world.vm_state_dir().join("go-on");
     let job =

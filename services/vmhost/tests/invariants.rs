@@ -18,38 +18,8 @@ use blixard::{
         vmhost::v1 as pb,
     },
 };
-use blixard_vmhost::hypervisor::{Contained, Hypervisor, Launch, LaunchError, Machine, choose};
-use support::{Node, World, command, wait_for};
-
-/// The process driver, but for its word that it contains its machines: the test itself makes their cgroups.
-struct Grouped(Arc<dyn Hypervisor>);
-
-#[tonic::async_trait]
-impl Hypervisor for Grouped {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn containment(&self) -> Contained {
-        Contained::Yes { kvm: false }
-    }
-
-    fn images(&self) -> Vec<String> {
-        self.0.images()
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        self.0.launch(launch).await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        self.0.adopt(launch).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        self.0.sweep(launch).await
-    }
-}
+use blixard_vmhost::hypervisor::{Contained, Hypervisor, choose};
+use support::{Node, World, command, passing::Passing, wait_for};
 
 /// A process that carries the marks of a VM; killed when it is dropped.
 struct Marked(Child);
@@ -164,7 +134,8 @@ fn cgroup_of(world: &World, vm: VmId) -> Option<PathBuf> {
 async fn cgroups_are_those_of_vms_that_run_and_a_foreign_one_is_never_touched() {
     let world = World::new().await;
     let driver = || -> Arc<dyn Hypervisor> {
-        Arc::new(Grouped(choose(blixard::config::DriverChoice::Process, &world.settings()).unwrap().0))
+        let process = choose(blixard::config::DriverChoice::Process, &world.settings()).unwrap().0;
+        Arc::new(Passing { containment: Contained::Yes { kvm: false }, ..Passing::new(process) })
     };
     let node = world.node_with(driver()).await;
     let vm = world.start_vm(&node, VmKind::Service).await;

@@ -28,8 +28,8 @@ use blixard::{
     vm::VmState,
 };
 use blixard_chaos_kit::{Network, run_in};
-use blixard_vmhost::hypervisor::{Hypervisor, Launch, LaunchError, Machine, choose};
-use support::{Node, World, frames::Guest, frames::mac, vm_config, wait_for};
+use blixard_vmhost::hypervisor::choose;
+use support::{Node, World, frames::Guest, frames::mac, passing::Passing, vm_config, wait_for};
 
 const PUBLIC: Ipv4Addr = Ipv4Addr::new(1, 2, 3, 4);
 const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
@@ -37,32 +37,6 @@ const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const NODE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 254);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 180, 0, 1);
 const PORTS: [u16; 2] = [53, 7000];
-
-/// The process driver, but for its word that it takes an interface: the test itself is at the other end of the TAP.
-struct Tapped(Arc<dyn Hypervisor>);
-
-#[tonic::async_trait]
-impl Hypervisor for Tapped {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn images(&self) -> Vec<String> {
-        self.0.images()
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        self.0.launch(launch).await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        self.0.adopt(launch).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        self.0.sweep(launch).await
-    }
-}
 
 /// What arrived outside: payloads, with where they were sent and whom they seemed to be from.
 type Arrived = Arc<Mutex<Vec<(String, Ipv4Addr, IpAddr)>>>;
@@ -147,7 +121,7 @@ fn echo(enter: impl Fn() + Send + 'static, address: Ipv4Addr, port: u16, arrived
 impl Bed {
     async fn node(&self) -> Node {
         let process = choose(DriverChoice::Process, &self.world.settings()).expect("an agent").0;
-        self.world.node_with(Arc::new(Tapped(process))).await
+        self.world.node_with(Arc::new(Passing { takes_devices: true, ..Passing::new(process) })).await
     }
 
     async fn try_start(&self, node: &Node, id: VmId, egress: &str) -> Result<(), Error> {

@@ -21,11 +21,8 @@ use blixard::{
     },
     vm::VmState,
 };
-use blixard_vmhost::{
-    disk::ext4,
-    hypervisor::{Hypervisor, Launch, LaunchError, Machine, choose},
-};
-use support::{Node, World, shell, vm_config};
+use blixard_vmhost::{disk::ext4, hypervisor::choose};
+use support::{Node, World, passing::Passing, shell, vm_config};
 
 /// For a guest under emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(240);
@@ -175,7 +172,7 @@ async fn a_node_says_which_volumes_it_has_as_they_come_and_plain_processes_have_
     assert!(refused.message.contains("the driver \"process\" has no disks to give"), "{refused}");
     node.shut_down().await;
 
-    let node = world.node_with(Arc::new(Disks(process))).await;
+    let node = world.node_with(Arc::new(Passing { takes_devices: true, ..Passing::new(process) })).await;
     wait(&world, &["there"]).await;
     fs::create_dir(&later).expect("mkdir");
     wait(&world, &["later", "there"]).await;
@@ -195,31 +192,5 @@ async fn a_node_says_which_volumes_it_has_as_they_come_and_plain_processes_have_
         let refused = start(&world, &node, volumes).await.expect_err("refused");
         assert_eq!(refused.reason, Reason::ExceedsCapacity, "{refused}");
         assert!(refused.message.contains(says), "{refused}");
-    }
-}
-
-/// Plain processes that pass for something with disks.
-struct Disks(Arc<dyn Hypervisor>);
-
-#[tonic::async_trait]
-impl Hypervisor for Disks {
-    fn name(&self) -> &'static str {
-        "disks"
-    }
-
-    fn images(&self) -> Vec<String> {
-        self.0.images()
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        self.0.launch(launch).await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        self.0.adopt(launch).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        self.0.sweep(launch).await
     }
 }

@@ -103,9 +103,7 @@ impl Image {
             Err(LaunchError::BadImage { image: name.to_owned(), problem })
         })
     }
-}
 
-impl Image {
     /// What a hypervisor reads of it.
     pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
         [&self.kernel, &self.initramfs].into_iter().chain(&self.root_disk)

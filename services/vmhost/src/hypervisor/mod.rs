@@ -37,6 +37,7 @@ mod record;
 mod socket;
 mod template;
 mod tools;
+mod vmm;
 
 use std::{
     ffi::OsString,
@@ -52,7 +53,6 @@ use blixard::{
 use tokio::net::UnixStream;
 
 pub use cgroup::Cgroups;
-pub use cloud_hypervisor::CloudHypervisor;
 pub(crate) use confine::{landlock_version, may_change_user};
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
@@ -61,9 +61,7 @@ pub use image::{MANIFEST, Manifest, RootDisk};
 pub(crate) use machine::end_cgroup;
 pub use nic::Nic;
 pub(crate) use nic::create_tap;
-pub use process::Process;
 pub use procfs::{MarkedProcess, end_marked, marked_below};
-pub use qemu::Qemu;
 
 /// The guest agent's vsock port. The agent also connects to the host's port of this number once it serves: it knocks.
 pub const AGENT_PORT: u32 = 1024;
@@ -122,8 +120,8 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// "cloud-hypervisor", "qemu", "process".
     fn name(&self) -> &'static str;
 
-    /// Whether its machines have a network interface when [`Launch::nic`] says so.
-    fn takes_nic(&self) -> bool {
+    /// Whether its machines have a network interface and disks when [`Launch::nic`] and [`Launch::disks`] say so.
+    fn takes_devices(&self) -> bool {
         true
     }
 
@@ -337,23 +335,23 @@ pub fn choose(
     match choice {
         DriverChoice::Auto => choose_best(settings),
         DriverChoice::CloudHypervisor => {
-            let (driver, why) = CloudHypervisor::find(settings)?;
+            let (driver, why) = cloud_hypervisor::find(settings)?;
             Ok((Arc::new(driver), format!("cloud-hypervisor: as asked; {why}")))
         }
         DriverChoice::Qemu => {
-            let (driver, why) = Qemu::find(settings)?;
+            let (driver, why) = qemu::find(settings)?;
             Ok((Arc::new(driver), format!("qemu: as asked; {why}")))
         }
         DriverChoice::Process => {
             let why = "process: as asked; jobs run as plain processes of this machine, WITHOUT isolation".to_owned();
-            Ok((Arc::new(Process::new(settings)?), why))
+            Ok((Arc::new(process::Process::new(settings)?), why))
         }
     }
 }
 
 fn choose_best(settings: &HypervisorSettings) -> Result<(Arc<dyn Hypervisor>, String), ChooseError> {
     let best = "the best this machine can run";
-    let passed_over = match CloudHypervisor::find(settings) {
+    let passed_over = match cloud_hypervisor::find(settings) {
         Ok((driver, why)) => return Ok((Arc::new(driver), format!("cloud-hypervisor: {best}; {why}"))),
         // Without KVM it is no choice at all, and QEMU says so itself.
         Err(ChooseError::Missing { missing, .. }) if doctor::kvm().is_ok() => {
@@ -361,6 +359,6 @@ fn choose_best(settings: &HypervisorSettings) -> Result<(Arc<dyn Hypervisor>, St
         }
         Err(ChooseError::Missing { .. }) => String::new(),
     };
-    let (driver, why) = Qemu::find(settings)?;
+    let (driver, why) = qemu::find(settings)?;
     Ok((Arc::new(driver), format!("qemu: {best}{passed_over}; {why}")))
 }

@@ -27,7 +27,7 @@ const KIND: Kind = Kind {
 };
 
 /// Machines that are plain processes.
-pub struct Process {
+pub(super) struct Process {
     program: PathBuf,
     arguments: Vec<OsString>,
     tasks: Tasks,
@@ -38,7 +38,7 @@ impl Process {
     ///
     /// # Errors
     /// The agent's program is missing.
-    pub fn new(settings: &HypervisorSettings) -> Result<Self, ChooseError> {
+    pub(super) fn new(settings: &HypervisorSettings) -> Result<Self, ChooseError> {
         let missing = |problem: String| ChooseError::Missing { driver: KIND.driver, missing: vec![problem] };
         let Some((program, arguments)) = settings.agent_command.split_first() else {
             return Err(missing("no command for the guest agent is set".to_owned()));
@@ -57,8 +57,8 @@ impl Hypervisor for Process {
         KIND.driver
     }
 
-    /// Its jobs have the host's network, whatever is said.
-    fn takes_nic(&self) -> bool {
+    /// Its jobs have the host's network and files, whatever is said.
+    fn takes_devices(&self) -> bool {
         false
     }
 

@@ -21,15 +21,14 @@ use std::{
     time::Duration,
 };
 
-use blixard_chassis::Tasks;
-
 use super::{
-    ChooseError, Contained, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
-    image::{self, Image},
+    ChooseError, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
+    image::Image,
     images_in_words,
     machine::{self, Agent, Kind, Needs, Starting, cannot},
     qmp::{self, Qmp},
     template, tools,
+    vmm::{self, Vmm},
 };
 
 const QEMU: &str = "qemu";
@@ -72,100 +71,52 @@ const KIND: Kind = Kind {
 /// A machine that is to be saved.
 const TEMPLATE: Kind = Kind { processes: &[QEMU], ..KIND };
 
-/// Machines that QEMU runs.
-pub struct Qemu {
-    boot: Boot,
-    image_dir: PathBuf,
-    tasks: Tasks,
-}
-
 /// What every boot needs.
 #[derive(Debug, Clone)]
-struct Boot {
+pub(super) struct Boot {
     qemu: PathBuf,
     vsock: PathBuf,
     kvm: bool,
 }
 
-impl Qemu {
-    /// The driver, and in half a line how it will run.
-    ///
-    /// # Errors
-    /// Which programs are missing, each with the command that installs it.
-    pub fn find(settings: &HypervisorSettings) -> Result<(Self, String), ChooseError> {
-        let (Some(qemu), Some(vsock)) = (tools::QEMU.find(), tools::VHOST_DEVICE_VSOCK.find()) else {
-            let needed = [tools::QEMU, tools::VHOST_DEVICE_VSOCK];
-            let missing = needed.iter().filter(|tool| tool.find().is_none()).map(tools::Tool::missing).collect();
-            return Err(ChooseError::Missing { driver: KIND.driver, missing });
-        };
-        let (kvm, why) = match doctor::kvm() {
-            Ok(()) => (true, "with KVM".to_owned()),
-            Err(problem) => (false, format!("with emulation (TCG), for {problem}")),
-        };
-        let image_dir = std::path::absolute(&settings.image_dir).unwrap_or_else(|_| settings.image_dir.clone());
-        let why = format!("{why}; {}", images_in_words(&image_dir));
-        Ok((Self { boot: Boot { qemu, vsock, kvm }, image_dir, tasks: Tasks::new() }, why))
-    }
+/// The driver, and in half a line how it will run.
+///
+/// # Errors
+/// Which programs are missing, each with the command that installs it.
+pub(super) fn find(settings: &HypervisorSettings) -> Result<(Vmm<Boot>, String), ChooseError> {
+    let (Some(qemu), Some(vsock)) = (tools::QEMU.find(), tools::VHOST_DEVICE_VSOCK.find()) else {
+        let needed = [tools::QEMU, tools::VHOST_DEVICE_VSOCK];
+        let missing = needed.iter().filter(|tool| tool.find().is_none()).map(tools::Tool::missing).collect();
+        return Err(ChooseError::Missing { driver: KIND.driver, missing });
+    };
+    let (kvm, why) = match doctor::kvm() {
+        Ok(()) => (true, "with KVM".to_owned()),
+        Err(problem) => (false, format!("with emulation (TCG), for {problem}")),
+    };
+    let driver = Vmm::new(Boot { qemu, vsock, kvm }, &settings.image_dir);
+    let why = format!("{why}; {}", images_in_words(&driver.image_dir));
+    Ok((driver, why))
 }
 
 #[tonic::async_trait]
-impl Hypervisor for Qemu {
-    fn name(&self) -> &'static str {
-        KIND.driver
-    }
-
-    fn containment(&self) -> Contained {
-        Contained::Yes { kvm: self.boot.kvm }
-    }
-
-    fn images(&self) -> Vec<String> {
-        image::names(&self.image_dir)
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
-        machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
-            image.check(&what.image, &what.disks)?;
-            boot.start(starting, &image, &what)
-        })
-        .await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        machine::adopt(KIND, launch, &self.tasks).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        machine::sweep(launch).await
-    }
-
-    fn templates(&self) -> Option<&dyn Templates> {
-        Some(self)
-    }
-}
-
-#[tonic::async_trait]
-impl Templates for Qemu {
+impl Templates for Vmm<Boot> {
     fn basis(&self, launch: &Launch) -> Result<String, LaunchError> {
         let basis = template::basis(launch, &self.image_dir, KIND.driver, &[&self.boot.qemu])?;
         Ok(format!("{basis}\n{:?}", self.boot.accelerator()))
     }
 
     async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         let (give, take) = std::sync::mpsc::channel();
-        let machine = machine::launch(TEMPLATE, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
+        let start = move |boot: &Boot, starting: &mut Starting, image: Image, what: &Launch| {
             let monitor = expect_monitor(starting)?;
             boot.contain(starting, &image)?;
-            let arguments = boot.template_arguments(&image, &what);
+            let arguments = boot.template_arguments(&image, what);
             let qmp = boot.start_with_monitor(starting, monitor, &arguments, Stdio::null())?;
             // Whoever takes it waits for this.
             let _ = give.send(qmp);
             Ok(())
-        })
-        .await?;
+        };
+        let machine = self.launch_with(TEMPLATE, launch, start).await?;
         template::be_nice(&*machine);
         let waits = |machine: &dyn Machine| {
             machine.console().tail.windows(WAITS_FOR_DEVICE.len()).any(|at| at == WAITS_FOR_DEVICE)
@@ -187,19 +138,17 @@ impl Templates for Qemu {
     }
 
     async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         let file = template.join(STATE_FILE);
-        machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
+        self.launch_with(KIND, launch, move |boot, starting, image, what| {
             let file = fs::File::open(&file).map_err(cannot(format!("open {}", file.display())))?;
             let monitor = expect_monitor(starting)?;
             boot.contain(starting, &image)?;
             boot.start_vsock(starting)?;
-            let mut arguments = boot.template_arguments(&image, &what);
+            let mut arguments = boot.template_arguments(&image, what);
             arguments.extend(["-incoming", "defer"].map(OsString::from));
             arguments.extend(vsock_backend());
             arguments.extend(what.nic.iter().flat_map(|_| nic_backend()));
-            let mut qmp = boot.start_with_monitor(starting, monitor, &arguments, stdin(&what)?)?;
+            let mut qmp = boot.start_with_monitor(starting, monitor, &arguments, stdin(what)?)?;
             qmp.fill(file).map_err(cannot("restore the machine"))?;
             qmp.plug(&vsock_device(), VSOCK_PORT).map_err(cannot("give the machine its vsock device"))?;
             if let Some(nic) = &what.nic {
@@ -211,11 +160,17 @@ impl Templates for Qemu {
     }
 }
 
-impl Boot {
-    fn start(&self, starting: &mut Starting, image: &Image, launch: &Launch) -> Result<(), LaunchError> {
-        self.contain(starting, image)?;
+impl vmm::Boot for Boot {
+    const KIND: Kind = KIND;
+
+    fn uses_kvm(&self) -> bool {
+        self.kvm
+    }
+
+    fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
+        self.contain(starting, &image)?;
         self.start_vsock(starting)?;
-        let mut arguments = self.arguments(image, launch);
+        let mut arguments = self.arguments(&image, launch);
         arguments.extend(vsock_backend());
         arguments.extend(["-device".into(), in_words(&vsock_device())]);
         if let Some(nic) = &launch.nic {
@@ -224,7 +179,9 @@ impl Boot {
         }
         starting.start_with(QEMU, &self.qemu, &arguments, stdin(launch)?).map(drop)
     }
+}
 
+impl Boot {
     fn contain(&self, starting: &mut Starting, image: &Image) -> Result<(), LaunchError> {
         starting.contain(Needs {
             overhead_mib: if self.kvm { OVERHEAD_MIB } else { OVERHEAD_MIB + TRANSLATED_MIB },

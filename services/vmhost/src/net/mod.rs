@@ -120,7 +120,7 @@ impl Network {
         tasks: &Tasks,
     ) -> Result<Self, Unavailable> {
         let plan = Plan::new(config, Names::new(node, state_dir)).ok_or(Unavailable::Off)?;
-        if !hypervisor.takes_nic() {
+        if !hypervisor.takes_devices() {
             return Err(Unavailable::Driver(hypervisor.name()));
         }
         let tools = NetworkTools::find().map_err(|(problem, _)| Unavailable::Missing(problem))?;

@@ -6,6 +6,7 @@ pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
 pub mod frames;
+pub mod passing;
 
 use std::{
     collections::BTreeMap,

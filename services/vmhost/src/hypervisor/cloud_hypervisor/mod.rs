@@ -38,7 +38,6 @@ use std::{
     time::Duration,
 };
 
-use blixard_chassis::Tasks;
 use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
 use tokio::runtime::Handle;
 
@@ -47,14 +46,14 @@ use self::{
     config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
-    AGENT_PORT, ChooseError, Contained, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates,
-    doctor,
+    AGENT_PORT, ChooseError, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
     events::Events,
-    image::{self, Image},
+    image::Image,
     images_in_words,
     machine::{self, Agent, Kind, Needs, Starting, cannot},
     socket::SocketDir,
     template, tools,
+    vmm::{self, Vmm},
 };
 
 const VMM: &str = "cloud-hypervisor";
@@ -85,39 +84,30 @@ const KIND: Kind = Kind {
     has_children: false,
 };
 
-/// Machines that Cloud Hypervisor runs.
-pub struct CloudHypervisor {
-    boot: Boot,
-    image_dir: PathBuf,
-    tasks: Tasks,
-}
-
 /// What every boot needs.
 #[derive(Debug, Clone)]
-struct Boot {
+pub(super) struct Boot {
     program: PathBuf,
     landlock: bool,
 }
 
-impl CloudHypervisor {
-    /// The driver, and in half a line how it will run.
-    ///
-    /// # Errors
-    /// What is missing, each with what to do about it.
-    pub fn find(settings: &HypervisorSettings) -> Result<(Self, String), ChooseError> {
-        let (kvm, installed) = (doctor::kvm(), installed());
-        let (program, version) = match (kvm, installed) {
-            (Ok(()), Ok(installed)) => installed,
-            (kvm, installed) => {
-                let missing = [kvm.err(), installed.err()].into_iter().flatten().collect();
-                return Err(ChooseError::Missing { driver: KIND.driver, missing });
-            }
-        };
-        let landlock = has_landlock();
-        let image_dir = std::path::absolute(&settings.image_dir).unwrap_or_else(|_| settings.image_dir.clone());
-        let why = format!("version {version}, {}; {}", confinement(landlock), images_in_words(&image_dir));
-        Ok((Self { boot: Boot { program, landlock }, image_dir, tasks: Tasks::new() }, why))
-    }
+/// The driver, and in half a line how it will run.
+///
+/// # Errors
+/// What is missing, each with what to do about it.
+pub(super) fn find(settings: &HypervisorSettings) -> Result<(Vmm<Boot>, String), ChooseError> {
+    let (kvm, installed) = (doctor::kvm(), installed());
+    let (program, version) = match (kvm, installed) {
+        (Ok(()), Ok(installed)) => installed,
+        (kvm, installed) => {
+            let missing = [kvm.err(), installed.err()].into_iter().flatten().collect();
+            return Err(ChooseError::Missing { driver: KIND.driver, missing });
+        }
+    };
+    let landlock = has_landlock();
+    let driver = Vmm::new(Boot { program, landlock }, &settings.image_dir);
+    let why = format!("version {version}, {}; {}", confinement(landlock), images_in_words(&driver.image_dir));
+    Ok((driver, why))
 }
 
 /// The program and its version, if it is there and one that this driver is made for; else what is wrong.
@@ -144,62 +134,22 @@ pub(super) fn has_landlock() -> bool {
 }
 
 #[tonic::async_trait]
-impl Hypervisor for CloudHypervisor {
-    fn name(&self) -> &'static str {
-        KIND.driver
-    }
-
-    fn containment(&self) -> Contained {
-        Contained::Yes { kvm: true }
-    }
-
-    fn images(&self) -> Vec<String> {
-        image::names(&self.image_dir)
-    }
-
-    async fn launch(&self, launch: &Launch) -> Result<Arc<dyn Machine>, LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
-        machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
-            image.check(&what.image, &what.disks)?;
-            starting.contain(needs(&image))?;
-            boot.start(starting, VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock), &what)
-        })
-        .await
-    }
-
-    async fn adopt(&self, launch: &Launch) -> Result<Option<Arc<dyn Machine>>, LaunchError> {
-        machine::adopt(KIND, launch, &self.tasks).await
-    }
-
-    async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
-        machine::sweep(launch).await
-    }
-
-    fn templates(&self) -> Option<&dyn Templates> {
-        Some(self)
-    }
-}
-
-#[tonic::async_trait]
-impl Templates for CloudHypervisor {
+impl Templates for Vmm<Boot> {
     fn basis(&self, launch: &Launch) -> Result<String, LaunchError> {
         let basis = template::basis(launch, &self.image_dir, KIND.driver, &[&self.boot.program])?;
         Ok(format!("{basis}\nlandlock {}", self.boot.landlock))
     }
 
     async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         let saved = machine::own_dir(launch).join(SAVED);
-        let machine = machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
+        let start = |boot: &Boot, starting: &mut Starting, image: Image, what: &Launch| {
             let saved = starting.own_dir().join(SAVED);
             fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
             starting.contain(needs(&image))?;
-            let config = VmConfig::new(&what, image, VSOCK_SOCKET, boot.landlock);
-            boot.start(starting, config.saved_to(SAVED), &what)
-        })
-        .await?;
+            let config = VmConfig::new(what, image, VSOCK_SOCKET, boot.landlock);
+            boot.boot(starting, config.saved_to(SAVED), what)
+        };
+        let machine = self.launch_with(KIND, launch, start).await?;
         template::be_nice(&*machine);
         let done = save_running(&*machine, launch).await;
         // Nobody may change what is kept while it is looked at.
@@ -208,14 +158,12 @@ impl Templates for CloudHypervisor {
     }
 
     async fn restore(&self, launch: &Launch, template: &Path) -> Result<Arc<dyn Machine>, LaunchError> {
-        let (boot, image_dir, what) = (self.boot.clone(), self.image_dir.clone(), launch.clone());
         let template = template.to_owned();
-        machine::launch(KIND, launch, &self.tasks, move |starting| {
-            let image = image::find(&image_dir, &what.image)?;
+        self.launch_with(KIND, launch, move |boot, starting, image, what| {
             link_saved(&template, &starting.own_dir().join(SAVED))
                 .map_err(cannot(format!("reach {} from the machine's directory", template.display())))?;
             starting.contain(needs(&image))?;
-            boot.restore(starting, &what)
+            boot.restore(starting, what)
         })
         .await
     }
@@ -280,8 +228,21 @@ fn needs(image: &Image) -> Needs {
     Needs { overhead_mib: OVERHEAD_MIB, reads, restrict_themselves: true }
 }
 
+impl vmm::Boot for Boot {
+    const KIND: Kind = KIND;
+
+    fn uses_kvm(&self) -> bool {
+        true
+    }
+
+    fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
+        starting.contain(needs(&image))?;
+        self.boot(starting, VmConfig::new(launch, image, VSOCK_SOCKET, self.landlock), launch)
+    }
+}
+
 impl Boot {
-    fn start(&self, starting: &mut Starting, config: VmConfig, launch: &Launch) -> Result<(), LaunchError> {
+    fn boot(&self, starting: &mut Starting, config: VmConfig, launch: &Launch) -> Result<(), LaunchError> {
         let (api, pid) = self.start_vmm(starting)?;
         Handle::current().block_on(async {
             check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;

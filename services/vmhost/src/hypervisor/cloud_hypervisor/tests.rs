@@ -15,17 +15,16 @@ use std::{
 };
 
 use blixard::id::VmId;
-use blixard_chassis::Tasks;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde_json::{Value, json};
 
 use super::{
-    API_SOCKET, Boot, CloudHypervisor, KIND, VSOCK_SOCKET,
+    API_SOCKET, Boot, KIND, VSOCK_SOCKET, Vmm,
     api::{Api, ApiError, Call, parse},
     config::{NetConfig, VmConfig},
     has_landlock, installed, verdict,
 };
-use crate::hypervisor::{Hypervisor as _, Launch, LaunchError, Machine, ProcessExit, image, machine};
+use crate::hypervisor::{Hypervisor as _, Launch, LaunchError, Machine, ProcessExit, image};
 
 /// For anything that takes milliseconds on an idle machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -33,7 +32,7 @@ const SOON: Duration = Duration::from_secs(60);
 /// Real machines in a directory of their own.
 struct Bed {
     root: tempfile::TempDir,
-    driver: CloudHypervisor,
+    driver: Vmm<Boot>,
 }
 
 impl Bed {
@@ -53,7 +52,7 @@ impl Bed {
         let manifest = json!({"kernel": "kernel", "initramfs": "initramfs", "cmdline": "console=ttyS0"});
         fs::write(image.join("manifest.json"), manifest.to_string()).expect("writes");
         let boot = Boot { program, landlock: has_landlock() };
-        let driver = CloudHypervisor { boot, image_dir: root.path().join("images"), tasks: Tasks::new() };
+        let driver = Vmm::new(boot, &root.path().join("images"));
         Some(Self { root, driver })
     }
 
@@ -77,9 +76,7 @@ impl Bed {
         let launch = self.launch();
         let image = image::find(&self.driver.image_dir, &launch.image).expect("there");
         let config = VmConfig::new(&launch, image, VSOCK_SOCKET, self.driver.boot.landlock);
-        let boot = self.driver.boot.clone();
-        let start =
-            machine::launch(KIND, &launch, &self.driver.tasks, move |starting| boot.start_vmm(starting).map(drop));
+        let start = self.driver.launch_with(KIND, &launch, |boot, starting, _, _| boot.start_vmm(starting).map(drop));
         let machine = within("launch", start).await.expect("starts");
         let api = Api::new(launch.dir.join("run").join(API_SOCKET));
         api.create(&config).await.expect("creates");

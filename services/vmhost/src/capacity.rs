@@ -28,7 +28,7 @@ impl Capacity {
     /// Looks at this machine.
     pub(crate) fn of_this_machine() -> io::Result<Self> {
         let cpus = thread::available_parallelism()?.get();
-        let total = total_memory_mib(&fs::read_to_string("/proc/meminfo")?)
+        let total = meminfo_mib(&fs::read_to_string("/proc/meminfo")?, "MemTotal")
             .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
         Ok(Self {
             vcpus: u32::try_from(cpus).unwrap_or(u32::MAX).max(MIN_VCPUS),
@@ -59,8 +59,9 @@ impl Capacity {
     }
 }
 
-fn total_memory_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+/// A line of /proc/meminfo.
+pub(crate) fn meminfo_mib(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024)
 }
@@ -71,8 +72,8 @@ mod tests {
 
     #[test]
     fn the_total_is_read_in_mib() {
-        assert_eq!(total_memory_mib("MemTotal:       24683432 kB\nMemFree: 1 kB\n"), Some(24104));
-        assert_eq!(total_memory_mib("nonsense"), None);
+        assert_eq!(meminfo_mib("MemTotal:       24683432 kB\nMemFree: 1 kB\n", "MemTotal"), Some(24104));
+        assert_eq!(meminfo_mib("nonsense", "MemTotal"), None);
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod lifecycle;
 pub mod net;
 pub mod pressure;
 
+mod absent;
 mod artifacts;
 mod attempt;
 mod breaker;

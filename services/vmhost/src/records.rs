@@ -30,6 +30,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    absent::gone,
     containment::Place,
     lifecycle::{Cause, Stop},
     net::Lease,
@@ -235,13 +236,6 @@ const PAGE: usize = 4096;
 const VM: &str = "vm.json";
 const ATTEMPT: &str = "attempt.json";
 
-fn gone(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
 fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     let text = contents(path)?;
     text.map(|text| serde_json::from_slice(&text)).transpose().map_err(Into::into)
@@ -254,11 +248,7 @@ fn read_first<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
 }
 
 fn contents(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    gone(fs::read(path).map(Some))
 }
 
 /// Writes a page at most over what a file begins with, in one step. What it held behind that stays there.

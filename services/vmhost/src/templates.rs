@@ -37,10 +37,12 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    absent::gone,
     driver::with_sources,
     guest::AgentLink,
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
+    pressure::Disk,
     records::DELETED,
     volumes::Prepared,
 };
@@ -507,11 +509,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    match fs::read_dir(dir) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
+    gone(fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()))
 }
 
 async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io::Result<BTreeMap<String, Known>> {
@@ -550,10 +548,7 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
         }
     }
     if most == 0 {
-        match fs::remove_dir(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
+        gone(fs::remove_dir(dir))?;
     }
     Ok(known)
 }
@@ -564,8 +559,7 @@ fn prepare(new: &Path, needed: u64) -> io::Result<()> {
     let private = |path: PathBuf| DirBuilder::new().mode(0o700).recursive(true).create(path);
     private(new.join("machine"))?;
     private(new.join("saved"))?;
-    let disk = rustix::fs::statvfs(new)?;
-    let free = disk.f_bavail * disk.f_frsize;
+    let free = Disk::of(new)?.free_bytes;
     if free < needed + SPARE_BYTES {
         let problem = format!("the disk has {} MiB left, and a template needs up to {}", free >> 20, needed >> 20);
         return Err(io::Error::other(problem));
@@ -598,10 +592,6 @@ fn finish(new: &Path, whole: &Path, launch: &Launch) -> io::Result<About> {
 
 /// Deletes a template's directory, if it is there. One that is half deleted is none.
 fn delete(dir: &Path) -> io::Result<()> {
-    let gone = |result: io::Result<()>| match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
     gone(fs::remove_file(dir.join(ABOUT)))?;
     gone(fs::remove_dir_all(dir))
 }

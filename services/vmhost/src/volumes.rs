@@ -28,6 +28,7 @@ use blixard::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    absent::gone,
     disk::{
         directory::{Directory, Listing, Special},
         erofs::Plan,
@@ -35,6 +36,7 @@ use crate::{
         tree::Tree,
     },
     hypervisor::Disk,
+    pressure,
 };
 
 /// The directory of directories' images, in the VM state directory.
@@ -312,13 +314,6 @@ fn unusable_name(path: &Path, error: &io::Error) -> VolumeError {
     VolumeError::Unusable { name: path.display().to_string(), problem: error.to_string() }
 }
 
-fn gone(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -361,10 +356,12 @@ pub(crate) struct Room {
 impl Room {
     /// Looks; `others` are the volumes of VMs that live, and their launches' directories.
     pub(crate) fn of(state_dir: &Path, others: impl Iterator<Item = (Volumes, PathBuf)>) -> io::Result<Self> {
-        let disk = rustix::fs::statvfs(state_dir)?;
-        let (total, free) = (disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize);
+        let pressure::Disk { total_bytes, free_bytes, .. } = pressure::Disk::of(state_dir)?;
         let promised: u64 = others.map(|(volumes, dir)| still_to_take(&volumes, &dir)).sum();
-        Ok(Self { total_mib: total / BYTES_PER_MIB, free_mib: free.saturating_sub(promised) / BYTES_PER_MIB })
+        Ok(Self {
+            total_mib: total_bytes / BYTES_PER_MIB,
+            free_mib: free_bytes.saturating_sub(promised) / BYTES_PER_MIB,
+        })
     }
 
     /// Whether there is room for scratch disks of this size.

@@ -22,6 +22,8 @@ use std::{
 
 use blixard::id::VmId;
 
+use crate::absent::gone;
+
 /// What this node's cgroup is called, with its tag behind.
 const PREFIX: &str = "blixard-";
 /// Where vmhost goes when the cgroup that it was started in must have no processes of its own: only a leaf may, once controllers are handed
@@ -343,13 +345,6 @@ fn wanted(list: &Path) -> BTreeSet<String> {
 fn make(dir: &Path) -> io::Result<()> {
     match fs::create_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    }
-}
-
-fn gone(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }

@@ -20,7 +20,7 @@ use super::{
     LogStore, NodeLogs, record,
     segment::{self, Segment},
 };
-use crate::artifacts::ArtifactDir;
+use crate::{absent::gone, artifacts::ArtifactDir, pressure::Disk};
 
 /// Room is made down to so much of the bound: not again at once.
 const DOWN_TO_PERCENT: u64 = 90;
@@ -56,10 +56,7 @@ impl LogStore {
     fn node_bytes(&self) -> io::Result<u64> {
         match self.limits.node {
             NodeLogs::Bytes(bytes) => Ok(bytes),
-            NodeLogs::Percent(percent) => {
-                let disk = rustix::fs::statvfs(&self.dir)?;
-                Ok((disk.f_blocks / 100).saturating_mul(disk.f_frsize).saturating_mul(percent.into()))
-            }
+            NodeLogs::Percent(percent) => Ok((Disk::of(&self.dir)?.total_bytes / 100).saturating_mul(percent.into())),
         }
     }
 
@@ -137,14 +134,6 @@ impl LogStore {
             bytes += len;
         }
         Ok(bytes + ArtifactDir::of(&dir).drop_files()?)
-    }
-}
-
-/// What it is of is deleted meanwhile: that is room, too.
-fn gone<T: Default>(result: io::Result<T>) -> io::Result<T> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
-        other => other,
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{Disk, Memory, Observation};
+use crate::capacity::meminfo_mib;
 
 /// Where it is looked; a test may say what there is to see.
 #[derive(Clone)]
@@ -42,7 +43,7 @@ fn observe(proc: &Path, cgroups: &Path, dirs: &[PathBuf]) -> Observation {
     let own = read(&proc.join("self/cgroup")).and_then(|text| own_group(&text, cgroups));
     let groups = own.iter().flat_map(|own| own.ancestors().take_while(|dir| dir.starts_with(cgroups)));
     let memory = host.into_iter().chain(groups.filter_map(group)).collect();
-    let disks = dirs.iter().filter_map(|dir| disk(dir).ok()).collect();
+    let disks = dirs.iter().filter_map(|dir| Disk::of(dir).ok()).collect();
     Observation { memory, disks }
 }
 
@@ -51,12 +52,8 @@ fn read(path: &Path) -> Option<String> {
 }
 
 fn meminfo(text: &str) -> Option<Memory> {
-    let mib = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib / 1024)
-    };
-    Some(Memory { total_mib: mib("MemTotal")?, available_mib: mib("MemAvailable")?, stalled_percent: 0 })
+    let (total_mib, available_mib) = (meminfo_mib(text, "MemTotal")?, meminfo_mib(text, "MemAvailable")?);
+    Some(Memory { total_mib, available_mib, stalled_percent: 0 })
 }
 
 /// `full avg10=12.34 avg60=…`
@@ -84,14 +81,17 @@ fn group(dir: &Path) -> Option<Memory> {
     Some(Memory { total_mib: total >> 20, available_mib: available >> 20, stalled_percent })
 }
 
-fn disk(dir: &Path) -> io::Result<Disk> {
-    let space = rustix::fs::statvfs(dir)?;
-    Ok(Disk {
-        total_bytes: space.f_blocks.saturating_mul(space.f_frsize),
-        free_bytes: space.f_bavail.saturating_mul(space.f_frsize),
-        total_inodes: space.f_files,
-        free_inodes: space.f_favail,
-    })
+impl Disk {
+    /// The file system that a directory is on.
+    pub(crate) fn of(dir: &Path) -> io::Result<Self> {
+        let space = rustix::fs::statvfs(dir)?;
+        Ok(Self {
+            total_bytes: space.f_blocks.saturating_mul(space.f_frsize),
+            free_bytes: space.f_bavail.saturating_mul(space.f_frsize),
+            total_inodes: space.f_files,
+            free_inodes: space.f_favail,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -186,7 +186,7 @@ fn ruleset(files: &Files, program: &Path, reads: &[PathBuf]) -> Result<RulesetCr
     for path in reads {
         allow(path, AccessFs::ReadFile.into())?;
     }
-    // Sockets, and no other file: it can't fill the disk.
+    // Sockets, and no other file: it can't fill the disk, but with sockets' names.
     allow(dir, write | AccessFs::ReadDir | AccessFs::MakeSock | AccessFs::RemoveFile)?;
     Ok(ruleset)
 }

@@ -33,7 +33,8 @@ impl Tasks {
 
     /// Runs a task. It is expected to end soon after the token is cancelled; a panic is logged under its name.
     pub fn spawn(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
-        let guarded = std::panic::AssertUnwindSafe(future).catch_unwind();
+        // Boxed: each `async` block around a future has room for it twice, where it comes from and where it runs.
+        let guarded = std::panic::AssertUnwindSafe(Box::pin(future)).catch_unwind();
         self.tracker.spawn(async move {
             if guarded.await.is_err() {
                 tracing::error!(task = name, "task panicked");
@@ -43,7 +44,7 @@ impl Tasks {
 
     /// Runs a task that has nothing to put in order: it is dropped when the token is cancelled.
     pub fn spawn_until_end(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
-        let token = self.token.clone();
+        let (token, future) = (self.token.clone(), Box::pin(future));
         self.spawn(name, async move {
             tokio::select! {
                 () = token.cancelled() => {}

@@ -48,7 +48,8 @@ pub(crate) async fn watch(
     tokio::time::sleep(every * share / 1024).await;
     loop {
         if is_free(&view) {
-            let result = check(&link, &guest_boot, every.min(ANSWER_WITHIN)).await;
+            // Boxed: what a call takes is not kept between two.
+            let result = Box::pin(check(&link, &guest_boot, every.min(ANSWER_WITHIN))).await;
             // An attempt that began meanwhile is watched by itself.
             if is_free(&view) && events.send(Event::Checked(result)).await.is_err() {
                 return;

@@ -97,7 +97,8 @@ impl Reporter {
                 next = timeout(START_WITH_END, reports.recv()).await.unwrap_or_default();
             }
             if !next.as_ref().is_some_and(|next| next.tells(&report)) {
-                self.tell(report).await;
+                // Boxed: what a call takes is not kept while there is nothing to tell.
+                Box::pin(self.tell(report)).await;
             }
             if next.is_none() {
                 next = reports.recv().await;

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -126,8 +126,7 @@ impl ControlPlane {
     pub async fn service_vms(&self, count: usize, memory_mib: Option<u32>) -> anyhow::Result<Vec<String>> {
         let config = || common::VmConfig { kind: common::VmKind::Service.into(), memory_mib, ..Default::default() };
         let starting = (0..count).map(async |_| start_vm(&mut self.scheduler.clone(), config()).await);
-        let started = futures::future::try_join_all(starting).await?;
-        Ok(started.into_iter().map(|(id, _)| id).collect())
+        futures::future::try_join_all(starting).await
     }
 
     /// Ends every VM: they would outlive the processes.
@@ -156,15 +155,14 @@ pub fn connect(endpoint: &str) -> anyhow::Result<Scheduler> {
     Ok(SchedulerServiceClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES))
 }
 
-/// Starts a VM and waits until it is Ready; returns its id and how long that took.
-pub async fn start_vm(scheduler: &mut Scheduler, config: common::VmConfig) -> anyhow::Result<(String, Duration)> {
-    let began = Instant::now();
+/// Starts a VM and waits until it is Ready; returns its id.
+async fn start_vm(scheduler: &mut Scheduler, config: common::VmConfig) -> anyhow::Result<String> {
     let answer = scheduler.start_vm(pb::StartVmRequest { request_id: String::new(), config: Some(config) }).await?;
     let id = answer.into_inner().vm.context("vm")?.id;
     loop {
         let vm = scheduler.get_vm(pb::GetVmRequest { vm_id: id.clone() }).await?.into_inner().vm.context("vm")?;
         match vm.state() {
-            common::VmState::Ready => return Ok((id, began.elapsed())),
+            common::VmState::Ready => return Ok(id),
             common::VmState::Starting => tokio::time::sleep(Duration::from_millis(2)).await,
             state => bail!("VM {id} is {state:?}: {}", vm.reason),
         }

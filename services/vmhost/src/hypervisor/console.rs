@@ -25,15 +25,19 @@
 use std::{
     collections::VecDeque,
     fs::{self, File},
+    future::poll_fn,
     io::{self, Write as _},
+    mem::MaybeUninit,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use rustix::fs::{Mode, OFlags};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _},
+    io::{AsyncRead, ReadBuf},
     net::unix::pipe,
     sync::Notify,
 };
@@ -202,14 +206,19 @@ impl Recorder {
 
     /// Records everything that comes out of `source`, until its end.
     pub(super) async fn record(&self, mut source: impl AsyncRead + Unpin) {
-        let mut buffer = vec![0; READ_BYTES];
-        while let Ok(length) = source.read(&mut buffer).await
-            && length > 0
-        {
-            lock(&self.shared.ring).push(&buffer[..length]);
+        while let Ok(1..) = poll_fn(|context| self.poll_read(Pin::new(&mut source), context)).await {
             self.shared.grown.notify_one();
             tokio::time::sleep(READ_PAUSE).await;
         }
+    }
+
+    /// Takes what is there: its length. The buffer is on the stack, so that a silent console has none.
+    fn poll_read(&self, source: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut buffer = [MaybeUninit::uninit(); READ_BYTES];
+        let mut buffer = ReadBuf::uninit(&mut buffer);
+        ready!(source.poll_read(context, &mut buffer))?;
+        lock(&self.shared.ring).push(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
     }
 
     /// Writes to disk what is recorded, for ever.

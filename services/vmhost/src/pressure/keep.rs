@@ -31,8 +31,7 @@ pub(crate) async fn keep(host: &Arc<Host>, mut pressure: Pressure) {
 pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
     let watch = host.watch.clone();
     let Ok(seen) = tokio::task::spawn_blocking(move || watch.look()).await else { return };
-    let handles: Vec<VmHandle> = host.vms().values().cloned().collect();
-    let vms: Vec<Candidate> = handles.iter().filter_map(candidate).collect();
+    let vms: Vec<Candidate> = host.vms().values().filter_map(candidate).collect();
     let before = pressure.levels();
     let relief = pressure.step(node_lease::now(), &seen, &vms);
     let words = words(&seen);
@@ -65,8 +64,8 @@ pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
 }
 
 fn candidate(vm: &VmHandle) -> Option<Candidate> {
-    let view = vm.view.borrow().clone();
-    let doing = match view.state {
+    let state = vm.view.borrow().state;
+    let doing = match state {
         VmState::Terminated | VmState::Failed => return None,
         VmState::Ready | VmState::Idle => Doing::Nothing,
         VmState::Busy => Doing::Attempt,

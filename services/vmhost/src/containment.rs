@@ -19,7 +19,7 @@ use blixard::{
 };
 
 use crate::{
-    hypervisor::{Cgroups, Contained, landlock_version, may_change_user},
+    hypervisor::{Cgroups, Contained, landlock_version, may_change_user, seccomp},
     net::node_tag,
 };
 
@@ -36,6 +36,8 @@ pub struct Containment {
     /// Or why there are none.
     cgroups: Result<Cgroups, String>,
     landlock: u32,
+    /// Or why there is none.
+    seccomp: Result<(), String>,
     /// Who has something.
     leased: Mutex<BTreeSet<VmId>>,
 }
@@ -88,7 +90,8 @@ impl Containment {
         let tag = node_tag(node, state_dir);
         let Contained::Yes { kvm } = driver else {
             let why = "its driver does not contain VMs".to_owned();
-            return Self { users: Err(why.clone()), cgroups: Err(why), landlock: 0, leased: Mutex::default() };
+            let (users, cgroups, seccomp) = (Err(why.clone()), Err(why.clone()), Err(why));
+            return Self { users, cgroups, landlock: 0, seccomp, leased: Mutex::default() };
         };
         let users = usable(users, kvm).and_then(|range| {
             let users = Users::of_node(range, tag);
@@ -97,7 +100,8 @@ impl Containment {
             Ok(Mutex::new(users))
         });
         let name: String = tag.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        Self { users, cgroups: Cgroups::open(&name), landlock: landlock_version(), leased: Mutex::default() }
+        let (cgroups, landlock) = (Cgroups::open(&name), landlock_version());
+        Self { users, cgroups, landlock, seccomp: seccomp(), leased: Mutex::default() }
     }
 
     /// In a line, for people; and whether all of it is there.
@@ -112,8 +116,9 @@ impl Containment {
             Ok(cgroups) => Ok(cgroups.describe()),
             Err(why) => Err(why.as_str()),
         };
-        let whole = users.is_ok() && limited && self.landlock > 0;
-        (whole, in_words(users, cgroups, self.landlock))
+        let seccomp = self.seccomp.as_ref().copied().map_err(String::as_str);
+        let whole = users.is_ok() && limited && self.landlock > 0 && seccomp.is_ok();
+        (whole, in_words(users, cgroups, self.landlock, seccomp))
     }
 
     /// Keeps a user for a VM, and names its cgroup. Nothing is made yet: first it must be on disk.
@@ -185,23 +190,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What there would be, without making anything: whether all of it, and in a line.
 pub(crate) fn look(users: Option<UserRange>, kvm: bool) -> (bool, String) {
     let users = usable(users, kvm);
-    let controllers = Cgroups::look();
-    let whole = users.is_ok() && controllers.as_ref().is_ok_and(Cgroups::is_all) && landlock_version() > 0;
+    let (controllers, landlock, seccomp) = (Cgroups::look(), landlock_version(), seccomp());
+    let limited = controllers.as_ref().is_ok_and(Cgroups::is_all);
+    let whole = users.is_ok() && limited && landlock > 0 && seccomp.is_ok();
     let cgroups = controllers.as_ref().map(|there| format!("cgroups ({})", Cgroups::in_words(there)));
-    (
-        whole,
-        in_words(users.as_ref().copied().map_err(String::as_str), cgroups.map_err(String::as_str), landlock_version()),
-    )
+    let (users, seccomp) = (users.as_ref().copied(), seccomp.as_ref().copied());
+    let why = String::as_str;
+    (whole, in_words(users.map_err(why), cgroups.map_err(why), landlock, seccomp.map_err(why)))
 }
 
-fn in_words(users: Result<UserRange, &str>, cgroups: Result<String, &str>, landlock: u32) -> String {
+fn in_words(
+    users: Result<UserRange, &str>,
+    cgroups: Result<String, &str>,
+    landlock: u32,
+    seccomp: Result<(), &str>,
+) -> String {
     let users = users.map_or_else(|why| format!("no users of their own: {why}"), |range| format!("users {range}"));
     let cgroups = cgroups.unwrap_or_else(|why| format!("no cgroups: {why}"));
     let landlock = match landlock {
         0 => "no Landlock (Linux 5.13 has it)".to_owned(),
         version => format!("Landlock {version}"),
     };
-    format!("{users}; {cgroups}; {landlock}; no capabilities, no new privileges")
+    let seccomp = seccomp.map_or_else(|why| format!("no seccomp: {why}"), |()| "seccomp".to_owned());
+    format!("{users}; {cgroups}; {landlock}; {seccomp}; no capabilities, no new privileges")
 }
 
 fn usable(users: Option<UserRange>, kvm: bool) -> Result<UserRange, String> {
@@ -244,10 +255,10 @@ mod tests {
     #[test]
     fn what_is_missing_is_said() {
         let range = UserRange { first: 100_000, last: 165_535 };
-        let whole = in_words(Ok(range), Ok("cgroups in /c (limits: cpu)".to_owned()), 6);
-        insta::assert_snapshot!(whole, @"users 100000-165535; cgroups in /c (limits: cpu); Landlock 6; no capabilities, no new privileges");
-        let reduced = in_words(Err("firecracker.vm_uids is none"), Err("nowhere"), 0);
-        insta::assert_snapshot!(reduced, @"no users of their own: firecracker.vm_uids is none; no cgroups: nowhere; no Landlock (Linux 5.13 has it); no capabilities, no new privileges");
+        let whole = in_words(Ok(range), Ok("cgroups in /c (limits: cpu)".to_owned()), 6, Ok(()));
+        insta::assert_snapshot!(whole, @"users 100000-165535; cgroups in /c (limits: cpu); Landlock 6; seccomp; no capabilities, no new privileges");
+        let reduced = in_words(Err("firecracker.vm_uids is none"), Err("nowhere"), 0, Err("not here"));
+        insta::assert_snapshot!(reduced, @"no users of their own: firecracker.vm_uids is none; no cgroups: nowhere; no Landlock (Linux 5.13 has it); no seccomp: not here; no capabilities, no new privileges");
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! How the processes of a contained machine are started: with nothing but what they need.
 //!
 //! ```text
-//!   vmhost ── a thread of its own ─ user, groups ─ no capabilities ─ no new privileges ─ Landlock ─ spawn ─► hypervisor
+//!   vmhost ── a thread of its own ─ user, groups ─ no capabilities ─ no new privileges ─ Landlock ─ seccomp ─ spawn ─► hypervisor
 //!                     └─ ends
 //! ```
-//! Credentials, `no_new_privs` and Landlock domains belong to a *thread* on Linux, and a child inherits those of the thread that started it. So
-//! there is no code between fork and exec, where hardly anything is safe: a thread gives up its rights, starts the process, and ends. It must never be
-//! one that serves others afterwards.
+//! Credentials, `no_new_privs`, Landlock domains and seccomp filters belong to a *thread* on Linux, and a child inherits those of the thread that
+//! started it. So there is no code between fork and exec, where hardly anything is safe: a thread gives up its rights, starts the process, and ends.
+//! It must never be one that serves others afterwards.
 //!
 //! While that thread lives a process of the same user could try to get hold of it, and so of vmhost. The kernel lets it not: with its change
 //! of user the whole process becomes undumpable, which is never undone, and may not be traced.
@@ -33,6 +33,8 @@ use rustix::{
         set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
+
+use super::seccomp::{self, Uses};
 
 /// The newest Landlock that the rules are made for. What the kernel does not know of it is left out.
 const LANDLOCK: ABI = ABI::V6;
@@ -68,6 +70,8 @@ pub(super) struct Confinement {
     pub(super) longest_file: u64,
     /// How many threads its user may have: the same as its cgroup, where that has no say.
     pub(super) threads: u64,
+    /// What its filter of system calls leaves open to it.
+    pub(super) uses: Uses,
 }
 
 /// Which files a process may open.
@@ -83,6 +87,7 @@ pub(super) enum Files {
 pub(super) fn spawn(mut command: Command, confinement: &Confinement) -> io::Result<Child> {
     let program = PathBuf::from(command.get_program());
     let ruleset = ruleset(&confinement.files, &program, &confinement.reads).map_err(io::Error::other)?;
+    let filter = seccomp::filter(confinement.uses)?;
     let confinement = confinement.clone();
     let thread = std::thread::Builder::new().name("launch".to_owned()).spawn(move || {
         confinement.drop_rights()?;
@@ -90,6 +95,9 @@ pub(super) fn spawn(mut command: Command, confinement: &Confinement) -> io::Resu
         // Sets `no_new_privs`, too, but only where there is Landlock.
         set_no_new_privs(true)?;
         ruleset.restrict_self().map_err(io::Error::other)?;
+        if let Some(filter) = filter {
+            filter.install()?;
+        }
         let child = command.spawn().map_err(|error| explained(&program, error, confinement.user))?;
         confinement.limit(&child)?;
         Ok(child)
@@ -291,7 +299,7 @@ mod tests {
     use super::*;
 
     fn confinement(user: Option<u32>, files: Files) -> Confinement {
-        Confinement { user, reads: Vec::new(), files, longest_file: 1 << 20, threads: 64 }
+        Confinement { user, reads: Vec::new(), files, longest_file: 1 << 20, threads: 64, uses: Uses::default() }
     }
 
     /// What a shell says that is started so; it begins once it has been started whole.

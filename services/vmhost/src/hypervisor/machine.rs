@@ -39,6 +39,7 @@ use super::{
     events::Events,
     procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
     record::Record,
+    seccomp::Uses,
     socket::SocketDir,
 };
 
@@ -95,6 +96,8 @@ pub(super) struct Needs {
     pub(super) reads: Vec<PathBuf>,
     /// Whether they restrict themselves to what they need of the file system.
     pub(super) restrict_themselves: bool,
+    /// Which system calls they make that others do not.
+    pub(super) uses: Uses,
 }
 
 /// How the guest agent is reached.
@@ -225,6 +228,7 @@ impl Starting {
             // its disks.
             longest_file: longest_disk.max((guest_mib + u64::from(needs.overhead_mib)) * BYTES_PER_MIB),
             threads: threads.into(),
+            uses: needs.uses,
         });
         Ok(())
     }

@@ -34,6 +34,7 @@ mod procfs;
 mod qemu;
 mod qmp;
 mod record;
+mod seccomp;
 mod socket;
 mod template;
 mod tools;
@@ -62,6 +63,7 @@ pub(crate) use machine::end_cgroup;
 pub use nic::Nic;
 pub(crate) use nic::create_tap;
 pub use procfs::{MarkedProcess, end_marked, marked_below};
+pub(crate) use seccomp::seccomp;
 
 /// The guest agent's vsock port. The agent also connects to the host's port of this number once it serves: it knocks.
 pub const AGENT_PORT: u32 = 1024;

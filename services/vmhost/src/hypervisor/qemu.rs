@@ -27,6 +27,7 @@ use super::{
     images_in_words,
     machine::{self, Agent, Kind, Needs, Starting, cannot},
     qmp::{self, Qmp},
+    seccomp::Uses,
     template, tools,
     vmm::{self, Vmm},
 };
@@ -187,6 +188,7 @@ impl Boot {
             overhead_mib: if self.kvm { OVERHEAD_MIB } else { OVERHEAD_MIB + TRANSLATED_MIB },
             reads: image.files().cloned().collect(),
             restrict_themselves: false,
+            uses: Uses::default(),
         })
     }
 

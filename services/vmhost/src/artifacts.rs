@@ -140,8 +140,10 @@ impl ArtifactDir {
             return Ok(());
         }
         let beside = self.beside();
-        clear(&beside)?;
-        fs::create_dir_all(&beside)?;
+        // What an earlier vmhost fetched may be large.
+        let fresh = beside.clone();
+        let made = tokio::task::spawn_blocking(move || clear(&fresh).and_then(|()| fs::create_dir_all(fresh)));
+        made.await.map_err(io::Error::other)??;
         let mut fetching = Fetching { link, guest_boot, deadline: Instant::now() + PATIENCE, room: MAX_ARTIFACT_BYTES };
         let mut index = Vec::with_capacity(paths.len());
         for (number, path) in paths.iter().enumerate() {

@@ -286,7 +286,7 @@ impl Driver {
 
     /// Leaves nothing of a VM that could not begin, and tells those who asked for it.
     async fn refuse(mut self, error: &std::io::Error) {
-        noted(self.id, self.dir.remove());
+        noted(self.id, self.dir.remove().await);
         self.host.forget(self.id);
         let error = internal(self.id, "a VM could not be written down", error);
         while let Some(command) = self.commands.recv().await {
@@ -298,7 +298,7 @@ impl Driver {
 
     /// Writes the intent down and starts the machine.
     async fn begin(&mut self) -> std::io::Result<()> {
-        self.dir.create()?;
+        self.dir.create().await?;
         self.dir.intend_vm(&self.record).await?;
         let (host, launch, volumes) = (Arc::clone(&self.host), self.launch.clone(), self.record.config.volumes.clone());
         let network = host.guest_network(&self.record);
@@ -365,7 +365,7 @@ impl Driver {
                 self.step(Input::Stop(stop)).await;
             }
             Event::Reported => {
-                if let Err(error) = self.dir.remove() {
+                if let Err(error) = self.dir.remove().await {
                     tracing::error!(vm_id = %self.id, %error, "the directory of a VM that has ended can't be removed");
                 }
                 self.host.forget(self.id);
@@ -638,7 +638,7 @@ impl Driver {
         if let (VmState::Failed, Some(console)) = (state, console) {
             self.host.consoles.keep(self.id, &console);
         }
-        noted(self.id, self.dir.remove_machine());
+        noted(self.id, self.dir.remove_machine().await);
         self.machine = None;
         self.record.end = Some((state, reason.clone()));
         self.note_vm();

@@ -167,7 +167,7 @@ impl StateDir {
     }
 }
 
-/// One VM's directory.
+/// One VM's directory. In it there may be large disks, and whatever a machine has left: deleting takes its time, and is done where it holds up nobody.
 #[derive(Debug, Clone)]
 pub(crate) struct VmDir {
     path: PathBuf,
@@ -175,9 +175,12 @@ pub(crate) struct VmDir {
 
 impl VmDir {
     /// Makes it, and an empty one for the machine; what an earlier life left there is removed.
-    pub(crate) fn create(&self) -> io::Result<()> {
-        self.remove()?;
-        DirBuilder::new().mode(0o700).recursive(true).create(self.machine())
+    pub(crate) async fn create(&self) -> io::Result<()> {
+        self.blocking(|dir| {
+            dir.delete()?;
+            DirBuilder::new().mode(0o700).recursive(true).create(dir.machine())
+        })
+        .await
     }
 
     /// Where the hypervisor keeps what it needs.
@@ -186,21 +189,37 @@ impl VmDir {
     }
 
     /// An empty one for the machine, in place of the one that there is.
-    pub(crate) fn renew_machine(&self) -> io::Result<()> {
-        self.remove_machine()?;
-        DirBuilder::new().mode(0o700).create(self.machine())
+    pub(crate) async fn renew_machine(&self) -> io::Result<()> {
+        self.blocking(|dir| {
+            dir.delete_machine()?;
+            DirBuilder::new().mode(0o700).create(dir.machine())
+        })
+        .await
     }
 
     /// Removes the machine's part of it.
-    pub(crate) fn remove_machine(&self) -> io::Result<()> {
-        gone(fs::remove_dir_all(self.machine()))
+    pub(crate) async fn remove_machine(&self) -> io::Result<()> {
+        self.blocking(Self::delete_machine).await
     }
 
     /// Removes all of it. The VM's record goes last: a crash in between leaves a VM that is found again.
-    pub(crate) fn remove(&self) -> io::Result<()> {
-        self.remove_machine()?;
+    pub(crate) async fn remove(&self) -> io::Result<()> {
+        self.blocking(Self::delete).await
+    }
+
+    fn delete_machine(&self) -> io::Result<()> {
+        gone(fs::remove_dir_all(self.machine()))
+    }
+
+    fn delete(&self) -> io::Result<()> {
+        self.delete_machine()?;
         gone(fs::remove_file(self.path.join(ATTEMPT)))?;
         gone(fs::remove_dir_all(&self.path))
+    }
+
+    async fn blocking(&self, work: impl FnOnce(&Self) -> io::Result<()> + Send + 'static) -> io::Result<()> {
+        let dir = self.clone();
+        tokio::task::spawn_blocking(move || work(&dir)).await.map_err(io::Error::from).flatten()
     }
 
     /// The VM's record; `None` when there is none.
@@ -297,11 +316,11 @@ mod tests {
         StateDir::open(dir.path()).unwrap();
     }
 
-    #[test]
-    fn the_latest_attempt_is_read_back_whatever_was_there_before() {
+    #[tokio::test]
+    async fn the_latest_attempt_is_read_back_whatever_was_there_before() {
         let dir = tempfile::tempdir().unwrap();
         let vm = StateDir::open(dir.path()).unwrap().vm(VmId::random());
-        vm.create().unwrap();
+        vm.create().await.unwrap();
         assert_eq!(vm.attempt().unwrap(), None);
         let record = |attempt, artifacts: &[&str]| AttemptRecord {
             job: JobId::random(),
@@ -318,6 +337,31 @@ mod tests {
             vm.note_attempt(&record).unwrap();
             assert_eq!(vm.attempt().unwrap(), Some(record));
         }
+    }
+
+    #[test]
+    fn deleting_holds_up_nobody_else_of_its_thread() {
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let vm = StateDir::open(dir.path()).unwrap().vm(VmId::random());
+            vm.create().await.unwrap();
+            for (deletes, left) in [("machine", true), ("all", false)] {
+                fs::create_dir_all(vm.machine().join("run")).unwrap();
+                // The one thread that may block is taken: nothing is deleted until it is free.
+                let (free, taken) = std::sync::mpsc::channel::<()>();
+                let taken = tokio::task::spawn_blocking(move || taken.recv());
+                let deleting = async { if left { vm.remove_machine().await } else { vm.remove().await } };
+                let mut deleting = std::pin::pin!(deleting);
+                assert!(futures::poll!(&mut deleting).is_pending(), "{deletes}: it was not waited for");
+                assert!(vm.machine().join("run").exists(), "{deletes}: by this thread");
+                free.send(()).unwrap();
+                taken.await.unwrap().unwrap();
+                deleting.await.unwrap();
+                assert!(!vm.machine().exists(), "{deletes}");
+                assert_eq!(vm.path.exists(), left, "{deletes}");
+            }
+        });
     }
 
     #[test]

@@ -103,7 +103,7 @@ async fn recover_vm(host: &Arc<Host>, id: VmId) {
 
 async fn remove(host: &Host, id: VmId, dir: &VmDir, launch: &Launch) {
     sweep(host, launch).await;
-    if let Err(error) = dir.remove() {
+    if let Err(error) = dir.remove().await {
         tracing::error!(vm_id = %id, %error, "the directory of a VM can't be removed");
     }
 }

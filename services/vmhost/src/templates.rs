@@ -381,8 +381,7 @@ async fn renew(host: &Host, launch: &Launch) -> Result<(), String> {
     if left > 0 {
         tracing::error!(vm_id = %launch.vm_id, left, "processes of a VM that could not be restored were left");
     }
-    let dir = host.state.vm(launch.vm_id);
-    let renewed = tokio::task::spawn_blocking(move || dir.renew_machine()).await.map_err(io::Error::from).flatten();
+    let renewed = host.state.vm(launch.vm_id).renew_machine().await;
     renewed.map_err(|error| format!("the directory of a machine can't be emptied: {error}"))
 }
 

@@ -3,7 +3,7 @@
 //! Hints only. The hypervisor drops what does not fit, and all of it while vmhost is down. That a machine has ended is
 //! known by its pidfd; an event can tell *why*, and that a guest is over whose hypervisor would go on.
 
-use std::{io, path::Path};
+use std::{io, path::Path, time::Duration};
 
 use rustix::fs::{Mode, OFlags};
 use tokio::{
@@ -13,6 +13,8 @@ use tokio::{
 
 /// The longest event that is listened to. They have about 200 bytes.
 const MAX_EVENT_BYTES: usize = 16 * 1024;
+/// After as many bytes: one that has been taken over by its guest may tell without end, and vmhost has other things to do.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// How a driver's hypervisor tells.
 #[derive(Debug, Clone, Copy)]
@@ -40,13 +42,18 @@ impl Events {
     /// Listens until an event says that the machine is over; `None` when the hypervisor has ended first.
     pub(super) async fn await_verdict(&self, source: impl AsyncRead + Unpin) -> Option<&'static str> {
         let mut source = BufReader::new(source);
-        let mut event = String::new();
+        let (mut event, mut heard) = (String::new(), 0);
         loop {
+            if heard >= MAX_EVENT_BYTES {
+                heard = 0;
+                tokio::time::sleep(PAUSE).await;
+            }
             let mut line = Vec::new();
             let read = (&mut source).take(MAX_EVENT_BYTES as u64).read_until(b'\n', &mut line).await.ok()?;
             if read == 0 {
                 return None;
             }
+            heard += read;
             if !line.trim_ascii().is_empty() {
                 if event.len() + line.len() <= MAX_EVENT_BYTES {
                     event.push_str(&String::from_utf8_lossy(&line));
@@ -77,5 +84,13 @@ mod tests {
         assert_eq!(events().await_verdict(noise.as_bytes()).await, None);
         // Not whole: the hypervisor died in the middle of it.
         assert_eq!(events().await_verdict("{\n  \"event\": \"panic\"\n".as_bytes()).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_tells_without_end_is_listened_to_now_and_then() {
+        let begun = tokio::time::Instant::now();
+        let chatter = "{}\n\n".repeat(50 * MAX_EVENT_BYTES / 4);
+        assert_eq!(events().await_verdict(chatter.as_bytes()).await, None);
+        assert_eq!(begun.elapsed(), 50 * PAUSE);
     }
 }

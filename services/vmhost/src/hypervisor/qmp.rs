@@ -2,10 +2,12 @@
 //!
 //! QEMU connects to a socket of ours, once, at its start. When vmhost hangs up the machine has no monitor any more and none can be had:
 //! what is not there cannot be misused. Blocking.
+//!
+//! QEMU may be its guest's by now. So each command as a whole has a deadline, whatever comes in the meantime, and what comes is bounded.
 
 use std::{
     cell::OnceCell,
-    io::{self, BufRead as _, BufReader, Write as _},
+    io::{self, Read as _, Write as _},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -23,8 +25,16 @@ use super::{
     machine::{Starting, cannot},
 };
 
-/// How long QEMU may take to connect and to answer: milliseconds, and the rest for a loaded host.
+/// How long QEMU may take to connect, and to answer each command: milliseconds, and the rest for a loaded host.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long saving and filling may take: all of its memory is written, or read.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(300);
+/// The longest message that is listened to. The answers have some hundred bytes.
+const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+/// How many events are passed over while an answer is waited for. There are a few.
+const MAX_EVENTS: usize = 1000;
+/// Bytes taken in one read.
+const READ_BYTES: usize = 4096;
 /// Between two questions how far it is.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(2);
 
@@ -50,22 +60,25 @@ impl Expected {
         std::fs::remove_file(&self.path).map_err(cannot("take QEMU's monitor away"))?;
         let gone = || io::Error::from(io::ErrorKind::NotConnected);
         let stream = met.into_inner().ok_or_else(gone).map_err(cannot("reach QEMU's monitor"))?;
-        Qmp::begin(stream).map_err(cannot("talk to QEMU"))
+        Qmp::begin(stream, PATIENCE).map_err(cannot("talk to QEMU"))
     }
 }
 
 /// One machine's monitor.
 pub(super) struct Qmp {
-    stream: BufReader<UnixStream>,
+    stream: UnixStream,
+    /// What has come and was not looked at yet.
+    received: Vec<u8>,
+    /// For each command.
+    patience: Duration,
 }
 
 impl Qmp {
-    fn begin(stream: UnixStream) -> io::Result<Self> {
+    fn begin(stream: UnixStream, patience: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        let mut qmp = Self { stream: BufReader::new(stream) };
-        let greeting = qmp.read()?;
+        let mut qmp = Self { stream, received: Vec::new(), patience };
+        let deadline = qmp.deadline("QEMU's greeting");
+        let greeting = qmp.read(&deadline)?;
         if greeting.get("QMP").is_none() {
             return Err(io::Error::other(format!("this is no monitor of QEMU's: {greeting}")));
         }
@@ -80,7 +93,9 @@ impl Qmp {
         self.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 }))?;
         self.pass("state", file.as_fd())?;
         self.execute("migrate", json!({ "uri": "fd:state" }))?;
+        let deadline = Deadline::after(MEMORY_PATIENCE, "saving it");
         loop {
+            deadline.left()?;
             let answer = self.execute("query-migrate", json!({}))?;
             match answer["status"].as_str() {
                 Some("completed") => return Ok(()),
@@ -97,12 +112,10 @@ impl Qmp {
     pub(super) fn fill(&mut self, file: impl AsFd) -> io::Result<()> {
         self.pass("state", file.as_fd())?;
         self.execute("migrate-incoming", json!({ "uri": "fd:state" }))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Deadline::after(MEMORY_PATIENCE, "filling it");
         // QEMU ends when it can't make sense of the file.
         while self.execute("query-status", json!({}))?["status"] == "inmigrate" {
-            if Instant::now() >= deadline {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
+            deadline.left()?;
             std::thread::sleep(ASK_AGAIN_AFTER);
         }
         Ok(())
@@ -121,34 +134,51 @@ impl Qmp {
         self.execute("cont", json!({})).map(drop)
     }
 
-    fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
-        self.stream.get_mut().write_all(&line(command, arguments))?;
-        self.answer(command)
+    fn deadline(&self, what: &'static str) -> Deadline {
+        Deadline::after(self.patience, what)
+    }
+
+    fn execute(&mut self, command: &'static str, arguments: Value) -> io::Result<Value> {
+        let deadline = self.deadline(command);
+        self.write(&line(command, arguments), &deadline)?;
+        self.answer(command, &deadline)
     }
 
     /// Hands it a descriptor by this name.
     fn pass(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        const COMMAND: &str = "getfd";
+        let deadline = self.deadline(COMMAND);
         let descriptors = [descriptor];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
             return Err(io::Error::other("no room for a descriptor"));
         }
-        let line = line("getfd", json!({ "fdname": name }));
-        let sent = rustix::net::sendmsg(
-            self.stream.get_ref(),
-            &[io::IoSlice::new(&line)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )?;
-        self.stream.get_mut().write_all(&line[sent..])?;
-        self.answer("getfd").map(drop)
+        let line = line(COMMAND, json!({ "fdname": name }));
+        self.stream.set_write_timeout(Some(deadline.left()?))?;
+        let parts = [io::IoSlice::new(&line)];
+        let sent = rustix::net::sendmsg(&self.stream, &parts, &mut ancillary, SendFlags::NOSIGNAL);
+        let sent = sent.map_err(|error| deadline.met_by(error.into()))?;
+        self.write(&line[sent..], &deadline)?;
+        self.answer(COMMAND, &deadline).map(drop)
+    }
+
+    fn write(&mut self, mut line: &[u8], deadline: &Deadline) -> io::Result<()> {
+        while !line.is_empty() {
+            self.stream.set_write_timeout(Some(deadline.left()?))?;
+            match self.stream.write(line) {
+                Ok(written) => line = &line[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(deadline.met_by(error)),
+            }
+        }
+        Ok(())
     }
 
     /// The answer to the one command that is under way; events are passed over.
-    fn answer(&mut self, command: &str) -> io::Result<Value> {
-        loop {
-            let mut message = self.read()?;
+    fn answer(&mut self, command: &str, deadline: &Deadline) -> io::Result<Value> {
+        for _ in 0..=MAX_EVENTS {
+            let mut message = self.read(deadline)?;
             if let Some(value) = message.get_mut("return") {
                 return Ok(value.take());
             }
@@ -157,14 +187,62 @@ impl Qmp {
                 return Err(io::Error::other(format!("{command} was refused: {why}")));
             }
         }
+        Err(io::Error::other(format!("QEMU tells of more than {MAX_EVENTS} events and does not answer {command}")))
     }
 
-    fn read(&mut self) -> io::Result<Value> {
-        let mut line = String::new();
-        if self.stream.read_line(&mut line)? == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "QEMU hung up"));
+    /// The next message.
+    fn read(&mut self, deadline: &Deadline) -> io::Result<Value> {
+        let mut looked_at = 0;
+        loop {
+            let end = self.received[looked_at..].iter().position(|&byte| byte == b'\n');
+            if let Some(end) = end {
+                let rest = self.received.split_off(looked_at + end + 1);
+                let line = std::mem::replace(&mut self.received, rest);
+                return Ok(serde_json::from_slice(&line)?);
+            }
+            looked_at = self.received.len();
+            if looked_at > MAX_MESSAGE_BYTES {
+                return Err(io::Error::other(format!("QEMU says more than {MAX_MESSAGE_BYTES} bytes in one message")));
+            }
+            let mut bytes = [0; READ_BYTES];
+            self.stream.set_read_timeout(Some(deadline.left()?))?;
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "QEMU hung up")),
+                Ok(read) => self.received.extend(&bytes[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(deadline.met_by(error)),
+            }
         }
-        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+/// When something has to be done, however much of it is.
+struct Deadline {
+    at: Instant,
+    patience: Duration,
+    /// What is waited for.
+    what: &'static str,
+}
+
+impl Deadline {
+    fn after(patience: Duration, what: &'static str) -> Self {
+        Self { at: Instant::now() + patience, patience, what }
+    }
+
+    /// How much time is left; an error when there is none.
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(self.missed()) } else { Ok(left) }
+    }
+
+    fn missed(&self) -> io::Error {
+        let problem = format!("{} was waited for in vain for {:?}", self.what, self.patience);
+        io::Error::new(io::ErrorKind::TimedOut, problem)
+    }
+
+    /// What a failed read or write means whose time was what was left.
+    fn met_by(&self, error: io::Error) -> io::Error {
+        if error.kind() == io::ErrorKind::WouldBlock { self.missed() } else { error }
     }
 }
 
@@ -176,6 +254,8 @@ fn line(command: &str, arguments: Value) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+
     use super::*;
 
     /// A monitor that gives these answers, one a request, and what it was asked.
@@ -195,7 +275,7 @@ mod tests {
             }
             asked
         });
-        let result = with(Qmp::begin(ours));
+        let result = with(Qmp::begin(ours, PATIENCE));
         (result, monitor.join().expect("it ends"))
     }
 
@@ -234,5 +314,50 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let (result, _) = talk(&[GREETING, DONE, DONE], |qmp| qmp.expect("greets").fill(&file));
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    /// A monitor that greets, is done with the first command, and from then on says this over and over.
+    fn goes_on(says: &'static str, patience: Duration) -> io::Error {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let monitor = std::thread::spawn(move || {
+            let begun = theirs.write_all(format!("{GREETING}\n{DONE}\n").as_bytes());
+            begun.expect("writes");
+            // Until nobody listens any more.
+            while theirs.write_all(says.as_bytes()).is_ok() {
+                if says.len() < 2 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        let mut qmp = Qmp::begin(ours, PATIENCE).expect("greets");
+        qmp.patience = patience;
+        let error = qmp.resume().expect_err("there is no answer");
+        drop(qmp);
+        monitor.join().expect("it ends");
+        error
+    }
+
+    #[test]
+    fn who_never_comes_to_an_end_is_not_listened_to_for_ever() {
+        let dribbles = goes_on(" ", Duration::from_millis(100));
+        assert_eq!(dribbles.to_string(), "cont was waited for in vain for 100ms");
+        assert_eq!(dribbles.kind(), io::ErrorKind::TimedOut);
+        let events = goes_on("{\"event\": \"STOP\"}\n", PATIENCE);
+        assert_eq!(events.to_string(), "QEMU tells of more than 1000 events and does not answer cont");
+        let long = goes_on("a message without an end", PATIENCE);
+        assert_eq!(long.to_string(), "QEMU says more than 1048576 bytes in one message");
+    }
+
+    #[test]
+    fn who_takes_no_command_is_not_waited_for_for_ever() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        theirs.write_all(format!("{GREETING}\n{DONE}\n").as_bytes()).expect("writes");
+        let mut qmp = Qmp::begin(ours, PATIENCE).expect("greets");
+        qmp.patience = Duration::from_millis(100);
+        // Nobody reads: the commands find no room after a while.
+        let long = [("id", "x".repeat(MAX_MESSAGE_BYTES))];
+        let error = qmp.plug(&long, "port").expect_err("there is no room");
+        assert_eq!(error.to_string(), "device_add was waited for in vain for 100ms");
+        drop(theirs);
     }
 }

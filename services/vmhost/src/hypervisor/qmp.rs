@@ -33,6 +33,8 @@ const MEMORY_PATIENCE: Duration = Duration::from_secs(300);
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 /// How many events are passed over while an answer is waited for. There are a few.
 const MAX_EVENTS: usize = 1000;
+/// How much of a refusal is told: it gets into the log, too.
+const MAX_REASON_BYTES: usize = 4096;
 /// Bytes taken in one read.
 const READ_BYTES: usize = 4096;
 /// Between two questions how far it is.
@@ -80,7 +82,8 @@ impl Qmp {
         let deadline = qmp.deadline("QEMU's greeting");
         let greeting = qmp.read(&deadline)?;
         if greeting.get("QMP").is_none() {
-            return Err(io::Error::other(format!("this is no monitor of QEMU's: {greeting}")));
+            let greeting = greeting.to_string();
+            return Err(io::Error::other(format!("this is no monitor of QEMU's: {}", beginning(&greeting))));
         }
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -100,8 +103,8 @@ impl Qmp {
             match answer["status"].as_str() {
                 Some("completed") => return Ok(()),
                 Some("failed" | "cancelled") => {
-                    let why = answer["error-desc"].as_str().unwrap_or("it does not say why").to_owned();
-                    return Err(io::Error::other(why));
+                    let why = answer["error-desc"].as_str().unwrap_or("it does not say why");
+                    return Err(io::Error::other(beginning(why)));
                 }
                 Some(_) | None => std::thread::sleep(ASK_AGAIN_AFTER),
             }
@@ -183,7 +186,7 @@ impl Qmp {
                 return Ok(value.take());
             }
             if let Some(error) = message.get("error") {
-                let why = error["desc"].as_str().unwrap_or_default();
+                let why = beginning(error["desc"].as_str().unwrap_or_default());
                 return Err(io::Error::other(format!("{command} was refused: {why}")));
             }
         }
@@ -244,6 +247,11 @@ impl Deadline {
     fn met_by(&self, error: io::Error) -> io::Error {
         if error.kind() == io::ErrorKind::WouldBlock { self.missed() } else { error }
     }
+}
+
+/// As much of a text as is told.
+fn beginning(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_REASON_BYTES)]
 }
 
 fn line(command: &str, arguments: Value) -> Vec<u8> {

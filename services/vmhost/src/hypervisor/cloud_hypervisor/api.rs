@@ -34,6 +34,8 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const MEMORY_DEADLINE: Duration = Duration::from_secs(300);
 /// The longest answer is `vm.info`: a few KiB, more with many devices.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+/// How much of a refusal is told: it gets into the log, too.
+const MAX_REASON_BYTES: usize = 4096;
 /// How many descriptors one call may carry: one for each queue pair of a network device.
 const MAX_DESCRIPTORS: usize = 16;
 
@@ -198,11 +200,13 @@ pub(super) fn parse<T: DeserializeOwned>(call: &'static str, answer: &[u8]) -> R
 
 /// What a refusal says: a list of messages, each the cause of the one before.
 fn reason(body: &[u8]) -> String {
-    match serde_json::from_slice::<Vec<String>>(body) {
+    let mut reason = match serde_json::from_slice::<Vec<String>>(body) {
         Ok(messages) => messages.join(": "),
         Err(_) if body.is_empty() => "it gives no reason".to_owned(),
         Err(_) => String::from_utf8_lossy(body).into_owned(),
-    }
+    };
+    reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
+    reason
 }
 
 /// A stream whose first bytes carry descriptors: the hypervisor takes them for the request that it reads then.

@@ -145,6 +145,9 @@ async fn a_refusal_carries_the_hypervisors_own_words() {
     assert!(plain.expect_err("refused").to_string().ends_with("404 Not Found: what?"));
     let silent = Server::answering(400, "").api().boot().await;
     assert!(silent.expect_err("refused").to_string().ends_with("400 Bad Request: it gives no reason"));
+    let endless = Server::answering(400, &"é".repeat(300_000)).api().boot().await;
+    let told = endless.expect_err("refused").to_string();
+    assert!(told.ends_with("éé") && told.len() < 5000, "{} bytes", told.len());
 }
 
 #[tokio::test]

@@ -12,10 +12,7 @@ use std::{
     ffi::OsString,
     fs::{self, DirBuilder, File},
     io,
-    os::unix::{
-        fs::{DirBuilderExt as _, lchown},
-        process::CommandExt as _,
-    },
+    os::unix::{fs::DirBuilderExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, OnceLock},
@@ -32,11 +29,12 @@ use tokio::{
 };
 
 use super::{
-    AGENT_PORT, Console, Disk, Launch, LaunchError, Machine, MachineExit,
+    AGENT_PORT, Console, Disk, Launch, LaunchError, Machine, MachineExit, ProcessExit,
     cgroup::{Cgroup, Limits},
     confine::{self, Confinement, Files},
     console::{self, Recorder},
     events::Events,
+    own_dir::{self, hand_over},
     procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
     record::Record,
     seccomp::Uses,
@@ -47,6 +45,9 @@ use super::{
 pub const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the console is read on after the machine's end: what it wrote is in the kernel, and reading it is quick.
 const CONSOLE_DRAIN: Duration = Duration::from_secs(2);
+/// How long the main process may take to end by itself after another has: vhost-device-vsock ends when QEMU hangs up, which it does a little
+/// before its own end.
+const MAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// Between two tries to reach the serial port's socket.
 const SERIAL_RETRY: Duration = Duration::from_millis(2);
 /// Between two tries to accept a knock when this process has no descriptor left for it.
@@ -179,7 +180,7 @@ impl Starting {
         let record =
             Record::begin(launch, kind.driver).map_err(cannot(format!("record a new machine in {}", dir.display())))?;
         let own = own_dir(launch);
-        DirBuilder::new().mode(0o700).create(&own).map_err(cannot("make the directory that it runs in"))?;
+        DirBuilder::new().mode(own_dir::USED).create(&own).map_err(cannot("make the directory that it runs in"))?;
         let (output, receiver) = console::make_output(dir).map_err(cannot("make the FIFO for output"))?;
         let events =
             kind.events.map(|events| events.make(&own)).transpose().map_err(cannot("make the FIFO for events"))?;
@@ -298,6 +299,8 @@ impl Starting {
 
     /// The guest's agent serves already: no knock will come.
     pub(super) fn agent_serves(&self) -> Result<(), LaunchError> {
+        let taken = self.launch.user.map_or(Ok(()), |user| own_dir::take_back(&self.own_dir(), user));
+        taken.map_err(cannot("take back the directory that it runs in"))?;
         let knocked = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), fs::remove_file);
         knocked.map_err(cannot("note that the guest agent serves"))
     }
@@ -386,14 +389,6 @@ fn still_running(processes: &[ProcessId], cgroup: Option<&Cgroup>) -> Vec<Proces
     let within = cgroup.map(|cgroup| procfs::alive(&cgroup.pids())).unwrap_or_default();
     let all: BTreeSet<ProcessId> = processes.iter().copied().filter(runs).chain(within).collect();
     all.into_iter().collect()
-}
-
-/// Gives a directory and what is in it to a user. Nothing of that user's may run yet.
-fn hand_over(dir: &Path, user: u32) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        lchown(entry?.path(), Some(user), Some(user))?;
-    }
-    lchown(dir, Some(user), Some(user))
 }
 
 /// Removes a cgroup that is empty.
@@ -498,6 +493,9 @@ struct Core {
     marks: Marks,
     /// Main process first.
     processes: Vec<Held>,
+    /// Where they run, and as whom.
+    own_dir: PathBuf,
+    user: Option<u32>,
     sockets: SocketDir,
     recorder: Recorder,
     cgroup: Option<Cgroup>,
@@ -518,9 +516,11 @@ impl Core {
         cgroup: Option<Cgroup>,
     ) -> Self {
         let marks = Marks::new(launch.vm_id, &launch.dir);
+        let (own_dir, user) = (own_dir(launch), launch.user);
         let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
         let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
-        Self { kind, marks, processes, sockets, recorder, cgroup, knocked, why: OnceLock::new(), exit }
+        let why = OnceLock::new();
+        Self { kind, marks, processes, own_dir, user, sockets, recorder, cgroup, knocked, why, exit }
     }
 
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
@@ -540,10 +540,20 @@ impl Core {
         }
         let sockets = SocketDir::open(&own_dir(launch)).map_err(cannot("open the machine's directory"))?;
         let cgroup = record.cgroup.map(Cgroup::at);
-        let core = Self::new(kind, launch, processes, sockets, Recorder::open(&launch.dir), cgroup);
-        // Its knock went to nobody, or will. No job has met it, so nothing is lost with it.
-        let knocked = *core.knocked.borrow();
-        Ok(knocked.then_some(core))
+        let launch = Launch { user: record.user, ..launch.clone() };
+        let core = Self::new(kind, &launch, processes, sockets, Recorder::open(&launch.dir), cgroup);
+        if !*core.knocked.borrow() {
+            // Its knock went to nobody, or will. No job has met it, so nothing is lost with it.
+            return Ok(None);
+        }
+        // An earlier version may not have done so.
+        core.take_back().map_err(cannot("take back the directory that the machine runs in"))?;
+        Ok(Some(core))
+    }
+
+    /// Leaves its processes the use of the directory that they run in, now that they have made in it what they need. Blocking.
+    fn take_back(&self) -> io::Result<()> {
+        self.user.map_or(Ok(()), |user| own_dir::take_back(&self.own_dir, user))
     }
 
     /// Resolves when one of the processes has ended: its index.
@@ -597,12 +607,17 @@ impl Core {
 
     async fn supervise(&self, mut console_open: mpsc::Receiver<()>) {
         let first = self.first_end().await;
+        if let Some(main) = self.processes.first() {
+            let _ = tokio::time::timeout(MAIN_PATIENCE, main.ended()).await;
+        }
         let main_too = self.processes.first().is_some_and(|main| !main.runs());
-        let cause = if main_too { 0 } else { first };
         self.kill().await;
         self.end().await;
         // Reaped last: until then no other process can have one of these pids.
         let statuses: Vec<_> = self.processes.iter().map(Held::reap).collect();
+        // One that was returning its memory when it was killed keeps the status that it ended with.
+        let main_too = main_too || matches!(statuses.first(), Some(ProcessExit::Exited(_)));
+        let cause = if main_too { cause(first, &statuses) } else { first };
         let _ = tokio::time::timeout(CONSOLE_DRAIN, console_open.recv()).await;
         let recorder = self.recorder.clone();
         let _ = tokio::task::spawn_blocking(move || recorder.persist()).await;
@@ -635,10 +650,17 @@ impl Core {
         }
     }
 
-    async fn await_knock(&self, knocks: UnixListener) {
+    async fn await_knock(self: Arc<Self>, knocks: UnixListener) {
         while let Err(error) = knocks.accept().await {
             tracing::warn!(%error, "cannot accept a guest agent's knock");
             tokio::time::sleep(ACCEPT_RETRY).await;
+        }
+        let core = Arc::clone(&self);
+        let taken = tokio::task::spawn_blocking(move || core.take_back()).await.map_err(io::Error::from).flatten();
+        if let Err(error) = taken {
+            tracing::error!(driver = self.kind.driver, %error, "a machine keeps the directory that it runs in, and is ended");
+            let _ = self.why.set("the directory that it runs in could not be taken back");
+            return self.kill().await;
         }
         // First, so that whoever could reach the agent has left a machine that can be adopted.
         let removed = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), fs::remove_file);
@@ -667,6 +689,15 @@ impl Core {
                 open_port(self.sockets.connect(socket).await?, AGENT_PORT).await
             }
         }
+    }
+}
+
+/// Whose end is the cause when the main process has ended by itself, too: that one's, unless the `first` was killed, which it may have
+/// taken notice of.
+fn cause(first: usize, statuses: &[ProcessExit]) -> usize {
+    match (statuses.get(first), statuses.first()) {
+        (Some(ProcessExit::Signaled(_)), Some(ProcessExit::Exited(_))) => first,
+        (_, _) => 0,
     }
 }
 
@@ -784,5 +815,22 @@ impl Machine for HostMachine {
 
     fn console(&self) -> Console {
         self.core.recorder.snapshot()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_main_process_ends_the_machine_unless_another_was_killed_before_it() {
+        use ProcessExit::{Exited, Signaled, Unknown};
+        assert_eq!(cause(0, &[Exited(0), Exited(1)]), 0);
+        // As vhost-device-vsock does when QEMU hangs up.
+        assert_eq!(cause(1, &[Exited(0), Exited(1)]), 0);
+        assert_eq!(cause(1, &[Exited(1), Signaled(9)]), 1);
+        // All of them, as for want of memory; and of adopted ones nothing is known.
+        assert_eq!(cause(1, &[Signaled(9), Signaled(9)]), 0);
+        assert_eq!(cause(1, &[Unknown, Unknown]), 0);
     }
 }

@@ -29,6 +29,7 @@ mod events;
 mod image;
 mod machine;
 mod nic;
+mod own_dir;
 mod process;
 mod procfs;
 mod qemu;

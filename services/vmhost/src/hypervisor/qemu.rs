@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Both processes are one machine: the end of either ends the other. `vhost-device-vsock` serves one VM each, so the
-//! guest's CID needs to be unique in that process only. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
+//! guest's CID needs to be unique in that process only. When QEMU hangs up it would wait for another, can't make its sockets again, says so
+//! (`Could not create backend`) and ends. QEMU gets no monitor: vmhost asks it nothing that a pidfd and
 //! the guest agent do not answer, and what is not there cannot be misused. Only a machine that is saved or restored has
 //! one, until it has been (see `qmp`).
 //!

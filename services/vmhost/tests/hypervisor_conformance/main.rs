@@ -9,7 +9,11 @@ mod templates;
 use std::{
     collections::BTreeSet,
     env, fs, io,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{MetadataExt as _, lchown},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Once},
@@ -694,14 +698,17 @@ async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: 
             assert!(status.contains("Seccomp:\t2"), "no filter: {status}");
         }
     }
-    let own = launch.dir.join("run");
-    let mut owned: Vec<PathBuf> = fs::read_dir(&own).expect("there").map(|entry| entry.expect("one").path()).collect();
-    owned.push(own);
-    for path in owned {
-        use std::os::unix::fs::MetadataExt as _;
-        let owner = fs::symlink_metadata(&path).expect("there").uid();
-        assert_eq!(owner, launch.user.unwrap_or(rustix::process::geteuid().as_raw()), "{}", path.display());
-    }
+    nothing_is_made_in_its_directory(&launch, machine.pids()[0]);
+    let machine = match launch.user {
+        None => machine,
+        // As a vmhost that knew nothing of this left it.
+        Some(user) => {
+            drop(machine);
+            lchown(launch.dir.join("run"), Some(user), Some(user)).expect("chown");
+            within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives")
+        }
+    };
+    nothing_is_made_in_its_directory(&launch, machine.pids()[0]);
 
     let Some(cgroup) = &launch.cgroup else {
         end(&machine).await;
@@ -739,6 +746,33 @@ async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: 
     assert!(!cgroup.exists(), "it goes with the machine");
 }
 
+/// Its user goes on using what is in the directory that this process of it runs in, and that is all.
+fn nothing_is_made_in_its_directory(launch: &Launch, pid: u32) {
+    const TRY: &str = "echo *; for name in *; do mv $name moved; rm -f $name; done
+        echo > made; mkdir made; ln -s $PWD made; chmod 777 .";
+    let own = launch.dir.join("run");
+    let names =
+        || -> BTreeSet<_> { fs::read_dir(&own).expect("there").flatten().map(|entry| entry.file_name()).collect() };
+    let (vmhost, there) = (rustix::process::geteuid().as_raw(), names());
+    let directory = fs::metadata(&own).expect("there");
+    assert_eq!(directory.uid(), vmhost);
+    for entry in fs::read_dir(&own).expect("there").flatten() {
+        let owner = entry.metadata().expect("there").uid();
+        assert!(
+            owner == launch.user.unwrap_or(vmhost) || entry.path().is_dir() && owner == vmhost,
+            "{entry:?}: {owner}"
+        );
+    }
+    let Some(user) = launch.user else { return };
+    assert_eq!((directory.gid(), directory.mode() & 0o7777), (user, 0o750));
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", TRY]).uid(user).gid(user).current_dir(format!("/proc/{pid}/cwd"));
+    let said = shell.output().expect("a shell runs");
+    let seen: BTreeSet<_> = String::from_utf8_lossy(&said.stdout).split_whitespace().map(Into::into).collect();
+    assert_eq!(seen, there, "{said:?}");
+    assert_eq!(names(), there, "{said:?}");
+}
+
 /// A process without any mark; killed when it is dropped.
 fn unmarked(prepare: impl FnOnce(&mut Command)) -> Sleeper {
     let mut command = Command::new("sleep");
@@ -748,7 +782,6 @@ fn unmarked(prepare: impl FnOnce(&mut Command)) -> Sleeper {
 }
 
 async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is(bed: Bed) {
-    use std::os::unix::process::CommandExt as _;
     let (launch, other) = (bed.launch(), bed.launch());
     let machine = start(&bed.driver(), &launch).await;
     let count = machine.pids().len();

@@ -51,6 +51,7 @@ use super::{
     image::Image,
     images_in_words,
     machine::{self, Agent, Kind, Needs, Starting, cannot},
+    own_dir,
     seccomp::Uses,
     socket::SocketDir,
     template, tools,
@@ -147,6 +148,9 @@ impl Templates for Vmm<Boot> {
             let saved = starting.own_dir().join(SAVED);
             fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
             starting.contain(needs(&image))?;
+            // Not before: what is in the machine's directory is made for use alone then.
+            let lent = fs::set_permissions(&saved, fs::Permissions::from_mode(own_dir::LENT));
+            lent.map_err(cannot(format!("lend {}", saved.display())))?;
             let config = VmConfig::new(what, image, VSOCK_SOCKET, boot.landlock);
             boot.boot(starting, config.saved_to(SAVED), what)
         };

@@ -147,7 +147,7 @@ impl Templates for Vmm<Boot> {
         let start = |boot: &Boot, starting: &mut Starting, image: Image, what: &Launch| {
             let saved = starting.own_dir().join(SAVED);
             fs::create_dir(&saved).map_err(cannot(format!("make {}", saved.display())))?;
-            starting.contain(needs(&image))?;
+            starting.contain(needs(&image, what))?;
             // Not before: what is in the machine's directory is made for use alone then.
             let lent = fs::set_permissions(&saved, fs::Permissions::from_mode(own_dir::LENT));
             lent.map_err(cannot(format!("lend {}", saved.display())))?;
@@ -167,7 +167,7 @@ impl Templates for Vmm<Boot> {
         self.launch_with(KIND, launch, move |boot, starting, image, what| {
             link_saved(&template, &starting.own_dir().join(SAVED))
                 .map_err(cannot(format!("reach {} from the machine's directory", template.display())))?;
-            starting.contain(needs(&image))?;
+            starting.contain(needs(&image, what))?;
             boot.restore(starting, what)
         })
         .await
@@ -228,10 +228,10 @@ fn link_saved(template: &Path, dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn needs(image: &Image) -> Needs {
+fn needs(image: &Image, launch: &Launch) -> Needs {
     let reads = image.files().cloned().collect();
-    // Its disks' requests go through io_uring.
-    Needs { overhead_mib: OVERHEAD_MIB, reads, restrict_themselves: true, uses: Uses { io_uring: true } }
+    let has_disks = image.root_disk.is_some() || !launch.disks.is_empty();
+    Needs { overhead_mib: OVERHEAD_MIB, reads, restrict_themselves: true, uses: Uses { io_uring: has_disks } }
 }
 
 impl vmm::Boot for Boot {
@@ -242,7 +242,7 @@ impl vmm::Boot for Boot {
     }
 
     fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
-        starting.contain(needs(&image))?;
+        starting.contain(needs(&image, launch))?;
         self.boot(starting, VmConfig::new(launch, image, VSOCK_SOCKET, self.landlock), launch)
     }
 }

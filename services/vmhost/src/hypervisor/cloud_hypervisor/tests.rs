@@ -22,9 +22,9 @@ use super::{
     API_SOCKET, Boot, KIND, VSOCK_SOCKET, Vmm,
     api::{Api, ApiError, Call, parse},
     config::{NetConfig, VmConfig},
-    has_landlock, installed, verdict,
+    has_landlock, installed, needs, verdict,
 };
-use crate::hypervisor::{Hypervisor as _, Launch, LaunchError, Machine, ProcessExit, image};
+use crate::hypervisor::{Disk, Hypervisor as _, Launch, LaunchError, Machine, ProcessExit, image};
 
 /// For anything that takes milliseconds on an idle machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -308,6 +308,25 @@ async fn its_process_may_open_nothing_but_what_it_needs() {
         let error = running.put("vm.add-disk", json!({"path": disk, "image_type": "Raw"})).await.expect_err("refused");
         assert!(error.to_string().contains("Permission denied"), "{error}");
     }
+}
+
+#[test]
+fn who_has_no_disk_gets_no_io_uring() {
+    let (nic, user, cgroup, disks) = (None, None, None, vec![]);
+    let (vm_id, image, dir) = (VmId::random(), "tiny".to_owned(), "/vm".into());
+    let without = Launch { vm_id, image, vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks };
+    let disk = Disk { path: "/disk".into(), serial: "disk".to_owned(), read_only: true, filesystem: "erofs" };
+    let with = Launch { disks: vec![disk], ..without.clone() };
+    let image = |root_disk| image::Image {
+        kernel: "/kernel".into(),
+        initramfs: "/initramfs".into(),
+        cmdline: String::new(),
+        root_disk,
+        filesystems: vec![],
+    };
+    let gets = |image, launch| needs(&image, launch).uses.io_uring;
+    assert!(!gets(image(None), &without));
+    assert!(gets(image(None), &with) && gets(image(Some("/root".into())), &without));
 }
 
 #[test]

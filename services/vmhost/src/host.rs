@@ -434,8 +434,8 @@ impl Host {
         self.volumes.prepare(volumes, dir, room).await.map_err(|error| with_sources(&error))
     }
 
-    /// What the disk of the VM state directory has left. Blocking, for a few microseconds.
-    fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
+    /// What the disk of the VM state directory has to give. Blocking, for a few microseconds.
+    pub(crate) fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
         let alive = vms.iter().filter(|(_, vm)| !vm.view.borrow().state.is_terminal());
         let with_scratch = alive.filter(|(_, vm)| vm.config.volumes.scratch_mib() > 0);
         let others = with_scratch.map(|(id, vm)| (vm.config.volumes.clone(), self.state.vm(*id).machine()));
@@ -569,8 +569,14 @@ impl Host {
             self.capacity.room_for(config.memory_mib, alive.into_iter(), self.max_vms)?;
             self.templates.give_way();
         }
-        if config.volumes.scratch_mib() > 0 {
-            self.disk_room(&vms).map_err(unreadable_disk)?.check(config.volumes.scratch_mib())?;
+        let scratch_mib = config.volumes.scratch_mib();
+        if scratch_mib > 0 {
+            let room = self.disk_room(&vms).map_err(unreadable_disk)?;
+            room.check(scratch_mib)?;
+            // What is saved of a machine takes room, too, and is not worth a VM.
+            if self.templates.being_made().is_some_and(|mib| !room.fits(scratch_mib + u64::from(mib))) {
+                self.templates.give_way();
+            }
         }
         let lease = match &self.network {
             Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),

@@ -42,9 +42,8 @@ use crate::{
     guest::AgentLink,
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
-    pressure::Disk,
     records::DELETED,
-    volumes::Prepared,
+    volumes::{Prepared, Room},
 };
 
 /// Templates that wait to be made. More are asked for again by the next VM that boots.
@@ -57,8 +56,6 @@ const RESTORE_PATIENCE: Duration = Duration::from_secs(30);
 const KEPT_FOR: Duration = Duration::from_secs(600);
 /// After so many VMs that could not be restored from templates of a key no more are made of it.
 const FAILURES: u32 = 2;
-/// What must stay free on the disk: a node whose disk is full can't run jobs.
-const SPARE_BYTES: u64 = 2 * 1024 * 1024 * 1024;
 
 const ABOUT: &str = "template.json";
 const NEW: &str = "new";
@@ -451,8 +448,9 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     }
     let place = Place(store);
     let (new, whole) = (store.dir.join(key).with_extension(NEW), store.dir.join(key));
-    let (prepared, needed) = (new.clone(), u64::from(wanted.memory_mib) * 1024 * 1024);
-    blocking(move || prepare(&prepared, needed)).await.map_err(|error| NotMade::Now(error.to_string()))?;
+    let (prepared, needed_mib, on) = (new.clone(), wanted.memory_mib.into(), Arc::clone(host));
+    let prepared = blocking(move || prepare(&prepared, needed_mib, || on.disk_room(&on.vms()))).await;
+    prepared.map_err(|error| NotMade::Now(error.to_string()))?;
     let vm_id = VmId::random();
     let given = host.containment.lease(vm_id).map_err(|error| NotMade::Now(error.message))?;
     let contained = Launch { user: given.user, cgroup: given.cgroup, ..wanted.clone() };
@@ -553,18 +551,18 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
     Ok(known)
 }
 
-/// Makes the directories of one that is to be made, on a disk that has room for it.
-fn prepare(new: &Path, needed: u64) -> io::Result<()> {
+/// Makes the directories of one that is to be made, on a disk that has room for it beside what others were promised.
+fn prepare(new: &Path, needed_mib: u64, room: impl FnOnce() -> io::Result<Room>) -> io::Result<()> {
     delete(new)?;
     let private = |path: PathBuf| DirBuilder::new().mode(0o700).recursive(true).create(path);
     private(new.join("machine"))?;
     private(new.join("saved"))?;
-    let free = Disk::of(new)?.free_bytes;
-    if free < needed + SPARE_BYTES {
-        let problem = format!("the disk has {} MiB left, and a template needs up to {}", free >> 20, needed >> 20);
-        return Err(io::Error::other(problem));
+    let room = room()?;
+    if room.fits(needed_mib) {
+        return Ok(());
     }
-    Ok(())
+    let left = room.free_mib;
+    Err(io::Error::other(format!("the disk has {left} MiB to give, and a template takes up to {needed_mib}")))
 }
 
 /// Makes a template of what was saved: described, on the disk, and then in its place.
@@ -601,4 +599,20 @@ pub(crate) fn spawn_maker(host: &Arc<Host>, wanted: Wanted, tasks: &Tasks) {
     let host = Arc::clone(host);
     // Not cut off at vmhost's end: it takes its machine along.
     tasks.spawn("vmhost-templates", async move { keep(&host, wanted).await });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_promised_to_scratch_disks_is_not_taken_for_a_template() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let new = dir.path().join("key.new");
+        let room = || Ok(Room { total_mib: 10_000, free_mib: 500 });
+        prepare(&new, 500, room).expect("there is room");
+        assert!(new.join("machine").is_dir() && new.join("saved").is_dir());
+        let refused = prepare(&new, 501, room).expect_err("no room").to_string();
+        assert_eq!(refused, "the disk has 500 MiB to give, and a template takes up to 501");
+    }
 }

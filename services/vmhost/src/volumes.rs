@@ -167,7 +167,7 @@ impl VolumeStore {
         }
         if volumes.scratch_mib() > disk.total_mib {
             let allowed = format!(
-                "scratch disks of at most {} MiB together, for the disk of this node is no larger",
+                "scratch disks of at most {} MiB together, for the disk of this node has no more to give",
                 disk.total_mib
             );
             return Err(refuse(volumes, &allowed));
@@ -344,36 +344,44 @@ fn make_scratch(path: &Path, mib: u64) -> io::Result<()> {
     ext4::create(&file, mib, uuid::Uuid::new_v4().as_bytes())
 }
 
-/// The file system of the VM state directory.
+/// What the file system of the VM state directory has to give, beside what must stay free: were it all taken, the node would not be short of
+/// disk yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Room {
-    /// Its size, in MiB.
+    /// If it were empty, in MiB.
     pub(crate) total_mib: u64,
-    /// What is free and promised to no scratch disk, in MiB.
+    /// Of what is free and promised to no scratch disk, in MiB.
     pub(crate) free_mib: u64,
 }
 
 impl Room {
     /// Looks; `others` are the volumes of VMs that live, and their launches' directories.
     pub(crate) fn of(state_dir: &Path, others: impl Iterator<Item = (Volumes, PathBuf)>) -> io::Result<Self> {
-        let pressure::Disk { total_bytes, free_bytes, .. } = pressure::Disk::of(state_dir)?;
+        // First: what a disk takes meanwhile counts twice rather than not at all.
         let promised: u64 = others.map(|(volumes, dir)| still_to_take(&volumes, &dir)).sum();
-        Ok(Self {
-            total_mib: total_bytes / BYTES_PER_MIB,
-            free_mib: free_bytes.saturating_sub(promised) / BYTES_PER_MIB,
-        })
+        Ok(Self::on(&pressure::Disk::of(state_dir)?, promised))
+    }
+
+    fn on(disk: &pressure::Disk, promised: u64) -> Self {
+        let mib = |bytes: u64| bytes.saturating_sub(disk.reserve_bytes()) / BYTES_PER_MIB;
+        Self { total_mib: mib(disk.total_bytes), free_mib: mib(disk.free_bytes.saturating_sub(promised)) }
+    }
+
+    /// Whether so much more can be taken.
+    pub(crate) fn fits(&self, mib: u64) -> bool {
+        mib <= self.free_mib
     }
 
     /// Whether there is room for scratch disks of this size.
     pub(crate) fn check(&self, scratch_mib: u64) -> Result<(), Error> {
-        if scratch_mib > self.free_mib {
-            let message = format!(
-                "this node's disk has {} MiB left beside what scratch disks may still take, and the VM's take {scratch_mib}",
-                self.free_mib
-            );
-            return Err(Error::new(Reason::Overloaded, message).with("limit", self.free_mib));
+        if self.fits(scratch_mib) {
+            return Ok(());
         }
-        Ok(())
+        let message = format!(
+            "this node's disk has {} MiB left beside its reserve and what scratch disks may still take, and the VM's take {scratch_mib}",
+            self.free_mib
+        );
+        Err(Error::new(Reason::Overloaded, message).with("limit", self.free_mib))
     }
 }
 
@@ -411,8 +419,10 @@ impl<W: Write> Write for WhileServing<'_, W> {
 #[cfg(test)]
 mod tests {
     use blixard::volume::Volume;
+    use proptest::prelude::*;
 
     use super::*;
+    use crate::pressure::{Disk, Level};
 
     struct Bed {
         dir: tempfile::TempDir,
@@ -575,5 +585,29 @@ mod tests {
         assert_eq!(store.admit(&volumes, &room), Ok(()));
         let room = Room { total_mib: 99, free_mib: 50 };
         assert_eq!(store.admit(&volumes, &room).unwrap_err().reason, Reason::ExceedsCapacity);
+    }
+
+    proptest! {
+        /// However large the disk, and however full: when every promise is kept to the last byte, the node is not short of disk.
+        #[test]
+        fn scratch_disks_that_are_all_full_leave_the_node_its_reserve(
+            total_mib in 16..4_000_000_u64,
+            used_percent in 0..100_u64,
+            promised_percent in 0..100_u64,
+        ) {
+            let total_bytes = total_mib << 20;
+            let free_bytes = total_bytes / 100 * (100 - used_percent);
+            let promised = free_bytes / 100 * promised_percent;
+            let disk = Disk { total_bytes, free_bytes, ..Disk::default() };
+            let room = Room::on(&disk, promised);
+            prop_assert!(room.free_mib <= room.total_mib && room.total_mib <= total_mib);
+            prop_assert!(room.check(room.free_mib).is_ok() && room.check(room.free_mib + 1).is_err());
+            if room.free_mib > 0 {
+                let full = Disk { free_bytes: free_bytes - promised - (room.free_mib << 20), ..disk };
+                prop_assert_eq!(full.level(Level::None), Level::None);
+                let fuller = Disk { free_bytes: full.free_bytes.saturating_sub(1 << 20), ..disk };
+                prop_assert!(fuller.level(Level::None) >= Level::Tight, "no more is kept than that takes");
+            }
+        }
     }
 }

@@ -436,10 +436,18 @@ impl Host {
 
     /// What the disk of the VM state directory has to give. Blocking, for a few microseconds.
     pub(crate) fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
-        let alive = vms.iter().filter(|(_, vm)| !vm.view.borrow().state.is_terminal());
-        let with_scratch = alive.filter(|(_, vm)| vm.config.volumes.scratch_mib() > 0);
-        let others = with_scratch.map(|(id, vm)| (vm.config.volumes.clone(), self.state.vm(*id).machine()));
+        let others = self.with_scratch(vms).map(|(vm, dir)| (vm.config.volumes.clone(), dir));
         Room::of(self.state.path(), others)
+    }
+
+    /// The VMs that live and have scratch disks, and their launches' directories.
+    pub(crate) fn with_scratch<'a>(
+        &'a self,
+        vms: &'a BTreeMap<VmId, VmHandle>,
+    ) -> impl Iterator<Item = (&'a VmHandle, PathBuf)> {
+        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
+        let with_scratch = alive.filter(|vm| vm.config.volumes.scratch_mib() > 0);
+        with_scratch.map(|vm| (vm, self.state.vm(vm.id).machine()))
     }
 
     /// What a VM's guest is told of its network.

@@ -51,6 +51,9 @@ const TRIES: usize = 3;
 /// Where ext4 has its magic number, and what that is.
 const EXT4_MAGIC: (u64, [u8; 2]) = (1080, [0x53, 0xef]);
 const EROFS_MAGIC: (u64, [u8; 4]) = (1024, [0xe2, 0xe1, 0xf5, 0xe0]);
+/// As often as its size a scratch disk may take of the disk: a file system may need as much again to find a file's bytes, or to have them
+/// twice.
+const MOST_TAKEN: u64 = 2;
 const BYTES_PER_MIB: u64 = 1024 * 1024;
 
 /// Why a VM can't have a volume, in words.
@@ -184,7 +187,7 @@ impl VolumeStore {
     ) -> Result<Prepared, VolumeError> {
         let mut prepared = Prepared::default();
         for (at, volume) in volumes.iter().enumerate() {
-            let own = dir.join(format!("disk{at}"));
+            let own = disk_in(dir, at);
             let (path, filesystem, read_only) = match &volume.source {
                 Source::Name(name) => {
                     let (path, filesystem) = self.find(name, own, room.clone()).await?;
@@ -385,16 +388,40 @@ impl Room {
     }
 }
 
+/// A VM's scratch disks in its launch's directory: of each that is there its size in bytes, and what the disk has of it.
+fn scratch_disks(volumes: &Volumes, dir: &Path) -> impl Iterator<Item = (u64, Option<fs::Metadata>)> {
+    volumes.iter().enumerate().filter_map(move |(at, volume)| match volume.source {
+        Source::Name(_) => None,
+        Source::ScratchMib(mib) => Some((mib * BYTES_PER_MIB, fs::metadata(disk_in(dir, at)).ok())),
+    })
+}
+
+/// Where a VM's disk of this number is.
+fn disk_in(dir: &Path, at: usize) -> PathBuf {
+    dir.join(format!("disk{at}"))
+}
+
+fn taken(file: &fs::Metadata) -> u64 {
+    file.blocks() * 512
+}
+
 /// What a VM's scratch disks may take beyond what they have taken.
 fn still_to_take(volumes: &Volumes, dir: &Path) -> u64 {
-    let rest = |(at, volume): (usize, &blixard::volume::Volume)| match volume.source {
-        Source::Name(_) => 0,
-        Source::ScratchMib(mib) => {
-            let taken = fs::metadata(dir.join(format!("disk{at}"))).map_or(0, |file| file.blocks() * 512);
-            (mib * BYTES_PER_MIB).saturating_sub(taken)
-        }
+    scratch_disks(volumes, dir).map(|(size, file)| size.saturating_sub(file.as_ref().map_or(0, taken))).sum()
+}
+
+/// What is wrong with a VM's scratch disks when one is larger than it was made. A guest can't do that, so it is the hypervisor's work: its
+/// limit on the length of files is that of the longest, and none holds for what lies behind a file's end. Blocking: a `stat` for each.
+pub(crate) fn overgrown(volumes: &Volumes, dir: &Path) -> Option<String> {
+    let grown = |(size, file): (u64, Option<fs::Metadata>)| {
+        let (length, taken) = file.map(|file| (file.len(), taken(&file)))?;
+        let mib = |bytes: u64| bytes.div_ceil(BYTES_PER_MIB);
+        (length > size || taken > size * MOST_TAKEN).then(|| {
+            let (size, length, taken) = (mib(size), mib(length), mib(taken));
+            format!("a scratch disk of {size} MiB is a file of {length} MiB and takes {taken} MiB")
+        })
     };
-    volumes.iter().enumerate().map(rest).sum()
+    scratch_disks(volumes, dir).find_map(grown)
 }
 
 /// Writes through, until the program is to end: nobody waits for a large image then.
@@ -585,6 +612,31 @@ mod tests {
         assert_eq!(store.admit(&volumes, &room), Ok(()));
         let room = Room { total_mib: 99, free_mib: 50 };
         assert_eq!(store.admit(&volumes, &room).unwrap_err().reason, Reason::ExceedsCapacity);
+    }
+
+    #[test]
+    fn a_scratch_disk_that_is_longer_or_takes_more_than_it_may_is_noticed_and_a_full_one_is_not() {
+        let bed = Bed::new();
+        let volume = |path: &str, mib| Volume { mount_path: path.into(), source: Source::ScratchMib(mib) };
+        let volumes: Volumes = [volume("/a", 64), volume("/b", 16)].into_iter().collect();
+        assert_eq!(overgrown(&volumes, &bed.at("nowhere")), None);
+        make_scratch(&bed.at("disk0"), 64).unwrap();
+        make_scratch(&bed.at("disk1"), 16).unwrap();
+        let disk = File::options().write(true).open(bed.at("disk1")).unwrap();
+        disk.write_all_at(&vec![1; 16 << 20], 0).unwrap();
+        let seen = || overgrown(&volumes, bed.dir.path());
+        assert_eq!(seen(), None);
+
+        // No longer than the other one is, so the kernel has nothing against it.
+        disk.set_len((16 << 20) + 1).unwrap();
+        let told = seen().unwrap();
+        assert!(told.starts_with("a scratch disk of 16 MiB is a file of 17 MiB and takes 1"), "{told}");
+        disk.set_len(16 << 20).unwrap();
+        assert_eq!(seen(), None);
+        // Behind its end.
+        let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&disk, flags, 16 << 20, 48 << 20).unwrap();
+        assert_eq!(seen().unwrap(), "a scratch disk of 16 MiB is a file of 16 MiB and takes 64 MiB");
     }
 
     proptest! {

@@ -59,6 +59,8 @@ const FAILURES: u32 = 2;
 
 const ABOUT: &str = "template.json";
 const NEW: &str = "new";
+/// Where the machine is of one that is being made.
+const MACHINE: &str = "machine";
 
 /// What is known of a template, beside it on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -172,7 +174,13 @@ impl TemplateStore {
         entries(&self.dir)
     }
 
-    /// Whether a process with this directory, or this directory itself, has its place here now.
+    /// Whether the machine that is being made a template of is in this directory.
+    pub(crate) fn makes_in(&self, dir: &Path) -> bool {
+        let key = self.lock().making.as_ref().map(|making| making.key.clone());
+        key.is_some_and(|key| dir == self.dir.join(key).with_extension(NEW).join(MACHINE))
+    }
+
+    /// Whether this directory has its place here now.
     pub(crate) fn accounts_for(&self, path: &Path) -> bool {
         let Some(name) = path.strip_prefix(&self.dir).ok().and_then(|path| path.components().next()) else {
             return false;
@@ -454,7 +462,7 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     let vm_id = VmId::random();
     let given = host.containment.lease(vm_id).map_err(|error| NotMade::Now(error.message))?;
     let contained = Launch { user: given.user, cgroup: given.cgroup, ..wanted.clone() };
-    let launch = Launch { vm_id, dir: new.join("machine"), nic: None, ..contained };
+    let launch = Launch { vm_id, dir: new.join(MACHINE), nic: None, ..contained };
     let saved = save(host, &launch, &new.join("saved"), &give_way).await;
     // A machine that was given up in the middle still runs.
     let swept = host.hypervisor.sweep(&launch).await;
@@ -516,7 +524,7 @@ async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io:
     end_marked(&left).await.map_err(io::Error::other)?;
     // What else such a machine held is in its record.
     for path in entries(dir)?.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == NEW)) {
-        let machine = path.join("machine");
+        let machine = path.join(MACHINE);
         hypervisor.sweep(&nobodys(String::new(), 1, 1, machine)).await.map_err(io::Error::other)?;
     }
     let (dir, hypervisor) = (dir.to_owned(), Arc::clone(hypervisor));
@@ -555,7 +563,7 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
 fn prepare(new: &Path, needed_mib: u64, room: impl FnOnce() -> io::Result<Room>) -> io::Result<()> {
     delete(new)?;
     let private = |path: PathBuf| DirBuilder::new().mode(0o700).recursive(true).create(path);
-    private(new.join("machine"))?;
+    private(new.join(MACHINE))?;
     private(new.join("saved"))?;
     let room = room()?;
     if room.fits(needed_mib) {
@@ -611,7 +619,7 @@ mod tests {
         let new = dir.path().join("key.new");
         let room = || Ok(Room { total_mib: 10_000, free_mib: 500 });
         prepare(&new, 500, room).expect("there is room");
-        assert!(new.join("machine").is_dir() && new.join("saved").is_dir());
+        assert!(new.join(MACHINE).is_dir() && new.join("saved").is_dir());
         let refused = prepare(&new, 501, room).expect_err("no room").to_string();
         assert_eq!(refused, "the disk has 500 MiB to give, and a template takes up to 501");
     }

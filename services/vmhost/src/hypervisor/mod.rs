@@ -94,7 +94,7 @@ pub struct Launch {
 pub enum Contained {
     /// They are processes like any other.
     No,
-    /// They have a user and a cgroup of their own and no rights.
+    /// They have a user and a cgroup of their own and no rights, and their processes start no others.
     Yes {
         /// Whether they need /dev/kvm.
         kvm: bool,

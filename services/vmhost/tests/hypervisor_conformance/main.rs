@@ -9,7 +9,10 @@ mod templates;
 use std::{
     collections::BTreeSet,
     env, fs, io,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{PermissionsExt as _, chown},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Once},
@@ -745,6 +748,21 @@ fn unmarked(prepare: impl FnOnce(&mut Command)) -> Sleeper {
     Sleeper(command.spawn().expect("sleep runs"))
 }
 
+/// Writes in a directory, as a vmhost does, that this process is its machine's.
+fn record(dir: &Path, user: u32, process: &Sleeper) {
+    let pid = process.0.id();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let start_time: u64 =
+        stat.rsplit_once(')').expect("a name").1.split_whitespace().nth(19).expect("20").parse().expect("ticks");
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("a boot");
+    let record = serde_json::json!({
+        "vm_id": VmId::random(), "driver": "qemu", "boot_id": boot_id.trim(), "user": user,
+        "processes": [{ "name": "qemu", "pid": pid, "start_time": start_time }],
+    });
+    fs::write(dir.join("machine.json"), record.to_string()).expect("writes");
+    fs::set_permissions(dir.join("machine.json"), fs::Permissions::from_mode(0o600)).expect("chmod");
+}
+
 async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is(bed: Bed) {
     use std::os::unix::process::CommandExt as _;
     let (launch, other) = (bed.launch(), bed.launch());
@@ -767,6 +785,21 @@ async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_
         hidden.push(unmarked(|command| {
             command.uid(user);
         }));
+        // It says that it is of another machine, which is here, or nowhere, or has a record of the process's own making.
+        let forged = bed.launch().dir;
+        for dir in [&other.dir, Path::new("/nowhere/machine"), &forged] {
+            hidden.push(unmarked(|command| {
+                command.uid(user).env("BLIXARD_VM_DIR", dir);
+            }));
+        }
+        record(&forged, user, &hidden[hidden.len() - 1]);
+        chown(forged.join("machine.json"), Some(user), Some(user)).expect("chown");
+        // And what another node's vmhost has started as the same user, and says so.
+        let elsewhere = bed.launch().dir;
+        strangers.push(unmarked(|command| {
+            command.uid(user).env("BLIXARD_VM_DIR", &elsewhere);
+        }));
+        record(&elsewhere, user, &strangers[strangers.len() - 1]);
         strangers.push(unmarked(|command| {
             command.uid(others);
         }));

@@ -18,6 +18,7 @@ use std::{
 use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
 
 use crate::{
+    blocking::blocking,
     driver::{VmHandle, with_sources},
     host::Host,
     hypervisor::{Contained, MarkedProcess, end_cgroup, end_marked, marked_below},
@@ -292,8 +293,7 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
     };
     let seen = Seen { taps, leases, ..Seen::default() };
     let from = Arc::clone(host);
-    let seen = tokio::task::spawn_blocking(move || see(&from, seen)).await.map_err(io::Error::other).flatten();
-    let seen = seen.map_err(|error| {
+    let seen = blocking(move || see(&from, seen)).await.map_err(|error| {
         Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory can't be read"))
     })?;
     let (vms, processes, directories) = (seen.vms.len(), seen.processes.len(), seen.directories.len());
@@ -344,14 +344,12 @@ async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
         }
         Violation::Directory(vm_id, path) => {
             let (host, vm_id, path) = (Arc::clone(host), *vm_id, path.clone());
-            let deleted = tokio::task::spawn_blocking(move || host.delete_leftover(vm_id, &path)).await;
-            let deleted = deleted.map_err(io::Error::other).flatten();
+            let deleted = blocking(move || host.delete_leftover(vm_id, &path)).await;
             deleted.inspect_err(|error| tracing::error!(%error, "a VM's directory can't be deleted")).is_ok()
         }
         Violation::TemplateDirectory(path) => {
             let (templates, path) = (Arc::clone(&host.templates), path.clone());
-            let deleted = tokio::task::spawn_blocking(move || templates.delete_leftover(&path)).await;
-            let deleted = deleted.map_err(io::Error::other).flatten();
+            let deleted = blocking(move || templates.delete_leftover(&path)).await;
             deleted.inspect_err(|error| tracing::error!(%error, "a template's directory can't be deleted")).is_ok()
         }
         // One of this id may have begun since: then it is its own.

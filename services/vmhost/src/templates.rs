@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     absent::gone,
+    blocking::blocking,
     driver::with_sources,
     guest::AgentLink,
     host::Host,
@@ -294,8 +295,7 @@ impl TemplateStore {
     async fn delete(&self, key: &str) {
         let dir = self.dir.join(key);
         if self.lock().known.remove(key).is_some()
-            && let Err(error) =
-                tokio::task::spawn_blocking(move || delete(&dir)).await.map_err(io::Error::from).flatten()
+            && let Err(error) = blocking(move || delete(&dir)).await
         {
             tracing::error!(template = key, %error, "a template can't be deleted");
         }
@@ -450,8 +450,9 @@ async fn renew(host: &Host, launch: &Launch) -> Result<(), String> {
         tracing::error!(vm_id = %launch.vm_id, left, "processes of a VM that could not be restored were left");
     }
     let dir = host.state.vm(launch.vm_id);
-    let renewed = tokio::task::spawn_blocking(move || dir.renew_machine()).await.map_err(io::Error::from).flatten();
-    renewed.map_err(|error| format!("the directory of a machine can't be emptied: {error}"))
+    blocking(move || dir.renew_machine())
+        .await
+        .map_err(|error| format!("the directory of a machine can't be emptied: {error}"))
 }
 
 /// Makes the templates that are wanted, one after the other, until vmhost ends.
@@ -572,10 +573,6 @@ fn key_of(hypervisor: &dyn Hypervisor, launch: &Launch) -> Result<String, String
     let basis = format!("{} {basis}", env!("CARGO_PKG_VERSION"));
     let digest = Sha256::digest(basis.as_bytes());
     Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(io::Error::from).flatten()
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {

@@ -3,6 +3,9 @@
 //! with `BLIXARD_REQUIRE_QEMU=1` and `BLIXARD_REQUIRE_CLOUD_HYPERVISOR=1`. A machine that has Cloud Hypervisor but no
 //! hardware virtualization runs its part in an emulated machine that does (see `nested`).
 
+#[path = "../support/agent.rs"]
+#[expect(unreachable_pub, reason = "other tests have it in a module")]
+mod agent;
 mod nested;
 mod templates;
 
@@ -15,7 +18,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Once},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -77,8 +80,11 @@ impl Bed {
     }
 
     async fn process() -> Option<Self> {
-        let settings =
-            HypervisorSettings { image_dir: "images".into(), agent_command: vec![agent().into()], vm_uids: None };
+        let settings = HypervisorSettings {
+            image_dir: "images".into(),
+            agent_command: vec![agent::agent().into()],
+            vm_uids: None,
+        };
         Some(Self::of(DriverChoice::Process, settings))
     }
 
@@ -158,22 +164,6 @@ fn image_dir() -> PathBuf {
 
 fn project() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("services/vmhost is two deep").to_owned()
-}
-
-/// The guest agent's program. A run over the whole workspace has built it; a run of this crate alone has not.
-fn agent() -> PathBuf {
-    static BUILD: Once = Once::new();
-    let test = env::current_exe().expect("the test has a path");
-    let agent = test.ancestors().nth(2).expect("target/debug/deps").join("blixard-guest-agent");
-    BUILD.call_once(|| {
-        if !agent.exists() {
-            let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let build = ["build", "--quiet", "-p", "blixard-guest-agent", "--bin", "blixard-guest-agent"];
-            let built = Command::new(cargo).args(build).current_dir(project()).status().expect("cargo runs");
-            assert!(built.success(), "the guest agent does not build");
-        }
-    });
-    agent
 }
 
 /// Processes that say in their environment that they are this launch's.

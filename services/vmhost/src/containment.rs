@@ -96,8 +96,8 @@ impl Containment {
             given.map_err(|error| format!("files in {} can't be given to them: {error}", state_dir.display()))?;
             Ok(Mutex::new(users))
         });
-        let name: String = tag.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        Self { users, cgroups: Cgroups::open(&name), landlock: landlock_version(), leased: Mutex::default() }
+        let cgroups = Cgroups::open(&hex::encode(&tag[..6]));
+        Self { users, cgroups, landlock: landlock_version(), leased: Mutex::default() }
     }
 
     /// In a line, for people; and whether all of it is there.

@@ -572,7 +572,7 @@ fn key_of(hypervisor: &dyn Hypervisor, launch: &Launch) -> Result<String, String
     // What the agent of this version is expected to do when it is restored.
     let basis = format!("{} {basis}", env!("CARGO_PKG_VERSION"));
     let digest = Sha256::digest(basis.as_bytes());
-    Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex::encode(&digest[..16]))
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {

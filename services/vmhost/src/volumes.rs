@@ -249,7 +249,7 @@ impl VolumeStore {
         let mut listing = read(&directory)?;
         for _ in 0..TRIES {
             let stamp = listing.stamp;
-            let image = self.cache.join(format!("{name}-{}.{IMAGE}", hex(&stamp)));
+            let image = self.cache.join(format!("{name}-{}.{IMAGE}", hex::encode(stamp)));
             if !image.exists() {
                 let new = self.cache.join(format!("{name}.{NEW}"));
                 let written = self.write_image(name, &directory, listing, &new, room);
@@ -315,10 +315,6 @@ impl VolumeStore {
 
 fn unusable_name(path: &Path, error: &io::Error) -> VolumeError {
     VolumeError::Unusable { name: path.display().to_string(), problem: error.to_string() }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is at a volume's path, or why it is of no use.

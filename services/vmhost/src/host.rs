@@ -28,6 +28,7 @@ use pb::vm_host_service_server::VmHostServiceServer;
 use tokio::sync::watch;
 
 use crate::{
+    absent::DELETED,
     capacity::Capacity,
     cleaning,
     consoles::Consoles,
@@ -43,7 +44,7 @@ use crate::{
     net::{self, Lease, Network, Unavailable},
     node_lease::{self, NodeLease},
     pressure::{self, HostWatch, Pressure, Told},
-    records::{self, DELETED, StateDir, VmRecord},
+    records::{self, StateDir, VmRecord},
     recovery,
     registry::Registry,
     service::Service,

@@ -18,6 +18,7 @@ use std::{
 use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
 
 use crate::{
+    absent::DELETED,
     blocking::blocking,
     driver::{VmHandle, with_sources},
     host::Host,
@@ -168,7 +169,7 @@ fn given_twice(vms: &BTreeMap<VmId, Held>) -> impl Iterator<Item = Violation> + 
 }
 
 fn is_deleted(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == crate::records::DELETED)
+    path.extension().is_some_and(|extension| extension == DELETED)
 }
 
 impl Violation {

@@ -39,13 +39,12 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    absent::gone,
+    absent::{DELETED, gone},
     blocking::blocking,
     driver::with_sources,
     guest::AgentLink,
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
-    records::DELETED,
     volumes::{Prepared, Room},
 };
 

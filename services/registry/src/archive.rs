@@ -139,7 +139,7 @@ impl ArchiveWriter {
             revision: self.header.revision,
             schema_version: self.header.schema_version,
             bytes: self.bytes,
-            sha256: hex(sha256),
+            sha256: hex::encode(sha256),
             taken_at: time::to_text(taken_at),
         };
         self.file.sync_all().map_err(failed(&self.partial))?;
@@ -215,14 +215,10 @@ fn digest(path: &Path) -> io::Result<String> {
     let mut buffer = vec![0; 1 << 20];
     loop {
         match file.read(&mut buffer)? {
-            0 => return Ok(hex(digest.finish().as_ref())),
+            0 => return Ok(hex::encode(digest.finish())),
             read => digest.update(&buffer[..read]),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Makes the names in a directory survive a power loss.

@@ -1,6 +1,6 @@
 //! Pages: filters, tokens and their limits.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::collections::BTreeMap;
 
 use blixard::{
     error::{Error, invalid},
@@ -244,19 +244,11 @@ fn cut<K, T: Message>(
 
 /// Tokens are opaque to clients: the list's tag and the last position in hexadecimal.
 fn encode_token(list: List, position: &[u8]) -> String {
-    let mut token = String::from(list.tag());
-    for byte in position {
-        let _ = write!(token, "{byte:02x}");
-    }
-    token
+    format!("{}{}", list.tag(), hex::encode(position))
 }
 
 fn decode_token(list: List, token: &str) -> Option<Vec<u8>> {
-    let hex = token.strip_prefix(list.tag())?;
-    if hex.is_empty() || !hex.len().is_multiple_of(2) || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(hex.get(at..at + 2)?, 16).ok()).collect()
+    hex::decode(token.strip_prefix(list.tag())?).ok().filter(|position| !position.is_empty())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 
 use blixard::{error::Error, id::JobId};
 
-use crate::{host::Host, logs::Dropped};
+use crate::{blocking::blocking, host::Host, logs::Dropped};
 
 /// How often. What is forgotten was kept for days: nobody waits for its room.
 pub(crate) const EVERY: Duration = Duration::from_secs(600);
@@ -73,7 +73,7 @@ pub(crate) async fn keep_clean(host: &Arc<Host>) {
 /// Returns how many jobs were deleted. The registry has to say of each that it is forgotten: without an answer nothing is.
 async fn clean(host: &Arc<Host>) -> Result<usize, Error> {
     let from = Arc::clone(host);
-    let quiet = blocking(move || from.logs.quiet_jobs()).await?;
+    let quiet = blocking(move || from.logs.quiet_jobs()).await.map_err(unusable)?;
     let mut deleted = 0;
     for batch in quiet.chunks(BATCH) {
         let asked: Vec<JobId> = batch.to_vec();
@@ -86,7 +86,8 @@ async fn clean(host: &Arc<Host>) -> Result<usize, Error> {
                 .filter(|job| asked.contains(job))
                 .try_fold(0, |deleted, job| Ok(deleted + usize::from(from.logs.delete(*job)?)))
         })
-        .await?;
+        .await
+        .map_err(unusable)?;
     }
     for vm in host.consoles.list() {
         if host.registry.vm(vm).await?.is_none() {
@@ -96,9 +97,6 @@ async fn clean(host: &Arc<Host>) -> Result<usize, Error> {
     Ok(deleted)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Error> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other).flatten();
-    done.map_err(|error| {
-        Error::internal(|error_id| tracing::error!(error_id, %error, "the log directory can't be used"))
-    })
+fn unusable(error: io::Error) -> Error {
+    Error::internal(|error_id| tracing::error!(error_id, %error, "the log directory can't be used"))
 }

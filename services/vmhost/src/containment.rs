@@ -99,8 +99,7 @@ impl Containment {
             given.map_err(|error| format!("files in {} can't be given to them: {error}", state_dir.display()))?;
             Ok(Mutex::new(users))
         });
-        let name: String = tag.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        let (cgroups, landlock) = (Cgroups::open(&name), landlock_version());
+        let (cgroups, landlock) = (Cgroups::open(&hex::encode(&tag[..6])), landlock_version());
         Self { users, cgroups, landlock, seccomp: seccomp(), leased: Mutex::default() }
     }
 

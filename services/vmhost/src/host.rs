@@ -28,6 +28,7 @@ use pb::vm_host_service_server::VmHostServiceServer;
 use tokio::sync::watch;
 
 use crate::{
+    absent::DELETED,
     capacity::Capacity,
     cleaning,
     consoles::Consoles,
@@ -43,7 +44,7 @@ use crate::{
     net::{self, Lease, Network, Unavailable},
     node_lease::{self, NodeLease},
     pressure::{self, HostWatch, Pressure, Told},
-    records::{self, DELETED, StateDir, VmRecord},
+    records::{self, StateDir, VmRecord},
     recovery,
     registry::Registry,
     service::Service,
@@ -434,12 +435,20 @@ impl Host {
         self.volumes.prepare(volumes, dir, room).await.map_err(|error| with_sources(&error))
     }
 
-    /// What the disk of the VM state directory has left. Blocking, for a few microseconds.
-    fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
-        let alive = vms.iter().filter(|(_, vm)| !vm.view.borrow().state.is_terminal());
-        let with_scratch = alive.filter(|(_, vm)| vm.config.volumes.scratch_mib() > 0);
-        let others = with_scratch.map(|(id, vm)| (vm.config.volumes.clone(), self.state.vm(*id).machine()));
+    /// What the disk of the VM state directory has to give. Blocking, for a few microseconds.
+    pub(crate) fn disk_room(&self, vms: &BTreeMap<VmId, VmHandle>) -> io::Result<Room> {
+        let others = self.with_scratch(vms).map(|(vm, dir)| (vm.config.volumes.clone(), dir));
         Room::of(self.state.path(), others)
+    }
+
+    /// The VMs that live and have scratch disks, and their launches' directories.
+    pub(crate) fn with_scratch<'a>(
+        &'a self,
+        vms: &'a BTreeMap<VmId, VmHandle>,
+    ) -> impl Iterator<Item = (&'a VmHandle, PathBuf)> {
+        let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
+        let with_scratch = alive.filter(|vm| vm.config.volumes.scratch_mib() > 0);
+        with_scratch.map(|vm| (vm, self.state.vm(vm.id).machine()))
     }
 
     /// What a VM's guest is told of its network.
@@ -569,8 +578,14 @@ impl Host {
             self.capacity.room_for(config.memory_mib, alive.into_iter(), self.max_vms)?;
             self.templates.give_way();
         }
-        if config.volumes.scratch_mib() > 0 {
-            self.disk_room(&vms).map_err(unreadable_disk)?.check(config.volumes.scratch_mib())?;
+        let scratch_mib = config.volumes.scratch_mib();
+        if scratch_mib > 0 {
+            let room = self.disk_room(&vms).map_err(unreadable_disk)?;
+            room.check(scratch_mib)?;
+            // What is saved of a machine takes room, too, and is not worth a VM.
+            if self.templates.being_made().is_some_and(|mib| !room.fits(scratch_mib + u64::from(mib))) {
+                self.templates.give_way();
+            }
         }
         let lease = match &self.network {
             Ok(network) if config.egress.needs_network() => Some(network.lease(vm_id, &config.egress)?),

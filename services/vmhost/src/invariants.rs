@@ -1,6 +1,7 @@
 //! Whether this node is as it has it on record: every process, directory, cgroup, network interface and address belongs to a VM that it holds, to
 //! one only, and every VM that it holds has what it needs. What belongs to none is ended, and only that: a process is told by the mark that it was started with
-//! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory.
+//! ([`crate::hypervisor::marked_below`]), which names a directory below this node's own state directory. A contained process may have made its mark
+//! itself, to pass for another VM's: it is one only if it stands in that machine's record.
 //!
 //! VMs begin and end while this looks. So processes and directories are listed first and what should be there afterwards, and
 //! only a difference that several looks find is one.
@@ -17,9 +18,11 @@ use std::{
 use blixard::{error::Error, id::VmId, pb::common::v1 as pb, vm::VmState};
 
 use crate::{
+    absent::DELETED,
+    blocking::blocking,
     driver::{VmHandle, with_sources},
     host::Host,
-    hypervisor::{MarkedProcess, end_cgroup, end_marked, marked_below},
+    hypervisor::{Contained, MarkedProcess, end_cgroup, end_marked, marked_below},
     net::Lease,
 };
 
@@ -37,6 +40,8 @@ const MOST_TOLD: usize = 1000;
 pub(crate) enum Violation {
     /// A process of a VM that is not held, or that has ended.
     Process(VmId, MarkedProcess),
+    /// A process that passes for one of a VM that is held.
+    Stranger(VmId, MarkedProcess),
     /// A directory of a VM that is not held, or what is left of one that was being deleted.
     Directory(VmId, PathBuf),
     /// A held VM is not on disk.
@@ -82,6 +87,8 @@ pub(crate) struct Findings {
 #[derive(Debug, Default)]
 struct Seen {
     processes: Vec<(VmId, MarkedProcess)>,
+    /// Those among them that do not stand in their machine's record.
+    strangers: BTreeSet<MarkedProcess>,
     directories: Vec<(VmId, PathBuf)>,
     cgroups: Vec<(VmId, PathBuf)>,
     /// Interfaces by name.
@@ -126,6 +133,10 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let lives = |id: &VmId| seen.vms.get(id).is_some_and(|held| !held.state.is_terminal());
     let processes = seen.processes.iter().filter(|(id, _)| !lives(id));
     let processes = processes.map(|(id, process)| Violation::Process(*id, process.clone()));
+    // While one starts, what was started is not on record for a moment.
+    let is_up = |id: &VmId| lives(id) && seen.vms.get(id).is_some_and(|held| held.state != VmState::Starting);
+    let strangers = seen.processes.iter().filter(|(id, process)| is_up(id) && seen.strangers.contains(process));
+    let strangers = strangers.map(|(id, process)| Violation::Stranger(*id, process.clone()));
     // One whose end the registry does not know yet keeps its directory.
     let directories = seen.directories.iter().filter(|(id, path)| !seen.vms.contains_key(id) || is_deleted(path));
     let directories = directories.map(|(id, path)| Violation::Directory(*id, path.clone()));
@@ -143,7 +154,8 @@ fn differences(seen: &Seen) -> BTreeSet<Violation> {
     let leases = seen.leases.iter().filter(|(id, _)| !seen.vms.contains_key(id));
     let leases = leases.map(|(id, address)| Violation::Lease(*id, address.clone()));
     let templates = seen.stray_templates.iter().cloned();
-    let of_vms = processes.chain(directories).chain(records).chain(machines).chain(cgroups).chain(lost);
+    let of_vms =
+        processes.chain(strangers).chain(directories).chain(records).chain(machines).chain(cgroups).chain(lost);
     of_vms.chain(strays).chain(missing).chain(leases).chain(given_twice(&seen.vms)).chain(templates).collect()
 }
 
@@ -157,16 +169,22 @@ fn given_twice(vms: &BTreeMap<VmId, Held>) -> impl Iterator<Item = Violation> + 
 }
 
 fn is_deleted(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == crate::records::DELETED)
+    path.extension().is_some_and(|extension| extension == DELETED)
 }
 
 impl Violation {
-    fn describe(&self, repaired: bool) -> pb::Violation {
+    fn describe(&self) -> pb::Violation {
         use pb::ViolationKind as Kind;
         let (kind, vm_id, subject, problem) = match self {
             Self::Process(vm_id, process) => {
                 (Kind::Process, Some(vm_id), process.to_string(), "a process of a VM that this node does not hold")
             }
+            Self::Stranger(vm_id, process) => (
+                Kind::Process,
+                Some(vm_id),
+                process.to_string(),
+                "a process that passes for one of this VM and is none",
+            ),
             Self::Directory(vm_id, path) => {
                 let path = path.display().to_string();
                 (Kind::Directory, Some(vm_id), path, "the directory of a VM that this node does not hold")
@@ -216,7 +234,7 @@ impl Violation {
             }
         };
         let vm_id = vm_id.map(VmId::to_string).unwrap_or_default();
-        pb::Violation { kind: kind.into(), vm_id, subject, problem: problem.to_owned(), repaired }
+        pb::Violation { kind: kind.into(), vm_id, subject, problem: problem.to_owned(), repaired: false }
     }
 }
 
@@ -255,8 +273,10 @@ pub(crate) async fn check(host: &Arc<Host>, repair: bool) -> Result<Findings, Er
         violations.retain(|violation| again.contains(violation));
     }
     for violation in violations.iter().take(MOST_TOLD) {
+        // Before: a process that has ended has no name.
+        let described = violation.describe();
         let repaired = repair && put_right(host, violation).await;
-        findings.violations.push(violation.describe(repaired));
+        findings.violations.push(pb::Violation { repaired, ..described });
     }
     Ok(findings)
 }
@@ -274,8 +294,7 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
     };
     let seen = Seen { taps, leases, ..Seen::default() };
     let from = Arc::clone(host);
-    let seen = tokio::task::spawn_blocking(move || see(&from, seen)).await.map_err(io::Error::other).flatten();
-    let seen = seen.map_err(|error| {
+    let seen = blocking(move || see(&from, seen)).await.map_err(|error| {
         Error::internal(|error_id| tracing::error!(error_id, %error, "the VM state directory can't be read"))
     })?;
     let (vms, processes, directories) = (seen.vms.len(), seen.processes.len(), seen.directories.len());
@@ -285,9 +304,16 @@ async fn look(host: &Arc<Host>) -> Result<(Findings, BTreeSet<Violation>), Error
 fn see(host: &Host, before: Seen) -> io::Result<Seen> {
     let state_dir = host.state.path();
     let owner = |process: MarkedProcess| Some((host.state.owner(&process.dir)?, process));
+    // Where nothing is contained a job's processes are its machine's, and bear its mark.
+    let contained = host.hypervisor.containment() != Contained::No;
+    let is_its =
+        |process: &MarkedProcess, names_it: bool| !contained || names_it && process.is_on_record().unwrap_or(true);
     let (of_templates, processes): (Vec<_>, Vec<_>) =
         marked_below(state_dir).into_iter().partition(|process| host.templates.owns(&process.dir));
-    let processes = processes.into_iter().filter_map(owner).collect();
+    let processes: Vec<_> = processes.into_iter().filter_map(owner).collect();
+    let is_stranger =
+        |(id, process): &&(VmId, MarkedProcess)| !is_its(process, process.dir == host.state.vm(*id).machine());
+    let strangers = processes.iter().filter(is_stranger).map(|(_, process)| process.clone()).collect();
     let (directories, template_directories) = (host.state.entries()?, host.templates.entries()?);
     let mut cgroups = host.containment.cgroups()?;
     // Afterwards: what it holds now it may have begun since, what it does not hold it has not held since.
@@ -299,33 +325,32 @@ fn see(host: &Host, before: Seen) -> io::Result<Seen> {
         let lost_cgroup = vm.cgroup.filter(|path| !path.exists());
         (id, Held { state: view.state, recorded, runs, lease: vm.lease, lost_cgroup })
     };
-    let of_templates = of_templates.into_iter().filter(|process| !host.templates.accounts_for(&process.dir));
+    let makes = |process: &MarkedProcess| host.templates.makes_in(&process.dir) && is_its(process, true);
+    let of_templates = of_templates.into_iter().filter(|process| !makes(process));
     let left = template_directories.into_iter().filter(|path| !host.templates.accounts_for(path));
     let stray_templates =
         of_templates.map(Violation::TemplateProcess).chain(left.map(Violation::TemplateDirectory)).collect();
     let vms: BTreeMap<VmId, Held> = vms.into_iter().map(held).collect();
     // A template's is nobody's, and accounted for while that is made.
     cgroups.retain(|(id, _)| vms.contains_key(id) || !host.containment.has_leased(*id));
-    Ok(Seen { processes, directories, cgroups, vms, stray_templates, ..before })
+    Ok(Seen { processes, strangers, directories, cgroups, vms, stray_templates, ..before })
 }
 
 /// Ends or deletes what belongs to nobody; false: that can't be done, or must not be.
 async fn put_right(host: &Arc<Host>, violation: &Violation) -> bool {
     match violation {
-        Violation::Process(_, process) | Violation::TemplateProcess(process) => {
+        Violation::Process(_, process) | Violation::Stranger(_, process) | Violation::TemplateProcess(process) => {
             let ended = end_marked(std::slice::from_ref(process)).await;
             ended.inspect_err(|error| tracing::error!(error = with_sources(error), "a process does not end")).is_ok()
         }
         Violation::Directory(vm_id, path) => {
             let (host, vm_id, path) = (Arc::clone(host), *vm_id, path.clone());
-            let deleted = tokio::task::spawn_blocking(move || host.delete_leftover(vm_id, &path)).await;
-            let deleted = deleted.map_err(io::Error::other).flatten();
+            let deleted = blocking(move || host.delete_leftover(vm_id, &path)).await;
             deleted.inspect_err(|error| tracing::error!(%error, "a VM's directory can't be deleted")).is_ok()
         }
         Violation::TemplateDirectory(path) => {
             let (templates, path) = (Arc::clone(&host.templates), path.clone());
-            let deleted = tokio::task::spawn_blocking(move || templates.delete_leftover(&path)).await;
-            let deleted = deleted.map_err(io::Error::other).flatten();
+            let deleted = blocking(move || templates.delete_leftover(&path)).await;
             deleted.inspect_err(|error| tracing::error!(%error, "a template's directory can't be deleted")).is_ok()
         }
         // One of this id may have begun since: then it is its own.

@@ -27,6 +27,7 @@ pub mod pressure;
 mod absent;
 mod artifacts;
 mod attempt;
+mod blocking;
 mod breaker;
 mod capacity;
 mod cleaning;

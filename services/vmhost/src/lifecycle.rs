@@ -188,6 +188,8 @@ pub enum Input {
     Unhealthy { reason: String },
     /// The node has no memory left for what the VM runs.
     OutOfMemory { reason: String },
+    /// Its hypervisor does what it may not.
+    Misbehaves { reason: String },
     /// Somebody wants the VM to end; that is on disk already.
     Stop(Stop),
     /// The machine ended.
@@ -392,6 +394,17 @@ impl Lifecycle {
             Input::OutOfMemory { reason } => match &self.phase {
                 Phase::Running(run) => self.kill(Some(run.clone()), VmState::Failed, reason),
                 _ => vec![],
+            },
+            Input::Misbehaves { reason } => match &self.phase {
+                // Killed as soon as there is something that can be.
+                Phase::Launching => {
+                    self.ending.get_or_insert((VmState::Failed, reason));
+                    vec![]
+                }
+                Phase::Booting { .. } | Phase::Free | Phase::Running(_) | Phase::ShuttingDown { .. } => {
+                    self.kill(self.run().cloned(), VmState::Failed, reason)
+                }
+                Phase::Dying(_) | Phase::Gone => vec![],
             },
             Input::Stop(stop) => self.stop(now, stop),
             Input::MachineExited { how } => self.machine_exited(how),

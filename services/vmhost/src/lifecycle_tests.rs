@@ -77,6 +77,7 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("Superseded another", Input::Superseded { job: job(), attempt: 2 }),
         ("LeaseOver", Input::LeaseOver),
         ("OutOfMemory", Input::OutOfMemory { reason: "its node ran out of memory".into() }),
+        ("Misbehaves", Input::Misbehaves { reason: "its disk is too large".to_owned() }),
         ("Unhealthy", Input::Unhealthy { reason: "it is silent".to_owned() }),
         ("Stop", Input::Stop(stop(LATER))),
         ("Stop at once", Input::Stop(stop(NOW))),
@@ -180,6 +181,23 @@ fn at_the_end_of_the_lease_the_vm_is_killed_and_its_attempt_is_lost() {
     assert_eq!(vm.step(NOW, Input::MachineExited { how: "killed".to_owned() }), [Effect::Finish(lost), end]);
     let mut idle = Lifecycle::adopted(VmKind::Service, None, true);
     assert_eq!(idle.step(NOW, Input::LeaseOver), [], "a VM without an attempt is nobody else's");
+}
+
+#[test]
+fn a_vm_whose_hypervisor_misbehaves_is_killed_whatever_it_does_and_its_attempt_is_lost() {
+    let misbehaves = || Input::Misbehaves { reason: "its disk is too large".to_owned() };
+    let ended = || Effect::End { state: VmState::Failed, reason: "its disk is too large".to_owned() };
+    let exited = || Input::MachineExited { how: "killed".to_owned() };
+    let mut busy = Lifecycle::adopted(VmKind::Service, Some(run()), false);
+    assert_eq!(busy.step(NOW, misbehaves()), [Effect::Kill]);
+    assert_eq!(busy.step(NOW, misbehaves()), [], "once is enough");
+    let lost = Outcome::Lost { started: true, reason: "its VM ended: its disk is too large".to_owned() };
+    assert_eq!(busy.step(NOW, exited()), [Effect::Finish(lost), ended()]);
+
+    let mut launching = Lifecycle::launching(VmKind::Ephemeral);
+    assert_eq!(launching.step(NOW, misbehaves()), [], "there is nothing to kill yet");
+    assert_eq!(launching.step(NOW, Input::Launched { boot_deadline: LATER }), [Effect::Kill]);
+    assert_eq!(launching.step(NOW, exited()), [ended()]);
 }
 
 proptest! {

@@ -30,14 +30,11 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    absent::gone,
+    absent::{DELETED, gone},
     containment::Place,
     lifecycle::{Cause, Stop},
     net::Lease,
 };
-
-/// Ends the name of a directory that is being deleted though no VM of its id is here: one may begin meanwhile.
-pub(crate) const DELETED: &str = "deleted";
 
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

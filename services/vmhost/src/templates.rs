@@ -10,7 +10,8 @@
 //! The key is a digest of all that a template depends on ([`crate::hypervisor::Templates::basis`]): after an update of the image, the hypervisor
 //! or the machine's kernel there is none of that key, and those of the old one are deleted.
 //!
-//! A template is a help and never a need. A VM that finds none boots, and one that can't be restored boots, too. One is made in the
+//! A template is a help and never a need. A VM that finds none boots, and one that can't be restored boots, too. When VMs can't be restored
+//! from two templates of a key, and nothing else is to blame, none is made of it for an hour. One is made in the
 //! background after a VM of that kind has booted; it counts as a VM while it does, and gives way as soon as a VM needs the room. Its
 //! processes are marked like those of VMs, so that the next start ends what a killed vmhost leaves, and `invariants` what is left
 //! otherwise.
@@ -26,6 +27,7 @@ use std::{
 };
 
 use blixard::{
+    error::Reason,
     id::VmId,
     pb::guest::v1::{GuestNetwork, Mount},
     time::Timestamp,
@@ -37,14 +39,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    absent::gone,
+    absent::{DELETED, gone},
+    blocking::blocking,
     driver::with_sources,
     guest::AgentLink,
     host::Host,
     hypervisor::{Hypervisor, Launch, Machine, end_marked, marked_below},
-    pressure::Disk,
-    records::DELETED,
-    volumes::Prepared,
+    volumes::{Prepared, Room},
 };
 
 /// Templates that wait to be made. More are asked for again by the next VM that boots.
@@ -55,13 +56,15 @@ const MAKE_PATIENCE: Duration = Duration::from_secs(300);
 const RESTORE_PATIENCE: Duration = Duration::from_secs(30);
 /// One that was used so lately is not deleted to make room for another: kinds of VMs that take turns would only make templates.
 const KEPT_FOR: Duration = Duration::from_secs(600);
-/// After so many VMs that could not be restored from templates of a key no more are made of it.
+/// After so many templates of a key from which a VM could not be restored no more are made of it …
 const FAILURES: u32 = 2;
-/// What must stay free on the disk: a node whose disk is full can't run jobs.
-const SPARE_BYTES: u64 = 2 * 1024 * 1024 * 1024;
+/// … for so long: what was wrong with the machine may be over.
+const OFF_FOR: Duration = Duration::from_secs(3600);
 
 const ABOUT: &str = "template.json";
 const NEW: &str = "new";
+/// Where the machine is of one that is being made.
+const MACHINE: &str = "machine";
 
 /// What is known of a template, beside it on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -109,8 +112,30 @@ struct Making {
 struct State {
     known: BTreeMap<String, Known>,
     making: Option<Making>,
-    /// By key: how often VMs could not be restored, or [`FAILURES`] when no template can be made.
-    failures: BTreeMap<String, u32>,
+    /// By key, of late: how often VMs could not be restored, or [`FAILURES`] when no template could be made.
+    failures: BTreeMap<String, Failures>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Failures {
+    times: u32,
+    last: Instant,
+}
+
+impl State {
+    /// Takes so many more failures of a key; true: from now on there are no templates of it for a while.
+    fn failed(&mut self, key: &str, times: u32, now: Instant) -> bool {
+        let was_off = self.is_off(key, now);
+        let failures = self.failures.entry(key.to_owned()).or_insert(Failures { times: 0, last: now });
+        *failures = Failures { times: failures.times + times, last: now };
+        !was_off && self.is_off(key, now)
+    }
+
+    /// Whether there are to be no templates of a key now.
+    fn is_off(&mut self, key: &str, now: Instant) -> bool {
+        self.failures.retain(|_, failures| now.duration_since(failures.last) < OFF_FOR);
+        self.failures.get(key).is_some_and(|failures| failures.times >= FAILURES)
+    }
 }
 
 /// The templates of a node.
@@ -175,7 +200,13 @@ impl TemplateStore {
         entries(&self.dir)
     }
 
-    /// Whether a process with this directory, or this directory itself, has its place here now.
+    /// Whether the machine that is being made a template of is in this directory.
+    pub(crate) fn makes_in(&self, dir: &Path) -> bool {
+        let key = self.lock().making.as_ref().map(|making| making.key.clone());
+        key.is_some_and(|key| dir == self.dir.join(key).with_extension(NEW).join(MACHINE))
+    }
+
+    /// Whether this directory has its place here now.
     pub(crate) fn accounts_for(&self, path: &Path) -> bool {
         let Some(name) = path.strip_prefix(&self.dir).ok().and_then(|path| path.components().next()) else {
             return false;
@@ -217,14 +248,15 @@ impl TemplateStore {
         let whole = tokio::task::spawn_blocking(move || About::read(&looked)).await.ok()?;
         if whole.is_none() {
             tracing::warn!(image = launch.image, template = key, "a template is not whole any more and is dropped");
-            self.drop_failed(&key).await;
+            self.delete(&key).await;
             return None;
         }
         let mut state = self.lock();
         let known = state.known.get_mut(&key)?;
         (known.users, known.last_used) = (known.users + 1, Instant::now());
+        let made_at = known.about.made_at;
         drop(state);
-        Some(Template { key, dir, store: Arc::clone(self) })
+        Some(Template { key, made_at, dir, store: Arc::clone(self) })
     }
 
     async fn delete_others(&self, launch: &Launch, key: &str) {
@@ -238,17 +270,31 @@ impl TemplateStore {
         }
     }
 
-    /// VMs can't be restored from it.
-    async fn drop_failed(&self, key: &str) {
-        *self.lock().failures.entry(key.to_owned()).or_default() += 1;
+    /// A VM can't be restored from it, and that is its fault. Of several such VMs the first one counts.
+    async fn drop_failed(&self, image: &str, key: &str, made_at: Timestamp) {
+        let off = {
+            let mut state = self.lock();
+            if state.known.get(key).is_none_or(|known| known.about.made_at != made_at) {
+                return;
+            }
+            state.failed(key, 1, Instant::now())
+        };
+        if off {
+            let seconds = OFF_FOR.as_secs();
+            tracing::warn!(
+                image,
+                template = key,
+                seconds,
+                "VMs of this kind can't be restored and are booted for a while"
+            );
+        }
         self.delete(key).await;
     }
 
     async fn delete(&self, key: &str) {
         let dir = self.dir.join(key);
         if self.lock().known.remove(key).is_some()
-            && let Err(error) =
-                tokio::task::spawn_blocking(move || delete(&dir)).await.map_err(io::Error::from).flatten()
+            && let Err(error) = blocking(move || delete(&dir)).await
         {
             tracing::error!(template = key, %error, "a template can't be deleted");
         }
@@ -276,6 +322,7 @@ impl TemplateStore {
 /// A template in use: it is not deleted to make room meanwhile.
 struct Template {
     key: String,
+    made_at: Timestamp,
     dir: PathBuf,
     store: Arc<TemplateStore>,
 }
@@ -323,18 +370,24 @@ pub(crate) async fn start(
     }
     if let Some(template) = host.templates.find(host, launch).await {
         match restore(host, launch, &template, network.clone()).await {
-            Ok(started) => return Ok(started),
-            Err(problem) => {
-                let key = template.key.clone();
+            Ok(started) => {
+                host.templates.lock().failures.remove(&template.key);
+                return Ok(started);
+            }
+            Err(NotRestored { problem, is_the_templates }) => {
+                let (key, made_at) = (template.key.clone(), template.made_at);
                 drop(template);
                 tracing::warn!(
                     vm_id = %launch.vm_id,
                     image = launch.image,
                     template = key,
                     problem,
-                    "a VM can't be restored from its template, which is dropped; it is booted"
+                    dropped = is_the_templates,
+                    "a VM can't be restored from its template; it is booted"
                 );
-                host.templates.drop_failed(&key).await;
+                if is_the_templates {
+                    host.templates.drop_failed(&launch.image, &key, made_at).await;
+                }
                 renew(host, launch).await?;
             }
         }
@@ -353,26 +406,40 @@ async fn boot(
     Ok(Started { machine, link, restored: false })
 }
 
+/// Why a VM was not restored.
+struct NotRestored {
+    problem: String,
+    /// Whether another one would not be either: the hypervisor refuses what was saved, or the guest does not come back. Not so when the host
+    /// or its vmhost is to blame.
+    is_the_templates: bool,
+}
+
 async fn restore(
     host: &Arc<Host>,
     launch: &Launch,
     template: &Template,
     network: Option<GuestNetwork>,
-) -> Result<Started, String> {
-    let templates = host.hypervisor.templates().ok_or("this driver restores no machine")?;
-    let machine = templates.restore(launch, &template.dir).await.map_err(|error| with_sources(&error))?;
+) -> Result<Started, NotRestored> {
+    // What a machine is short of a template can't give it.
+    let sound = || host.pressure.borrow().pressure.is_empty() && !host.tasks.token().is_cancelled();
+    let failed = |problem, is_the_templates| NotRestored { problem, is_the_templates: is_the_templates && sound() };
+    let Some(templates) = host.hypervisor.templates() else {
+        return Err(failed("this driver restores no machine".to_owned(), false));
+    };
+    let restored = templates.restore(launch, &template.dir).await;
+    let machine = restored.map_err(|error| failed(with_sources(&error), error.is_the_templates()))?;
     let link = Arc::new(AgentLink::new(launch.vm_id, Arc::clone(&machine), network, vec![], true));
     let introduced = tokio::time::timeout(RESTORE_PATIENCE, link.introduce());
-    let problem = tokio::select! {
+    let failed = tokio::select! {
         introduced = introduced => match introduced {
             Ok(Ok(_)) => return Ok(Started { machine, link, restored: true }),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("its agent did not answer within {} s", RESTORE_PATIENCE.as_secs()),
+            Ok(Err(error)) => failed(error.to_string(), error.reason == Reason::GuestRefused),
+            Err(_) => failed(format!("its agent did not answer within {} s", RESTORE_PATIENCE.as_secs()), true),
         },
-        exit = machine.wait() => exit.to_string(),
+        exit = machine.wait() => failed(exit.to_string(), !exit.is_the_hosts_doing()),
     };
     machine.kill().await;
-    Err(problem)
+    Err(failed)
 }
 
 /// An empty directory for another try.
@@ -397,8 +464,8 @@ pub(crate) async fn keep(host: &Arc<Host>, mut wanted: Wanted) {
 enum NotMade {
     /// Its time has not come; a VM that boots asks again.
     Now(String),
-    /// It can't be.
-    Ever(String),
+    /// It can't be, for a while at least.
+    Soon(String),
 }
 
 async fn make(host: &Arc<Host>, launch: &Launch) {
@@ -409,8 +476,8 @@ async fn make(host: &Arc<Host>, launch: &Launch) {
     };
     store.delete_others(launch, &key).await;
     {
-        let state = store.lock();
-        if state.known.contains_key(&key) || state.failures.get(&key).is_some_and(|&failures| failures >= FAILURES) {
+        let mut state = store.lock();
+        if state.known.contains_key(&key) || state.is_off(&key, Instant::now()) {
             return;
         }
     }
@@ -424,16 +491,17 @@ async fn make(host: &Arc<Host>, launch: &Launch) {
             store.lock().known.insert(key, Known { about, last_used: Instant::now(), users: 0 });
         }
         Err(NotMade::Now(why)) => tracing::debug!(image = launch.image, template = key, why, "no template is made now"),
-        Err(NotMade::Ever(problem)) => {
+        Err(NotMade::Soon(problem)) => {
             tracing::warn!(
                 image = launch.image,
                 vcpus = launch.vcpus,
                 memory_mib = launch.memory_mib,
                 template = key,
                 problem,
-                "no template can be made; VMs of this kind are booted"
+                seconds = OFF_FOR.as_secs(),
+                "no template can be made; VMs of this kind are booted for a while"
             );
-            store.lock().failures.insert(key, FAILURES);
+            store.lock().failed(&key, FAILURES, Instant::now());
         }
     }
 }
@@ -450,12 +518,13 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     }
     let place = Place(store);
     let (new, whole) = (store.dir.join(key).with_extension(NEW), store.dir.join(key));
-    let (prepared, needed) = (new.clone(), u64::from(wanted.memory_mib) * 1024 * 1024);
-    blocking(move || prepare(&prepared, needed)).await.map_err(|error| NotMade::Now(error.to_string()))?;
+    let (prepared, needed_mib, on) = (new.clone(), wanted.memory_mib.into(), Arc::clone(host));
+    let prepared = blocking(move || prepare(&prepared, needed_mib, || on.disk_room(&on.vms()))).await;
+    prepared.map_err(|error| NotMade::Now(error.to_string()))?;
     let vm_id = VmId::random();
     let given = host.containment.lease(vm_id).map_err(|error| NotMade::Now(error.message))?;
     let contained = Launch { user: given.user, cgroup: given.cgroup, ..wanted.clone() };
-    let launch = Launch { vm_id, dir: new.join("machine"), nic: None, ..contained };
+    let launch = Launch { vm_id, dir: new.join(MACHINE), nic: None, ..contained };
     let saved = save(host, &launch, &new.join("saved"), &give_way).await;
     // A machine that was given up in the middle still runs.
     let swept = host.hypervisor.sweep(&launch).await;
@@ -466,7 +535,7 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     let finished = match saved {
         Ok(()) => {
             let (new, launch) = (new.clone(), launch.clone());
-            blocking(move || finish(&new, &whole, &launch)).await.map_err(|error| NotMade::Ever(error.to_string()))
+            blocking(move || finish(&new, &whole, &launch)).await.map_err(|error| NotMade::Soon(error.to_string()))
         }
         Err(problem) => Err(problem),
     };
@@ -479,12 +548,12 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
 
 async fn save(host: &Host, launch: &Launch, into: &Path, give_way: &CancellationToken) -> Result<(), NotMade> {
     let templates =
-        host.hypervisor.templates().ok_or_else(|| NotMade::Ever("this driver saves no machine".to_owned()))?;
+        host.hypervisor.templates().ok_or_else(|| NotMade::Soon("this driver saves no machine".to_owned()))?;
     let saved = give_way.run_until_cancelled(tokio::time::timeout(MAKE_PATIENCE, templates.save(launch, into))).await;
     match saved {
         Some(Ok(Ok(()))) => Ok(()),
-        Some(Ok(Err(error))) => Err(NotMade::Ever(with_sources(&error))),
-        Some(Err(_)) => Err(NotMade::Ever(format!("it was not ready within {} s", MAKE_PATIENCE.as_secs()))),
+        Some(Ok(Err(error))) => Err(NotMade::Soon(with_sources(&error))),
+        Some(Err(_)) => Err(NotMade::Soon(format!("it was not ready within {} s", MAKE_PATIENCE.as_secs()))),
         None => Err(NotMade::Now("it gave way".to_owned())),
     }
 }
@@ -500,11 +569,7 @@ fn key_of(hypervisor: &dyn Hypervisor, launch: &Launch) -> Result<String, String
     // What the agent of this version is expected to do when it is restored.
     let basis = format!("{} {basis}", env!("CARGO_PKG_VERSION"));
     let digest = Sha256::digest(basis.as_bytes());
-    Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(io::Error::from).flatten()
+    Ok(hex::encode(&digest[..16]))
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
@@ -517,7 +582,7 @@ async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io:
     end_marked(&left).await.map_err(io::Error::other)?;
     // What else such a machine held is in its record.
     for path in entries(dir)?.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == NEW)) {
-        let machine = path.join("machine");
+        let machine = path.join(MACHINE);
         hypervisor.sweep(&nobodys(String::new(), 1, 1, machine)).await.map_err(io::Error::other)?;
     }
     let (dir, hypervisor) = (dir.to_owned(), Arc::clone(hypervisor));
@@ -552,18 +617,18 @@ fn take_up(dir: &Path, most: usize, hypervisor: &dyn Hypervisor) -> io::Result<B
     Ok(known)
 }
 
-/// Makes the directories of one that is to be made, on a disk that has room for it.
-fn prepare(new: &Path, needed: u64) -> io::Result<()> {
+/// Makes the directories of one that is to be made, on a disk that has room for it beside what others were promised.
+fn prepare(new: &Path, needed_mib: u64, room: impl FnOnce() -> io::Result<Room>) -> io::Result<()> {
     delete(new)?;
     let private = |path: PathBuf| DirBuilder::new().mode(0o700).recursive(true).create(path);
-    private(new.join("machine"))?;
+    private(new.join(MACHINE))?;
     private(new.join("saved"))?;
-    let free = Disk::of(new)?.free_bytes;
-    if free < needed + SPARE_BYTES {
-        let problem = format!("the disk has {} MiB left, and a template needs up to {}", free >> 20, needed >> 20);
-        return Err(io::Error::other(problem));
+    let room = room()?;
+    if room.fits(needed_mib) {
+        return Ok(());
     }
-    Ok(())
+    let left = room.free_mib;
+    Err(io::Error::other(format!("the disk has {left} MiB to give, and a template takes up to {needed_mib}")))
 }
 
 /// Makes a template of what was saved: described, on the disk, and then in its place.
@@ -600,4 +665,35 @@ pub(crate) fn spawn_maker(host: &Arc<Host>, wanted: Wanted, tasks: &Tasks) {
     let host = Arc::clone(host);
     // Not cut off at vmhost's end: it takes its machine along.
     tasks.spawn("vmhost-templates", async move { keep(&host, wanted).await });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_off_after_two_failures_of_late_and_comes_back() {
+        let begin = Instant::now();
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        let mut state = State::default();
+        assert!(!state.failed("a", 1, begin) && !state.is_off("a", begin));
+        assert!(!state.failed("b", 1, after(3599)), "another key's do not count");
+        assert!(!state.failed("a", 1, after(3600)), "the first was long ago");
+        assert!(state.failed("a", 1, after(3700)), "this switches it off");
+        assert!(!state.failed("a", 1, after(3800)), "which is told once");
+        assert!(state.is_off("a", after(3800 + 3599)) && !state.is_off("b", after(3800)));
+        assert!(!state.is_off("a", after(3800 + 3600)) && state.failures.is_empty(), "it is forgotten");
+        assert!(state.failed("a", FAILURES, after(9000)) && state.is_off("a", after(9000)));
+    }
+
+    #[test]
+    fn what_is_promised_to_scratch_disks_is_not_taken_for_a_template() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let new = dir.path().join("key.new");
+        let room = || Ok(Room { total_mib: 10_000, free_mib: 500 });
+        prepare(&new, 500, room).expect("there is room");
+        assert!(new.join(MACHINE).is_dir() && new.join("saved").is_dir());
+        let refused = prepare(&new, 501, room).expect_err("no room").to_string();
+        assert_eq!(refused, "the disk has 500 MiB to give, and a template takes up to 501");
+    }
 }

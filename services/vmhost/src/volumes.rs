@@ -51,6 +51,9 @@ const TRIES: usize = 3;
 /// Where ext4 has its magic number, and what that is.
 const EXT4_MAGIC: (u64, [u8; 2]) = (1080, [0x53, 0xef]);
 const EROFS_MAGIC: (u64, [u8; 4]) = (1024, [0xe2, 0xe1, 0xf5, 0xe0]);
+/// As often as its size a scratch disk may take of the disk: a file system may need as much again to find a file's bytes, or to have them
+/// twice.
+const MOST_TAKEN: u64 = 2;
 const BYTES_PER_MIB: u64 = 1024 * 1024;
 
 /// Why a VM can't have a volume, in words.
@@ -167,7 +170,7 @@ impl VolumeStore {
         }
         if volumes.scratch_mib() > disk.total_mib {
             let allowed = format!(
-                "scratch disks of at most {} MiB together, for the disk of this node is no larger",
+                "scratch disks of at most {} MiB together, for the disk of this node has no more to give",
                 disk.total_mib
             );
             return Err(refuse(volumes, &allowed));
@@ -184,7 +187,7 @@ impl VolumeStore {
     ) -> Result<Prepared, VolumeError> {
         let mut prepared = Prepared::default();
         for (at, volume) in volumes.iter().enumerate() {
-            let own = dir.join(format!("disk{at}"));
+            let own = disk_in(dir, at);
             let (path, filesystem, read_only) = match &volume.source {
                 Source::Name(name) => {
                     let (path, filesystem) = self.find(name, own, room.clone()).await?;
@@ -246,7 +249,7 @@ impl VolumeStore {
         let mut listing = read(&directory)?;
         for _ in 0..TRIES {
             let stamp = listing.stamp;
-            let image = self.cache.join(format!("{name}-{}.{IMAGE}", hex(&stamp)));
+            let image = self.cache.join(format!("{name}-{}.{IMAGE}", hex::encode(stamp)));
             if !image.exists() {
                 let new = self.cache.join(format!("{name}.{NEW}"));
                 let written = self.write_image(name, &directory, listing, &new, room);
@@ -314,10 +317,6 @@ fn unusable_name(path: &Path, error: &io::Error) -> VolumeError {
     VolumeError::Unusable { name: path.display().to_string(), problem: error.to_string() }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// What is at a volume's path, or why it is of no use.
 fn kind_of(path: &Path) -> Result<Kind, String> {
     let failed = |error: io::Error| format!("{}: {error}", path.display());
@@ -344,49 +343,81 @@ fn make_scratch(path: &Path, mib: u64) -> io::Result<()> {
     ext4::create(&file, mib, uuid::Uuid::new_v4().as_bytes())
 }
 
-/// The file system of the VM state directory.
+/// What the file system of the VM state directory has to give, beside what must stay free: were it all taken, the node would not be short of
+/// disk yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Room {
-    /// Its size, in MiB.
+    /// If it were empty, in MiB.
     pub(crate) total_mib: u64,
-    /// What is free and promised to no scratch disk, in MiB.
+    /// Of what is free and promised to no scratch disk, in MiB.
     pub(crate) free_mib: u64,
 }
 
 impl Room {
     /// Looks; `others` are the volumes of VMs that live, and their launches' directories.
     pub(crate) fn of(state_dir: &Path, others: impl Iterator<Item = (Volumes, PathBuf)>) -> io::Result<Self> {
-        let pressure::Disk { total_bytes, free_bytes, .. } = pressure::Disk::of(state_dir)?;
+        // First: what a disk takes meanwhile counts twice rather than not at all.
         let promised: u64 = others.map(|(volumes, dir)| still_to_take(&volumes, &dir)).sum();
-        Ok(Self {
-            total_mib: total_bytes / BYTES_PER_MIB,
-            free_mib: free_bytes.saturating_sub(promised) / BYTES_PER_MIB,
-        })
+        Ok(Self::on(&pressure::Disk::of(state_dir)?, promised))
+    }
+
+    fn on(disk: &pressure::Disk, promised: u64) -> Self {
+        let mib = |bytes: u64| bytes.saturating_sub(disk.reserve_bytes()) / BYTES_PER_MIB;
+        Self { total_mib: mib(disk.total_bytes), free_mib: mib(disk.free_bytes.saturating_sub(promised)) }
+    }
+
+    /// Whether so much more can be taken.
+    pub(crate) fn fits(&self, mib: u64) -> bool {
+        mib <= self.free_mib
     }
 
     /// Whether there is room for scratch disks of this size.
     pub(crate) fn check(&self, scratch_mib: u64) -> Result<(), Error> {
-        if scratch_mib > self.free_mib {
-            let message = format!(
-                "this node's disk has {} MiB left beside what scratch disks may still take, and the VM's take {scratch_mib}",
-                self.free_mib
-            );
-            return Err(Error::new(Reason::Overloaded, message).with("limit", self.free_mib));
+        if self.fits(scratch_mib) {
+            return Ok(());
         }
-        Ok(())
+        let message = format!(
+            "this node's disk has {} MiB left beside its reserve and what scratch disks may still take, and the VM's take {scratch_mib}",
+            self.free_mib
+        );
+        Err(Error::new(Reason::Overloaded, message).with("limit", self.free_mib))
     }
+}
+
+/// A VM's scratch disks in its launch's directory: of each that is there its size in bytes, and what the disk has of it.
+fn scratch_disks(volumes: &Volumes, dir: &Path) -> impl Iterator<Item = (u64, Option<fs::Metadata>)> {
+    volumes.iter().enumerate().filter_map(move |(at, volume)| match volume.source {
+        Source::Name(_) => None,
+        Source::ScratchMib(mib) => Some((mib * BYTES_PER_MIB, fs::metadata(disk_in(dir, at)).ok())),
+    })
+}
+
+/// Where a VM's disk of this number is.
+fn disk_in(dir: &Path, at: usize) -> PathBuf {
+    dir.join(format!("disk{at}"))
+}
+
+fn taken(file: &fs::Metadata) -> u64 {
+    file.blocks() * 512
 }
 
 /// What a VM's scratch disks may take beyond what they have taken.
 fn still_to_take(volumes: &Volumes, dir: &Path) -> u64 {
-    let rest = |(at, volume): (usize, &blixard::volume::Volume)| match volume.source {
-        Source::Name(_) => 0,
-        Source::ScratchMib(mib) => {
-            let taken = fs::metadata(dir.join(format!("disk{at}"))).map_or(0, |file| file.blocks() * 512);
-            (mib * BYTES_PER_MIB).saturating_sub(taken)
-        }
+    scratch_disks(volumes, dir).map(|(size, file)| size.saturating_sub(file.as_ref().map_or(0, taken))).sum()
+}
+
+/// What is wrong with a VM's scratch disks when one is larger than it was made. A guest can't do that, so it is the hypervisor's work: its
+/// limit on the length of files is that of the longest, and none holds for what lies behind a file's end. Blocking: a `stat` for each.
+pub(crate) fn overgrown(volumes: &Volumes, dir: &Path) -> Option<String> {
+    let grown = |(size, file): (u64, Option<fs::Metadata>)| {
+        let (length, taken) = file.map(|file| (file.len(), taken(&file)))?;
+        let mib = |bytes: u64| bytes.div_ceil(BYTES_PER_MIB);
+        (length > size || taken > size * MOST_TAKEN).then(|| {
+            let (size, length, taken) = (mib(size), mib(length), mib(taken));
+            format!("a scratch disk of {size} MiB is a file of {length} MiB and takes {taken} MiB")
+        })
     };
-    volumes.iter().enumerate().map(rest).sum()
+    scratch_disks(volumes, dir).find_map(grown)
 }
 
 /// Writes through, until the program is to end: nobody waits for a large image then.
@@ -411,8 +442,10 @@ impl<W: Write> Write for WhileServing<'_, W> {
 #[cfg(test)]
 mod tests {
     use blixard::volume::Volume;
+    use proptest::prelude::*;
 
     use super::*;
+    use crate::pressure::{Disk, Level};
 
     struct Bed {
         dir: tempfile::TempDir,
@@ -575,5 +608,54 @@ mod tests {
         assert_eq!(store.admit(&volumes, &room), Ok(()));
         let room = Room { total_mib: 99, free_mib: 50 };
         assert_eq!(store.admit(&volumes, &room).unwrap_err().reason, Reason::ExceedsCapacity);
+    }
+
+    #[test]
+    fn a_scratch_disk_that_is_longer_or_takes_more_than_it_may_is_noticed_and_a_full_one_is_not() {
+        let bed = Bed::new();
+        let volume = |path: &str, mib| Volume { mount_path: path.into(), source: Source::ScratchMib(mib) };
+        let volumes: Volumes = [volume("/a", 64), volume("/b", 16)].into_iter().collect();
+        assert_eq!(overgrown(&volumes, &bed.at("nowhere")), None);
+        make_scratch(&bed.at("disk0"), 64).unwrap();
+        make_scratch(&bed.at("disk1"), 16).unwrap();
+        let disk = File::options().write(true).open(bed.at("disk1")).unwrap();
+        disk.write_all_at(&vec![1; 16 << 20], 0).unwrap();
+        let seen = || overgrown(&volumes, bed.dir.path());
+        assert_eq!(seen(), None);
+
+        // No longer than the other one is, so the kernel has nothing against it.
+        disk.set_len((16 << 20) + 1).unwrap();
+        let told = seen().unwrap();
+        assert!(told.starts_with("a scratch disk of 16 MiB is a file of 17 MiB and takes 1"), "{told}");
+        disk.set_len(16 << 20).unwrap();
+        assert_eq!(seen(), None);
+        // Behind its end.
+        let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&disk, flags, 16 << 20, 48 << 20).unwrap();
+        assert_eq!(seen().unwrap(), "a scratch disk of 16 MiB is a file of 16 MiB and takes 64 MiB");
+    }
+
+    proptest! {
+        /// However large the disk, and however full: when every promise is kept to the last byte, the node is not short of disk.
+        #[test]
+        fn scratch_disks_that_are_all_full_leave_the_node_its_reserve(
+            total_mib in 16..4_000_000_u64,
+            used_percent in 0..100_u64,
+            promised_percent in 0..100_u64,
+        ) {
+            let total_bytes = total_mib << 20;
+            let free_bytes = total_bytes / 100 * (100 - used_percent);
+            let promised = free_bytes / 100 * promised_percent;
+            let disk = Disk { total_bytes, free_bytes, ..Disk::default() };
+            let room = Room::on(&disk, promised);
+            prop_assert!(room.free_mib <= room.total_mib && room.total_mib <= total_mib);
+            prop_assert!(room.check(room.free_mib).is_ok() && room.check(room.free_mib + 1).is_err());
+            if room.free_mib > 0 {
+                let full = Disk { free_bytes: free_bytes - promised - (room.free_mib << 20), ..disk };
+                prop_assert_eq!(full.level(Level::None), Level::None);
+                let fuller = Disk { free_bytes: full.free_bytes.saturating_sub(1 << 20), ..disk };
+                prop_assert!(fuller.level(Level::None) >= Level::Tight, "no more is kept than that takes");
+            }
+        }
     }
 }

@@ -26,10 +26,18 @@ struct Marked(Child);
 
 impl Marked {
     fn start(vm: VmId, state_dir: &Path) -> Self {
-        let dir = state_dir.join(vm.to_string()).join("machine");
+        Self::with(state_dir.join(vm.to_string()).join("machine").as_path(), Some(vm))
+    }
+
+    /// One that says that it is of the machine in this directory, whose id it does not know.
+    fn naming(dir: &Path) -> Self {
+        Self::with(dir, None)
+    }
+
+    fn with(dir: &Path, vm: Option<VmId>) -> Self {
         let mut command = Command::new("sleep");
-        command.arg("600").env("BLIXARD_VM_ID", vm.to_string()).env("BLIXARD_VM_DIR", dir).stdin(Stdio::null());
-        Self(command.spawn().unwrap())
+        command.arg("600").env("BLIXARD_VM_DIR", dir).envs(vm.map(|vm| ("BLIXARD_VM_ID", vm.to_string())));
+        Self(command.stdin(Stdio::null()).spawn().unwrap())
     }
 
     /// One without any mark, in a cgroup.
@@ -104,6 +112,50 @@ async fn what_belongs_to_no_vm_is_named_and_then_repaired_and_nothing_else_is_to
     let job = world.run(&node, vm, command(&["echo", "untouched"])).await;
     assert_eq!(node.follow(job, 0).await.stdout, b"untouched\n");
     fs::remove_dir(state_dir.join("notes")).unwrap();
+}
+
+#[tokio::test]
+async fn a_process_that_passes_for_another_vms_is_named_and_ended_and_that_vm_is_not_touched() {
+    let world = World::new().await;
+    let process = choose(blixard::config::DriverChoice::Process, &world.settings()).unwrap().0;
+    let contained = || {
+        let process = Arc::clone(&process);
+        Arc::new(Passing { containment: Contained::Yes { kvm: false }, ..Passing::new(process) })
+    };
+    let node = world.node_with(contained()).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    // The test makes no cgroup for it.
+    let others = |found: Vec<Violation>| -> Vec<Violation> {
+        found.into_iter().filter(|found| found.kind() != ViolationKind::Cgroup).collect()
+    };
+    assert_eq!(others(check(&node, true).await.violations), []);
+
+    // It says that it is of the VM's machine, or somewhere in it, or that it makes a template.
+    let state_dir = world.vm_state_dir();
+    let of_vm = Marked::start(vm, &state_dir);
+    let below = Marked::naming(&state_dir.join(vm.to_string()).join("machine/run"));
+    let template = Marked::naming(&state_dir.join(".templates/0123"));
+    let subjects = |found: &[Violation]| {
+        let mut subjects: Vec<(String, String)> =
+            found.iter().map(|found| (found.vm_id.clone(), found.subject.clone())).collect();
+        subjects.sort();
+        subjects
+    };
+    let mut expected: Vec<(String, String)> =
+        [(&of_vm, vm.to_string()), (&below, vm.to_string()), (&template, String::new())]
+            .map(|(process, vm_id)| (vm_id, format!("{} (sleep)", process.0.id())))
+            .into();
+    expected.sort();
+    let found = others(check(&node, false).await.violations);
+    assert_eq!(subjects(&found), expected);
+    assert!(found.iter().all(|found| found.kind() == ViolationKind::Process));
+    assert!(of_vm.runs() && below.runs() && template.runs(), "only looked at");
+    let found = others(check(&node, true).await.violations);
+    assert!(subjects(&found) == expected && found.iter().all(|found| found.repaired), "{found:?}");
+    assert!(!of_vm.runs() && !below.runs() && !template.runs());
+    assert_eq!(others(check(&node, true).await.violations), []);
+    let job = world.run(&node, vm, command(&["echo", "untouched"])).await;
+    assert_eq!(node.follow(job, 0).await.stdout, b"untouched\n");
 }
 
 /// A directory of the cgroup file system that goes with the test.

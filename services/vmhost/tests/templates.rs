@@ -148,14 +148,21 @@ async fn a_vm_is_restored_from_the_template_of_the_first_and_booted_when_that_is
     let template = bed.template().await;
     bed.stop(&node, third).await;
 
-    // It looks whole and is not: the VM that meets it boots all the same. It was the second, so no third is made.
-    let mut state = fs::File::options().write(true).open(template.join("state")).unwrap();
-    state.write_all(&[0x55; 64 * 1024]).unwrap();
-    drop(state);
+    // It looks whole and is not: the VM that meets it boots all the same. After the second no third is made.
+    let damage = |template: &Path| {
+        let mut state = fs::File::options().write(true).open(template.join("state")).unwrap();
+        state.write_all(&[0x55; 64 * 1024]).unwrap();
+    };
+    damage(&template);
     let fourth = bed.world.start_vm(&node, VmKind::Service).await;
     assert!(!bed.is_restored(fourth));
-    assert_eq!(bed.entries(), BTreeSet::new());
+    let template = bed.template().await;
     bed.stop(&node, fourth).await;
+    damage(&template);
+    let fifth = bed.world.start_vm(&node, VmKind::Service).await;
+    assert!(!bed.is_restored(fifth));
+    assert_eq!(bed.entries(), BTreeSet::new());
+    bed.stop(&node, fifth).await;
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use blixard::{
     vm::VmState,
 };
 use blixard_vmhost::{disk::ext4, hypervisor::choose};
-use support::{Node, World, passing::Passing, shell, vm_config};
+use support::{Node, World, command, fake_guest::FakeGuest, passing::Passing, shell, vm_config};
 
 /// For a guest under emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(240);
@@ -123,7 +123,9 @@ async fn jobs_in_real_guests_share_what_they_may_read_and_nothing_that_they_may_
     assert!(failed.reason.contains(says), "{}", failed.reason);
 
     // What others hold counts, and goes with them.
-    let free = rustix::fs::statvfs(world.dir.path()).map(|disk| disk.f_bavail * disk.f_frsize / MIB).expect("a disk");
+    let disk = rustix::fs::statvfs(world.dir.path()).expect("a disk");
+    let mib = |blocks: u64| blocks * disk.f_frsize / MIB;
+    let free = mib(disk.f_bavail).saturating_sub((mib(disk.f_blocks) / 20).min(4096));
     if (200..1_500_000).contains(&free) {
         let most = start(&world, &node, vec![scratch(free * 6 / 10)]).await.expect("accepted");
         let refused = start(&world, &node, vec![scratch(free * 6 / 10)]).await.expect_err("no room");
@@ -186,11 +188,38 @@ async fn a_node_says_which_volumes_it_has_as_they_come_and_plain_processes_have_
                 volume("/y", Source::ScratchMib(1_048_576)),
                 volume("/z", Source::ScratchMib(1_048_576)),
             ],
-            "the disk of this node is no larger",
+            "the disk of this node has no more to give",
         ),
     ] {
         let refused = start(&world, &node, volumes).await.expect_err("refused");
         assert_eq!(refused.reason, Reason::ExceedsCapacity, "{refused}");
         assert!(refused.message.contains(says), "{refused}");
     }
+}
+
+#[tokio::test]
+async fn a_vm_whose_hypervisor_makes_its_scratch_disk_larger_is_ended_and_its_job_is_lost() {
+    let mut world = World::new().await;
+    world.pace.look_at_host_every = Duration::from_millis(10);
+    let node = world.node_with(Arc::new(FakeGuest::default())).await;
+    let disks = || vec![volume("/a", Source::ScratchMib(64)), volume("/b", Source::ScratchMib(16))];
+    let vm = start(&world, &node, disks()).await.expect("accepted");
+    world.wait_vm(vm, VmState::Ready).await;
+    let job = world.run(&node, vm, command(&["sleep", "600"])).await;
+    world.wait_job_until(job, |job| job.state() == common::JobState::Running).await;
+    let grow = |disk: &str, bytes| {
+        let path = world.vm_state_dir().join(vm.to_string()).join("machine").join(disk);
+        fs::File::options().write(true).open(path).expect("it is there").set_len(bytes).expect("it grows");
+    };
+    // As long as it may be.
+    grow("disk1", 16 * MIB);
+    assert_eq!(node.hosted().await[0].state(), common::VmState::Busy);
+    grow("disk1", 64 * MIB);
+    let failed = world.wait_vm(vm, VmState::Failed).await;
+    let says = "its hypervisor is not to be trusted: a scratch disk of 16 MiB is a file of 64 MiB and takes 1 MiB";
+    assert!(failed.reason.starts_with(says), "{}", failed.reason);
+    let lost = world.wait_job(job).await;
+    assert_eq!(lost.state(), common::JobState::Queued, "lost, not failed: another attempt may follow");
+    assert!(lost.reason.contains("its VM ended: its hypervisor is not to be trusted"), "{}", lost.reason);
+    world.assert_nothing_left().await;
 }

@@ -171,7 +171,7 @@ impl Drop for Part {
 }
 
 fn artifact_json(artifact: &common::Artifact) -> Value {
-    let sha256: String = artifact.sha256.iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256 = hex::encode(&artifact.sha256);
     json!({
         "path": artifact.path,
         "size_bytes": artifact.size_bytes,

@@ -46,7 +46,7 @@ impl Digest {
 
 impl From<ring::digest::Digest> for Digest {
     fn from(digest: ring::digest::Digest) -> Self {
-        Self(digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+        Self(hex::encode(digest))
     }
 }
 

@@ -46,8 +46,7 @@ impl Secret {
 
     /// A secret of its own for each purpose, as text.
     pub(crate) fn derive(&self, purpose: &str) -> String {
-        let tag = hmac::sign(&self.0, purpose.as_bytes());
-        tag.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(hmac::sign(&self.0, purpose.as_bytes()))
     }
 }
 

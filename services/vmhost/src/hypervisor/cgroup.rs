@@ -41,6 +41,8 @@ const MAKE_TRIES: usize = 100;
 /// `cpu.max` counts in periods of this length: the kernel's own default.
 const CPU_PERIOD_US: u64 = 100_000;
 const BYTES_PER_MIB: u64 = 1024 * 1024;
+/// Why a VM was killed that had not used more memory than it may.
+pub(super) const HOST_OUT_OF_MEMORY: &str = "the host ran out of memory";
 
 /// What a VM's processes may take together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,7 +243,7 @@ fn verdict(events: &str) -> Option<&'static str> {
     };
     match (count("oom_kill"), count("oom")) {
         (0, _) => None,
-        (_, 0) => Some("the host ran out of memory"),
+        (_, 0) => Some(HOST_OUT_OF_MEMORY),
         (_, _) => Some("it used more memory than it may"),
     }
 }

@@ -36,7 +36,7 @@ use super::{
     events::Events,
     own_dir::{self, hand_over},
     procfs::{self, DEATH_PATIENCE, ENV_VM_DIR, ENV_VM_ID, Held, Marks, ProcessId},
-    record::Record,
+    record::{self, Record},
     seccomp::Uses,
     socket::SocketDir,
 };
@@ -462,8 +462,8 @@ pub(super) async fn sweep(launch: &Launch) -> Result<usize, LaunchError> {
         let mut found: BTreeSet<ProcessId> = marks.find(&alive).into_iter().collect();
         found.extend(within.iter().flat_map(|cgroup| procfs::alive(&cgroup.pids())));
         // Nodes of one machine may share a range of users, against all advice.
-        let theirs = user.map(procfs::of_user).unwrap_or_default();
-        found.extend(theirs.into_iter().filter(|id| !marks.are_others_on(id.pid)));
+        let of_user = |user| procfs::of_user(user).into_iter().filter(move |id| !record::is_anothers(*id, user));
+        found.extend(user.into_iter().flat_map(of_user));
         within.iter().for_each(Cgroup::kill);
         found.into_iter().collect()
     })

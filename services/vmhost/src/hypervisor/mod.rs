@@ -69,6 +69,8 @@ pub(crate) use seccomp::seccomp;
 /// The guest agent's vsock port. The agent also connects to the host's port of this number once it serves: it knocks.
 pub const AGENT_PORT: u32 = 1024;
 
+const SIGKILL: i32 = 9;
+
 /// What to launch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
@@ -97,7 +99,7 @@ pub struct Launch {
 pub enum Contained {
     /// They are processes like any other.
     No,
-    /// They have a user and a cgroup of their own and no rights.
+    /// They have a user and a cgroup of their own and no rights, and their processes start no others.
     Yes {
         /// Whether they need /dev/kvm.
         kvm: bool,
@@ -221,6 +223,11 @@ impl MachineExit {
     pub fn is_clean(&self) -> bool {
         self.status == ProcessExit::Exited(0)
     }
+
+    /// Whether it did not end by itself: the host had no memory for it, or somebody killed it.
+    pub(crate) fn is_the_hosts_doing(&self) -> bool {
+        self.why.map_or(self.status == ProcessExit::Signaled(SIGKILL), |why| why == cgroup::HOST_OUT_OF_MEMORY)
+    }
 }
 
 impl fmt::Display for MachineExit {
@@ -271,6 +278,12 @@ pub enum LaunchError {
         /// The last of what it wrote.
         output: String,
     },
+    /// The hypervisor did not make a machine of what was saved.
+    #[error("cannot restore the machine")]
+    NotRestored {
+        /// What it said.
+        source: io::Error,
+    },
     /// Something else that vmhost needed from the host failed.
     #[error("cannot {action}")]
     Io {
@@ -287,6 +300,22 @@ pub enum LaunchError {
         /// How long was waited.
         seconds: u64,
     },
+}
+
+impl LaunchError {
+    /// Whether it tells of what a machine was to be restored from: the hypervisor refused that, or ended over it. Whatever else is missing a
+    /// machine that boots needs, too.
+    pub(crate) fn is_the_templates(&self) -> bool {
+        match self {
+            Self::NotRestored { .. } => true,
+            Self::EndedEarly { exit, .. } => !exit.is_the_hosts_doing(),
+            Self::UnknownImage { .. }
+            | Self::BadImage { .. }
+            | Self::Spawn { .. }
+            | Self::Io { .. }
+            | Self::WillNotDie { .. } => false,
+        }
+    }
 }
 
 fn list(names: &[String]) -> String {

@@ -106,6 +106,14 @@ fn environment(pid: u32) -> Vec<u8> {
     environment
 }
 
+/// The directories of the machines that a process was started for, as its environment says. A hostile one has there what it likes.
+pub(super) fn marked_dirs(pid: u32) -> Vec<PathBuf> {
+    let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
+    let environment = environment(pid);
+    let dirs = environment.split(|&byte| byte == 0).filter_map(|entry| entry.strip_prefix(mark.as_slice()));
+    dirs.map(|dir| PathBuf::from(OsStr::from_bytes(dir))).collect()
+}
+
 /// What tells a machine's processes from all others.
 #[derive(Debug, Clone)]
 pub(super) struct Marks {
@@ -116,14 +124,6 @@ impl Marks {
     pub(super) fn new(vm_id: VmId, dir: &Path) -> Self {
         let directory = [ENV_VM_DIR.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
         Self { environment: [format!("{ENV_VM_ID}={vm_id}").into_bytes(), directory] }
-    }
-
-    /// Whether the process was started for another machine, as its environment says.
-    pub(super) fn are_others_on(&self, pid: u32) -> bool {
-        let environment = environment(pid);
-        let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
-        let mut dirs = environment.split(|&byte| byte == 0).filter(|entry| entry.starts_with(&mark));
-        dirs.any(|entry| self.environment[1] != entry)
     }
 
     /// Whether the process was started for this machine, as its environment says.
@@ -198,14 +198,8 @@ impl fmt::Display for MarkedProcess {
 /// all of `/proc`.
 #[must_use]
 pub fn marked_below(state_dir: &Path) -> Vec<MarkedProcess> {
-    let mark = [ENV_VM_DIR.as_bytes(), b"="].concat();
     let own = std::process::id();
-    let dir_of = |pid: u32| {
-        let environment = environment(pid);
-        let mut entries = environment.split(|&byte| byte == 0);
-        let dir = entries.find_map(|entry| entry.strip_prefix(mark.as_slice()))?;
-        Some(PathBuf::from(OsStr::from_bytes(dir))).filter(|dir| dir.starts_with(state_dir))
-    };
+    let dir_of = |pid: u32| marked_dirs(pid).into_iter().find(|dir| dir.starts_with(state_dir));
     let processes = running().into_iter().filter(|stat| stat.id.pid != own);
     processes.filter_map(|stat| Some(MarkedProcess { id: stat.id, dir: dir_of(stat.id.pid)? })).collect()
 }

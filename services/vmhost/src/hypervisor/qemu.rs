@@ -151,12 +151,12 @@ impl Templates for Vmm<Boot> {
             arguments.extend(vsock_backend());
             arguments.extend(what.nic.iter().flat_map(|_| nic_backend()));
             let mut qmp = boot.start_with_monitor(starting, monitor, &arguments, stdin(what)?)?;
-            qmp.fill(file).map_err(cannot("restore the machine"))?;
-            qmp.plug(&vsock_device(), VSOCK_PORT).map_err(cannot("give the machine its vsock device"))?;
+            qmp.fill(file).map_err(not_restored)?;
+            qmp.plug(&vsock_device(), VSOCK_PORT).map_err(not_restored)?;
             if let Some(nic) = &what.nic {
                 qmp.plug(&nic_device(nic), NIC_PORT).map_err(cannot("give the machine its network interface"))?;
             }
-            qmp.resume().map_err(cannot("let the machine go on"))
+            qmp.resume().map_err(not_restored)
         })
         .await
     }
@@ -262,6 +262,10 @@ impl Boot {
         arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
         arguments
     }
+}
+
+fn not_restored(source: io::Error) -> LaunchError {
+    LaunchError::NotRestored { source }
 }
 
 /// Before anything is started: what is in the machine's directory then is given to its user.

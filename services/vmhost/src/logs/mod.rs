@@ -40,7 +40,7 @@ use blixard::{
 };
 use tokio::sync::watch;
 
-use crate::artifacts::ArtifactDir;
+use crate::{absent::DELETED, artifacts::ArtifactDir};
 
 pub(crate) use self::{
     bound::Dropped,
@@ -51,8 +51,6 @@ pub(crate) use self::{
 /// Size at which a segment is closed. A reader scans one segment to find its offset: 16 MiB from the page cache take
 /// about 5 ms.
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
-/// What the name of a job's directory ends with while it is being deleted.
-const DELETED: &str = ".deleted";
 
 /// How large logs grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -266,13 +264,13 @@ impl LogStore {
     pub(crate) fn quiet_jobs(&self) -> io::Result<Vec<JobId>> {
         let mut jobs = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
-            let name = entry?.file_name();
-            let Some(name) = name.to_str() else { continue };
-            match name.strip_suffix(DELETED) {
+            let path = entry?.path();
+            let job = path.file_stem().and_then(|name| name.to_str()?.parse::<JobId>().ok());
+            match (job, path.extension()) {
                 // A crash fell into its deletion.
-                Some(job) if job.parse::<JobId>().is_ok() => fs::remove_dir_all(self.dir.join(name))?,
-                Some(_) => {}
-                None => jobs.extend(name.parse::<JobId>()),
+                (Some(_), Some(extension)) if extension == DELETED => fs::remove_dir_all(path)?,
+                (Some(job), None) => jobs.push(job),
+                (Some(_), Some(_)) | (None, _) => {}
             }
         }
         let live = self.live();
@@ -283,7 +281,7 @@ impl LogStore {
     /// Deletes what there is of a job, unless an attempt of it is being written. False: nothing was. Blocking.
     pub(crate) fn delete(&self, job: JobId) -> io::Result<bool> {
         let dir = self.dir.join(job.to_string());
-        let deleted = self.dir.join(format!("{job}{DELETED}"));
+        let deleted = dir.with_extension(DELETED);
         {
             // Renamed under the lock, so that no attempt begins in what is being deleted.
             let live = self.live();

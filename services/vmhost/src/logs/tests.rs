@@ -231,7 +231,7 @@ async fn a_jobs_directory_is_deleted_unless_an_attempt_is_being_written_and_a_ha
     store.close(ended, 1);
     let _log = store.begin(writing, 1).unwrap().unwrap();
     // A crash left this; the other is nobody's.
-    let half = dir.path().join(format!("{}{DELETED}", JobId(uuid::Uuid::from_u128(3))));
+    let half = dir.path().join(format!("{}.{DELETED}", JobId(uuid::Uuid::from_u128(3))));
     fs::create_dir_all(half.join("1")).unwrap();
     fs::create_dir(dir.path().join("consoles")).unwrap();
     assert_eq!(store.quiet_jobs().unwrap(), [ended]);

@@ -37,7 +37,7 @@ pub(super) struct Names {
 impl Names {
     /// `state_dir` and the node's name tell vmhosts on one machine apart.
     pub(super) fn new(node: &NodeId, state_dir: &Path) -> Self {
-        Self { tag: node_tag(node, state_dir).iter().take(3).map(|byte| format!("{byte:02x}")).collect() }
+        Self { tag: hex::encode(&node_tag(node, state_dir)[..3]) }
     }
 
     pub(super) fn bridge(&self) -> String {

@@ -1,11 +1,12 @@
-//! Looks at the machine again and again, says how it is, and has VMs end where [`Pressure`] decides so.
+//! Looks at the machine again and again, says how it is, and has VMs end where [`Pressure`] decides so; and those whose hypervisor takes more
+//! of the disk than it may.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use blixard::{node::HostPressure, vm::VmState};
 
 use super::{Candidate, Doing, Level, Observation, Pressure, Relief};
-use crate::{driver::VmHandle, host::Host, lifecycle::Input, node_lease};
+use crate::{driver::VmHandle, host::Host, lifecycle::Input, node_lease, volumes::overgrown};
 
 /// How often. A look takes some ten microseconds, and a guest that takes a GiB a second has used up a small node's reserve in one.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -29,8 +30,12 @@ pub(crate) async fn keep(host: &Arc<Host>, mut pressure: Pressure) {
 
 /// Looks once.
 pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
-    let watch = host.watch.clone();
-    let Ok(seen) = tokio::task::spawn_blocking(move || watch.look()).await else { return };
+    let (watch, own) = (host.watch.clone(), Arc::clone(host));
+    let Ok((seen, grown)) = tokio::task::spawn_blocking(move || (watch.look(), grown(&own))).await else { return };
+    for (vm, problem) in grown {
+        tracing::error!(vm_id = %vm.id, problem, "a VM's hypervisor is not to be trusted; the VM is ended");
+        vm.tell(Input::Misbehaves { reason: format!("its hypervisor is not to be trusted: {problem}") }).await;
+    }
     let vms: Vec<Candidate> = host.vms().values().filter_map(candidate).collect();
     let before = pressure.levels();
     let relief = pressure.step(node_lease::now(), &seen, &vms);
@@ -61,6 +66,14 @@ pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
             vm.tell(Input::OutOfMemory { reason }).await;
         }
     }
+}
+
+/// The VMs whose scratch disks are larger than they may be, and how. Machines that become templates have none, nor have those that are
+/// restored. Blocking.
+fn grown(host: &Host) -> Vec<(VmHandle, String)> {
+    let vms: Vec<_> = host.with_scratch(&host.vms()).map(|(vm, dir)| (vm.clone(), dir)).collect();
+    let grown = |(vm, dir): (VmHandle, PathBuf)| overgrown(&vm.config.volumes, &dir).map(|problem| (vm, problem));
+    vms.into_iter().filter_map(grown).collect()
 }
 
 fn candidate(vm: &VmHandle) -> Option<Candidate> {

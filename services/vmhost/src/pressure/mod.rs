@@ -105,10 +105,18 @@ impl Memory {
 }
 
 impl Disk {
-    fn level(&self, before: Level) -> Level {
-        let least = |percent: u64, most: u64| (self.total_bytes / 100 * percent).min(most);
-        let tight = least(TIGHT_FREE_PERCENT, TIGHT_FREE_BYTES);
-        let space = level(before, self.free_bytes, tight, least(CRITICAL_FREE_PERCENT, CRITICAL_FREE_BYTES));
+    /// What must stay free for it not to be tight.
+    pub(crate) fn reserve_bytes(&self) -> u64 {
+        self.least(TIGHT_FREE_PERCENT, TIGHT_FREE_BYTES)
+    }
+
+    fn least(&self, percent: u64, most: u64) -> u64 {
+        (self.total_bytes / 100 * percent).min(most)
+    }
+
+    pub(crate) fn level(&self, before: Level) -> Level {
+        let critical = self.least(CRITICAL_FREE_PERCENT, CRITICAL_FREE_BYTES);
+        let space = level(before, self.free_bytes, self.reserve_bytes(), critical);
         let inodes = |percent: u64| self.total_inodes / 100 * percent;
         space.max(level(before, self.free_inodes, inodes(TIGHT_FREE_PERCENT), inodes(CRITICAL_FREE_PERCENT)))
     }

@@ -12,13 +12,14 @@ use tonic::Status;
 
 use crate::{
     artifacts::{ArtifactDir, Reader},
+    blocking::blocking,
     host::Host,
 };
 
 /// What was kept of an attempt, and what was not.
 pub(super) async fn list(host: &Arc<Host>, job: JobId, attempt: u32) -> Result<Vec<common::Artifact>, Error> {
     let dir = dir(host, job, attempt, "")?;
-    blocking(move || dir.list()).await
+    blocking(move || dir.list()).await.map_err(unreadable)
 }
 
 /// The bytes of one file from an offset on.
@@ -31,7 +32,7 @@ pub(super) async fn open(
 ) -> Result<BoxStream<'static, Result<pb::GetArtifactResponse, Status>>, Error> {
     let dir = dir(host, job, attempt, &path)?;
     let wanted = path.clone();
-    let (artifact, file) = match blocking(move || dir.open(&wanted)).await? {
+    let (artifact, file) = match blocking(move || dir.open(&wanted)).await.map_err(unreadable)? {
         Some((artifact, Some(file))) => (artifact, file),
         Some((artifact, None)) => {
             let message = format!("attempt {attempt} of job {job} kept no {path}: {}", artifact.problem);
@@ -44,10 +45,10 @@ pub(super) async fn open(
         let message = format!("offset {offset} lies beyond the end of {path} ({size})");
         return Err(Error::new(Reason::OffsetBeyondEnd, message).with("offset", offset).with("end_offset", size));
     }
-    let reader = blocking(move || Reader::new(file, artifact, offset)).await?;
+    let reader = blocking(move || Reader::new(file, artifact, offset)).await.map_err(unreadable)?;
     Ok(stream::unfold(Some(reader), |reader| async move {
         let mut reader = reader?;
-        match blocking(move || reader.next().map(|part| (part, reader))).await {
+        match blocking(move || reader.next().map(|part| (part, reader))).await.map_err(unreadable) {
             Ok((part, reader)) => part.map(|part| (Ok(part), Some(reader))),
             Err(error) => Some((Err(error.into()), None)),
         }
@@ -65,7 +66,6 @@ fn not_found(message: String, job: JobId, attempt: u32, path: &str) -> Error {
     Error::new(Reason::ArtifactNotFound, message).with("job_id", job).with("attempt", attempt).with("path", path)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Error> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other).flatten();
-    done.map_err(|error| Error::internal(|error_id| tracing::error!(error_id, %error, "a kept file can't be read")))
+fn unreadable(error: io::Error) -> Error {
+    Error::internal(|error_id| tracing::error!(error_id, %error, "a kept file can't be read"))
 }

@@ -2,7 +2,7 @@
 //!
 //! It is woken by the log's writer; no timer stands between a byte's arrival and its way out.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, io, sync::Arc};
 
 use blixard::{
     error::{Error, Reason},
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
+    blocking::blocking,
     host::Host,
     logs::{EndRecord, Item, LogReader, LogState, Outcome},
 };
@@ -32,7 +33,7 @@ pub(super) async fn open(
     follow: bool,
 ) -> Result<BoxStream<'static, Result<pb::StreamLogsResponse, Status>>, Error> {
     let from = Arc::clone(host);
-    let opened = blocking(move || from.logs.read(job, attempt, offset)).await?;
+    let opened = blocking(move || from.logs.read(job, attempt, offset)).await.map_err(unreadable)?;
     let (reader, state) = opened.ok_or_else(|| {
         let message = format!("this node keeps no log of attempt {attempt} of job {job}");
         Error::new(Reason::LogNotFound, message).with("job_id", job).with("attempt", attempt)
@@ -108,7 +109,8 @@ impl Follower {
     async fn read(&mut self, until: u64) -> Result<u64, Error> {
         let Some(mut reader) = self.reader.take() else { return Err(shutting_down()) };
         if reader.offset() < until {
-            let (items, back) = blocking(move || reader.read(until).map(|items| (items, reader))).await?;
+            let (items, back) =
+                blocking(move || reader.read(until).map(|items| (items, reader))).await.map_err(unreadable)?;
             self.pending.extend(items);
             reader = back;
         }
@@ -138,7 +140,6 @@ fn shutting_down() -> Error {
     Error::new(Reason::ShuttingDown, "the node's vmhost is shutting down; read on from the last offset")
 }
 
-async fn blocking<T: Send + 'static>(read: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Error> {
-    let read = tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other).flatten();
-    read.map_err(|error| Error::internal(|error_id| tracing::error!(error_id, %error, "a log can't be read")))
+fn unreadable(error: io::Error) -> Error {
+    Error::internal(|error_id| tracing::error!(error_id, %error, "a log can't be read"))
 }

@@ -3,6 +3,9 @@
 //! with `BLIXARD_REQUIRE_QEMU=1` and `BLIXARD_REQUIRE_CLOUD_HYPERVISOR=1`. A machine that has Cloud Hypervisor but no
 //! hardware virtualization runs its part in an emulated machine that does (see `nested`).
 
+#[path = "../support/agent.rs"]
+#[expect(unreachable_pub, reason = "other tests have it in a module")]
+mod agent;
 mod nested;
 mod templates;
 
@@ -11,12 +14,12 @@ use std::{
     env, fs, io,
     os::unix::{
         ffi::OsStrExt as _,
-        fs::{MetadataExt as _, lchown},
+        fs::{MetadataExt as _, PermissionsExt as _, chown, lchown},
         process::CommandExt as _,
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Once},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -78,8 +81,11 @@ impl Bed {
     }
 
     async fn process() -> Option<Self> {
-        let settings =
-            HypervisorSettings { image_dir: "images".into(), agent_command: vec![agent().into()], vm_uids: None };
+        let settings = HypervisorSettings {
+            image_dir: "images".into(),
+            agent_command: vec![agent::agent().into()],
+            vm_uids: None,
+        };
         Some(Self::of(DriverChoice::Process, settings))
     }
 
@@ -159,22 +165,6 @@ fn image_dir() -> PathBuf {
 
 fn project() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("services/vmhost is two deep").to_owned()
-}
-
-/// The guest agent's program. A run over the whole workspace has built it; a run of this crate alone has not.
-fn agent() -> PathBuf {
-    static BUILD: Once = Once::new();
-    let test = env::current_exe().expect("the test has a path");
-    let agent = test.ancestors().nth(2).expect("target/debug/deps").join("blixard-guest-agent");
-    BUILD.call_once(|| {
-        if !agent.exists() {
-            let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let build = ["build", "--quiet", "-p", "blixard-guest-agent", "--bin", "blixard-guest-agent"];
-            let built = Command::new(cargo).args(build).current_dir(project()).status().expect("cargo runs");
-            assert!(built.success(), "the guest agent does not build");
-        }
-    });
-    agent
 }
 
 /// Processes that say in their environment that they are this launch's.
@@ -781,6 +771,21 @@ fn unmarked(prepare: impl FnOnce(&mut Command)) -> Sleeper {
     Sleeper(command.spawn().expect("sleep runs"))
 }
 
+/// Writes in a directory, as a vmhost does, that this process is its machine's.
+fn record(dir: &Path, user: u32, process: &Sleeper) {
+    let pid = process.0.id();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let start_time: u64 =
+        stat.rsplit_once(')').expect("a name").1.split_whitespace().nth(19).expect("20").parse().expect("ticks");
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("a boot");
+    let record = serde_json::json!({
+        "vm_id": VmId::random(), "driver": "qemu", "boot_id": boot_id.trim(), "user": user,
+        "processes": [{ "name": "qemu", "pid": pid, "start_time": start_time }],
+    });
+    fs::write(dir.join("machine.json"), record.to_string()).expect("writes");
+    fs::set_permissions(dir.join("machine.json"), fs::Permissions::from_mode(0o600)).expect("chmod");
+}
+
 async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is(bed: Bed) {
     let (launch, other) = (bed.launch(), bed.launch());
     let machine = start(&bed.driver(), &launch).await;
@@ -802,6 +807,21 @@ async fn what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_
         hidden.push(unmarked(|command| {
             command.uid(user);
         }));
+        // It says that it is of another machine, which is here, or nowhere, or has a record of the process's own making.
+        let forged = bed.launch().dir;
+        for dir in [&other.dir, Path::new("/nowhere/machine"), &forged] {
+            hidden.push(unmarked(|command| {
+                command.uid(user).env("BLIXARD_VM_DIR", dir);
+            }));
+        }
+        record(&forged, user, &hidden[hidden.len() - 1]);
+        chown(forged.join("machine.json"), Some(user), Some(user)).expect("chown");
+        // And what another node's vmhost has started as the same user, and says so.
+        let elsewhere = bed.launch().dir;
+        strangers.push(unmarked(|command| {
+            command.uid(user).env("BLIXARD_VM_DIR", &elsewhere);
+        }));
+        record(&elsewhere, user, &strangers[strangers.len() - 1]);
         strangers.push(unmarked(|command| {
             command.uid(others);
         }));

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part of this module")]
 
+pub mod agent;
 pub mod fake_guest;
 pub mod fake_registry;
 pub mod faulty;
@@ -13,11 +14,11 @@ use std::{
     env, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Command,
-    sync::{Arc, Once},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+pub use agent::agent;
 use blixard::{
     config::{Config, DriverChoice, NetworkConfig},
     error::{Error, Reason},
@@ -457,23 +458,6 @@ pub async fn wait_for<T, E: std::fmt::Display>(what: &str, mut condition: impl F
 pub fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("not 0");
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-}
-
-/// The guest agent's program. A run over the whole workspace has built it; a run of this crate alone has not.
-pub fn agent() -> PathBuf {
-    static BUILD: Once = Once::new();
-    let test = env::current_exe().expect("the test has a path");
-    let agent = test.ancestors().nth(2).expect("target/debug/deps").join("blixard-guest-agent");
-    BUILD.call_once(|| {
-        if !agent.exists() {
-            let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let build = ["build", "--quiet", "-p", "blixard-guest-agent", "--bin", "blixard-guest-agent"];
-            let project = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two deep");
-            let built = Command::new(cargo).args(build).current_dir(project).status().expect("cargo runs");
-            assert!(built.success(), "the guest agent does not build");
-        }
-    });
-    agent
 }
 
 /// QEMU, if it can boot a guest here.

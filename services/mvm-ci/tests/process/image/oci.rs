@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 
 /// A blob's digest, as documents write it.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    let hex: String = digest(&SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{}", hex::encode(digest(&SHA256, bytes)))
 }
 
 /// A layer while it is made.

@@ -264,11 +264,11 @@ impl Boot {
         let (api, pid) = self.start_vmm(starting)?;
         Handle::current().block_on(async {
             check(&api.ping().await.map_err(failed("ask cloud-hypervisor who it is"))?, pid)?;
-            api.restore(&RestoreConfig::new(SAVED)).await.map_err(failed("restore the VM"))?;
+            api.restore(&RestoreConfig::new(SAVED)).await.map_err(not_restored)?;
             if let Some(nic) = &launch.nic {
                 add_nic(&api, nic).await?;
             }
-            api.resume().await.map_err(failed("let the VM go on"))
+            api.resume().await.map_err(not_restored)
         })?;
         // Its agent knocked when it was saved.
         starting.agent_serves()
@@ -301,6 +301,10 @@ fn arguments() -> Vec<OsString> {
 fn failed(action: &str) -> impl FnOnce(ApiError) -> LaunchError {
     let action = action.to_owned();
     move |error| cannot(action)(io::Error::other(error))
+}
+
+fn not_restored(error: ApiError) -> LaunchError {
+    LaunchError::NotRestored { source: io::Error::other(error) }
 }
 
 /// Whether who answers is whom we started, and one that we know how to talk to: the program may have been replaced since

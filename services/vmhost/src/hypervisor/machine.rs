@@ -216,6 +216,7 @@ impl Starting {
                 cpus: self.launch.vcpus + SPARE_CPUS,
                 memory_mib: guest_mib + guest_mib / MIB_PER_MIB_OF_TABLES + u64::from(needs.overhead_mib),
                 threads,
+                io: self.launch.io_max,
             };
             let failed = cannot(format!("make the cgroup {}", path.display()));
             let cgroup = self.cgroup.insert(Cgroup::at(path));

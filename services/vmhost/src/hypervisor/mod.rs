@@ -20,6 +20,7 @@
 //!
 //! This module must not know about jobs, the registry, or what the guest agent says.
 
+mod block;
 mod cgroup;
 mod cloud_hypervisor;
 mod confine;
@@ -54,7 +55,7 @@ use blixard::{
 };
 use tokio::net::UnixStream;
 
-pub use cgroup::Cgroups;
+pub use cgroup::{Cgroups, DiskLimit, IoMax};
 pub(crate) use confine::{landlock_version, may_change_user};
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
@@ -88,6 +89,8 @@ pub struct Launch {
     pub user: Option<u32>,
     /// The cgroup that its processes are put into; `None`: into none. Made at launch, gone with the machine.
     pub cgroup: Option<PathBuf>,
+    /// What they may use of their node's disk, in that cgroup; `None`: as much as their share is.
+    pub io_max: Option<IoMax>,
     /// Disks beside the image's, at launch.
     pub disks: Vec<Disk>,
 }

@@ -42,8 +42,8 @@ use blixard_vmhost::{
         tree::Tree,
     },
     hypervisor::{
-        CONSOLE_TAIL_BYTES, Console, Disk, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
-        ProcessExit, choose,
+        CONSOLE_TAIL_BYTES, Console, Disk, DiskLimit, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine,
+        MachineExit, ProcessExit, choose,
     },
 };
 use hyper_util::rt::TokioIo;
@@ -73,7 +73,9 @@ impl Bed {
         let driver = choose(choice, &settings).expect("the driver runs here").0;
         let node = NodeId::parse("", "tried").expect("a name");
         let users = Config::default().firecracker.vm_uids;
-        let containment = Containment::open(users, &node, root.path(), driver.containment());
+        // More than any test needs.
+        let disk = DiskLimit { mib_per_second: 512, operations_per_second: 0 };
+        let containment = Containment::open(users, disk, &node, root.path(), driver.containment());
         Self { choice, settings, containment, root, turn: None }
     }
 
@@ -132,8 +134,9 @@ impl Bed {
         fs::create_dir_all(&dir).expect("mkdir");
         let vm_id = VmId::random();
         let Place { user, cgroup } = self.containment.lease(vm_id).expect("there are users");
+        let io_max = self.containment.io_max();
         let (image, nic, disks) = ("default".to_owned(), None, vec![]);
-        Launch { vm_id, image, vcpus: 1, memory_mib: 256, dir, nic, user, cgroup, disks }
+        Launch { vm_id, image, vcpus: 1, memory_mib: 256, dir, nic, user, cgroup, io_max, disks }
     }
 }
 
@@ -732,6 +735,12 @@ async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: 
     }
     let delegated = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
     assert!(!delegated || limits.len() == 5, "the controllers are all there");
+    assert!(!delegated || launch.io_max.is_some(), "and a disk");
+    if let Some(io_max) = launch.io_max {
+        let line = io_max.to_string();
+        assert!(line.ends_with(" rbps=536870912 wbps=536870912 riops=max wiops=max"), "{line}");
+        assert_eq!(read("io.max").expect("there"), line);
+    }
     for (file, value) in limits {
         match file {
             "cpu.max" => assert_eq!(value, "200000 100000"),

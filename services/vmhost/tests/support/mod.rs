@@ -31,7 +31,7 @@ use blixard::{
 use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
     HealthConfig, LogLimits, Pace, StartError, VmHost, VmHostConfig,
-    hypervisor::{Hypervisor, HypervisorSettings, choose},
+    hypervisor::{DiskLimit, Hypervisor, HypervisorSettings, choose},
     pressure::HostWatch,
 };
 use fake_registry::FakeRegistry;
@@ -109,6 +109,7 @@ impl World {
             driver: DriverChoice::Process,
             image_dir: "images".into(),
             vm_uids: Config::default().firecracker.vm_uids,
+            disk_limit: DiskLimit::default(),
             agent_command: self.agent.clone(),
             max_vms: self.max_vms,
             templates: self.templates,

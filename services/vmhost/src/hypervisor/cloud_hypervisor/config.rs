@@ -209,6 +209,7 @@ mod tests {
             nic: None,
             user: None,
             cgroup: None,
+            io_max: None,
             disks: vec![disk("/srv/tools.img", 0, true), disk("/var/lib/blixard/vm/disk1", 1, false)],
         };
         insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));

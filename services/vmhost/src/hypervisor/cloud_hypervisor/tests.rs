@@ -60,8 +60,8 @@ impl Bed {
         let vm_id = VmId::random();
         let dir = self.root.path().join(vm_id.to_string());
         fs::create_dir(&dir).expect("mkdir");
-        let (nic, user, cgroup, disks) = (None, None, None, vec![]);
-        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks }
+        let (nic, user, cgroup, io_max, disks) = (None, None, None, None, vec![]);
+        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, io_max, disks }
     }
 
     /// A machine that runs, with its API.
@@ -312,9 +312,9 @@ async fn its_process_may_open_nothing_but_what_it_needs() {
 
 #[test]
 fn who_has_no_disk_gets_no_io_uring() {
-    let (nic, user, cgroup, disks) = (None, None, None, vec![]);
+    let (nic, user, cgroup, io_max, disks) = (None, None, None, None, vec![]);
     let (vm_id, image, dir) = (VmId::random(), "tiny".to_owned(), "/vm".into());
-    let without = Launch { vm_id, image, vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks };
+    let without = Launch { vm_id, image, vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, io_max, disks };
     let disk = Disk { path: "/disk".into(), serial: "disk".to_owned(), read_only: true, filesystem: "erofs" };
     let with = Launch { disks: vec![disk], ..without.clone() };
     let image = |root_disk| image::Image {

@@ -1,6 +1,6 @@
 //! Disks by the numbers that cgroups have for them.
 //!
-//! `io.max` takes whole disks and refuses their partitions.
+//! `io.max` takes whole disks and refuses their partitions; `io.stat` lists a disk beside those that it is made of.
 
 use std::{fmt, fs, os::linux::fs::MetadataExt as _, path::Path};
 
@@ -52,6 +52,15 @@ impl Device {
     }
 }
 
+/// Whether the disk of this number is made of others, as LVM's and RAID's are: what it does, they do.
+pub(super) fn is_made_of_others(number: &str) -> bool {
+    has_slaves(&Path::new(BY_NUMBER).join(number))
+}
+
+fn has_slaves(disk: &Path) -> bool {
+    fs::read_dir(disk.join("slaves")).is_ok_and(|mut slaves| slaves.next().is_some())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -94,6 +103,14 @@ mod tests {
         assert!(unknown.starts_with("the disk 8:1, of which the kernel does not tell: "), "{unknown}");
         fs::write(sys.path().join("devices/pci0000:00/block/nvme0n1/dev"), "?\n").expect("writes");
         assert_eq!(whole(259, 2).expect_err("nonsense"), "a part of a disk whose number is \"?\"");
+    }
+
+    #[test]
+    fn what_is_made_of_others_is_known_by_them() {
+        let sys = sysfs();
+        let made_of_others = |number: &str| has_slaves(&sys.path().join("dev/block").join(number));
+        assert!(made_of_others("253:1"));
+        assert!(!made_of_others("259:0") && !made_of_others("8:0"));
     }
 
     #[test]

@@ -257,9 +257,14 @@ impl Cgroup {
         }
     }
 
+    /// What the kernel tells in one of its files; `None`: it does not count that here.
+    pub(super) fn read(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.path.join(file)).ok()
+    }
+
     /// Why its processes were killed, if it was for want of memory.
     pub(super) fn out_of_memory(&self) -> Option<&'static str> {
-        verdict(&fs::read_to_string(self.path.join("memory.events")).ok()?)
+        verdict(&self.read("memory.events")?)
     }
 
     /// Removes it, and the node's own when it was the last in it. Blocks while a process is on its way out.

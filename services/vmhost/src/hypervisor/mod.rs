@@ -3,7 +3,7 @@
 //! ```text
 //!   Hypervisor ── launch(dir) ──► Machine ── connect() ─► raw stream to the guest agent's port
 //!       │  └───── adopt(dir) ───►    │  └─── wait() ────► how its main process ended
-//!       └──────── sweep(dir)         └────── kill(), console(), pids()
+//!       └──────── sweep(dir)         └────── kill(), console(), pids(), usage()
 //!
 //!   cloud-hypervisor  cloud-hypervisor, KVM                                       a real guest kernel
 //!   qemu              qemu-system-x86_64 + vhost-device-vsock, KVM or emulation   a real guest kernel
@@ -40,6 +40,7 @@ mod seccomp;
 mod socket;
 mod template;
 mod tools;
+mod usage;
 mod vmm;
 
 use std::{
@@ -52,6 +53,7 @@ use std::{
 use blixard::{
     config::{DriverChoice, UserRange},
     id::VmId,
+    pb::common::v1::VmUsage,
 };
 use tokio::net::UnixStream;
 
@@ -192,6 +194,9 @@ pub trait Machine: Send + Sync + 'static {
 
     /// What it wrote to its console.
     fn console(&self) -> Console;
+
+    /// What it has used so far. Looks once at a time, however many ask, and waits for nobody for more than seconds.
+    async fn usage(&self) -> VmUsage;
 }
 
 pub use machine::CONNECT_PATIENCE;

@@ -67,6 +67,7 @@ const KIND: Kind = Kind {
     agent: Agent::Hybrid(AGENT_SOCKET),
     serial: Some(SERIAL_SOCKET),
     events: None,
+    counters: None,
     has_children: false,
 };
 

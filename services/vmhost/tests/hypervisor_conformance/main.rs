@@ -24,7 +24,7 @@ use blixard::{
     config::{Config, DriverChoice},
     id::{NodeId, VmId},
     pb::{
-        common::v1::JobSpec,
+        common::v1::{JobSpec, VmUsage},
         guest::v1::{
             ConfigureRequest, ConfigureResponse, GuestNetwork, HelloRequest, HelloResponse, Mount, RunRequest,
             RunResponse, RunStart, ShutdownRequest, guest_service_client::GuestServiceClient, run_request,
@@ -56,6 +56,8 @@ const SOON: Duration = Duration::from_secs(60);
 /// For a guest under emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(240);
 const SIGKILL: i32 = 9;
+/// What `statfs` has for it (`linux/magic.h`).
+const TMPFS: i64 = 0x0102_1994;
 
 /// One driver, and a directory for its machines.
 struct Bed {
@@ -362,7 +364,8 @@ conformance! {
     a_directory_is_launched_into_once
     an_unknown_image_is_refused_and_starts_nothing
     a_deep_directory_is_no_obstacle
-    processes_are_detached_from_vmhost;
+    processes_are_detached_from_vmhost
+    what_a_machine_has_used_is_told_and_grows;
     isolated:
     auto_takes_the_best_that_runs_here
     a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
@@ -658,6 +661,41 @@ async fn processes_are_detached_from_vmhost(bed: Bed) {
         assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
     }
     end(&machine).await;
+}
+
+async fn what_a_machine_has_used_is_told_and_grows(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let before = machine.usage().await;
+    eprintln!("used by an idle machine: {before:?}");
+    assert!(before.measured_at.is_some() && before.threads > Some(0), "{before:?}");
+    assert!(before.memory_bytes > Some(1 << 20) && before.memory_peak_bytes >= before.memory_bytes, "{before:?}");
+    let by_hypervisor = bed.choice == DriverChoice::CloudHypervisor;
+    assert_eq!((before.disks.is_some(), before.network), (by_hypervisor, None), "{before:?}");
+    let delegated = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
+    let by_cgroup = before.storage.is_some_and(|storage| storage.reads.is_some());
+    assert!(!delegated || launch.cgroup.is_none() || by_cgroup, "{before:?}");
+
+    let _running = run(client(&machine).await.expect("connects"), &launch, "while :; do :; done").await;
+    let has_grown = |usage: &VmUsage| usage.cpu_time_us > before.cpu_time_us.map(|time| time + 200_000);
+    let grown = async |machine: &Arc<dyn Machine>| {
+        within(BOOT, "CPU time is counted", async {
+            while !has_grown(&machine.usage().await) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    };
+    grown(&machine).await;
+    let asked = futures::future::join_all((0..20).map(|_| machine.usage()));
+    assert!(within(SOON, "usage", asked).await.iter().all(has_grown));
+    drop(machine);
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives");
+    grown(&adopted).await;
+    end(&adopted).await;
+    let ended = adopted.usage().await;
+    assert_eq!(VmUsage { measured_at: None, ..ended }, VmUsage::default(), "nothing of it is left");
 }
 
 /// A field of `/proc/<pid>/status`.
@@ -958,9 +996,39 @@ async fn a_guest_has_its_disks_and_several_may_have_one(bed: Bed) {
         let guest = client(machine).await.expect("connects");
         let ran = within(BOOT, "the script", run_to_its_end(guest, launch, SCRIPT)).await;
         assert_eq!(ran, (EXPECTED.to_owned(), Some(0)));
+        let by_guest = (bed.choice == DriverChoice::CloudHypervisor).then_some(true);
+        let disks = machine.usage().await.disks;
+        assert_eq!(disks.map(|disks| disks.written_bytes >= 3_000_000 && disks.read_bytes > 0), by_guest);
     }
+    let (machine, launch) = &machines[0];
+    it_is_its_disk_that_counts(&bed, machine, launch).await;
     for (machine, _) in &machines {
         end(machine).await;
+    }
+}
+
+/// What a machine writes to its disk reaches its node's, as whose it counts, and the limit is for that one.
+async fn it_is_its_disk_that_counts(bed: &Bed, machine: &Arc<dyn Machine>, launch: &Launch) {
+    if rustix::fs::statfs(bed.root.path()).expect("there").f_type == TMPFS {
+        eprintln!("SKIPPED: {} is on no disk", bed.root.path().display());
+        return;
+    }
+    // Again and again: a file counts as whose who wrote to it first, here the test, until the kernel sees that somebody else does.
+    let script =
+        "while :; do dd if=/dev/zero of=/mnt/scratch/zeros bs=1M count=2 conv=notrunc 2> /dev/null; sync; done";
+    let _writing = run_named(client(machine).await.expect("connects"), script).await;
+    within(BOOT, "what it writes is counted", async {
+        while machine.usage().await.storage.expect("counted").written_bytes < 3_000_000 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    if let (Some(io_max), Some(cgroup)) = (launch.io_max, &launch.cgroup) {
+        let (limited, stat) = (io_max.to_string(), fs::read_to_string(cgroup.join("io.stat")).expect("there"));
+        let disk = limited.split(' ').next().expect("a number");
+        let used = stat.lines().find(|line| line.starts_with(&format!("{disk} "))).expect("it is the disk used");
+        let written = used.split(' ').find_map(|field| field.strip_prefix("wbytes=")).expect("counted");
+        assert!(written.parse::<u64>().expect("a number") >= 3_000_000, "{stat}");
     }
 }
 

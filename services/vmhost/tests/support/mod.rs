@@ -342,6 +342,11 @@ impl Node {
     }
 
     /// Follows a log to its end.
+    pub async fn usage(&self, vm: VmId) -> Result<common::VmUsage, Error> {
+        let answer = self.client.clone().get_vm_usage(pb::GetVmUsageRequest { vm_id: vm.to_string() }).await;
+        Ok(answer?.into_inner().usage.expect("an answer has one"))
+    }
+
     pub async fn follow(&self, job: JobId, offset: u64) -> Log {
         let mut log = Log::default();
         log.read(self, job, offset, u64::MAX).await.expect("the log is readable");

@@ -97,6 +97,14 @@ pub struct Launch {
     pub disks: Vec<Disk>,
 }
 
+impl Launch {
+    /// Whether what its guest does with a disk passes the page cache by. Where a VM's use of the disk is limited, what it writes must be its
+    /// own at once: the cache writes a file back as that of who wrote to it first, here vmhost, until the kernel notices.
+    fn is_direct(&self, disk: &Disk) -> bool {
+        self.io_max.is_some() && !disk.read_only
+    }
+}
+
 /// Whether a driver's machines are contained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Contained {

@@ -43,6 +43,8 @@ const MAKE_TRIES: usize = 100;
 /// `cpu.max` counts in periods of this length: the kernel's own default.
 const CPU_PERIOD_US: u64 = 100_000;
 const BYTES_PER_MIB: u64 = 1024 * 1024;
+/// Of a disk, in `io.max`.
+const NO_IO_LIMIT: &str = "rbps=max wbps=max riops=max wiops=max";
 
 /// How much each VM may use of a disk, reading and writing counted apart. 0: no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -250,10 +252,21 @@ impl Cgroup {
 
     /// Sends SIGKILL to all of them at once, so that none can fork away from it. (Linux 5.14; before, they are killed one by one.)
     pub(super) fn kill(&self) {
+        self.lift_io();
         if let Err(error) = write(&self.path.join("cgroup.kill"), "1")
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(cgroup = %self.path.display(), %error, "a cgroup can't be killed");
+        }
+    }
+
+    /// Has what is under way to a disk come to its end soon: a process that waits for it ends no sooner, whatever signal it gets.
+    fn lift_io(&self) {
+        let limits = self.read("io.max").unwrap_or_default();
+        for disk in limits.lines().filter_map(|line| line.split(' ').next()) {
+            if let Err(error) = write(&self.path.join("io.max"), &format!("{disk} {NO_IO_LIMIT}")) {
+                tracing::debug!(cgroup = %self.path.display(), %error, "the limit for a disk stays");
+            }
         }
     }
 
@@ -307,8 +320,8 @@ fn limit_io(cgroup: &Path, limit: DiskLimit, state_dir: &Path) -> Result<Option<
         return Err("the kernel has no io.max there".to_owned());
     }
     let disk = Device::of_files_in(state_dir)?;
-    let none = IoMax { disk, limit: DiskLimit::default() };
-    write(&file, &none.to_string()).map_err(|error| format!("the kernel does not take the disk {disk}: {error}"))?;
+    write(&file, &format!("{disk} {NO_IO_LIMIT}"))
+        .map_err(|error| format!("the kernel does not take the disk {disk}: {error}"))?;
     Ok(Some(IoMax { disk, limit }))
 }
 
@@ -483,6 +496,10 @@ mod tests {
         let line = "8:0 rbps=10485760 wbps=10485760 riops=max wiops=max";
         assert_eq!(fs::read_to_string(&file).expect("there"), line);
         assert_eq!(fs::read_dir(cgroup.path()).expect("there").count(), 1, "no file is made");
+        fs::write(&file, "8:0 rbps=1 wbps=1 riops=1 wiops=1\n").expect("writes");
+        vm.kill();
+        let lifted = fs::read_to_string(&file).expect("there");
+        assert!(lifted.starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "{lifted}");
     }
 
     #[test]

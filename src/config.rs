@@ -72,6 +72,10 @@ pub struct FirecrackerConfig {
     pub image_dir: PathBuf,
     /// Users that hypervisors run as, one for each VM; none: they run as vmhost's.
     pub vm_uids: Option<UserRange>,
+    /// How much a VM may read of its node's disk each second, and write to it, in MiB; 0: no limit.
+    pub vm_disk_mib_per_second: u32,
+    /// How many operations a second it may have there of either kind; 0: no limit.
+    pub vm_disk_iops: u32,
 }
 
 /// User ids that nobody else has.
@@ -298,6 +302,8 @@ impl Default for Config {
                 flake_dir: "./microvms".into(),
                 image_dir: "./images".into(),
                 vm_uids: Some(UserRange::UNUSED),
+                vm_disk_mib_per_second: 0,
+                vm_disk_iops: 0,
             },
             storage: StorageConfig {
                 data_dir: "./data".into(),
@@ -602,6 +608,24 @@ pub const SETTINGS: &[Setting] = &[
             Some(())
         },
         get: |config| config.firecracker.vm_uids.map_or_else(|| "none".to_owned(), |range| range.to_string()),
+    },
+    Setting {
+        key: "firecracker.vm_disk_mib_per_second",
+        env: "BLIXARD_VM_DISK_MIB_PER_SECOND",
+        flag: "vm-disk-mib-per-second",
+        help: "How much each VM may read of the disk with vm_state_dir, and write to it, in MiB a second",
+        allowed: "a whole number from 0 to 1048576; 0: no limit",
+        set: |config, value| number(value, 0, 1_048_576).map(|n| config.firecracker.vm_disk_mib_per_second = n),
+        get: |config| config.firecracker.vm_disk_mib_per_second.to_string(),
+    },
+    Setting {
+        key: "firecracker.vm_disk_iops",
+        env: "BLIXARD_VM_DISK_IOPS",
+        flag: "vm-disk-iops",
+        help: "How many reads of that disk each VM may have in a second, and as many writes",
+        allowed: "a whole number from 0 to 10000000; 0: no limit",
+        set: |config, value| number(value, 0, 10_000_000).map(|n| config.firecracker.vm_disk_iops = n),
+        get: |config| config.firecracker.vm_disk_iops.to_string(),
     },
     Setting {
         key: "storage.data_dir",
@@ -1021,6 +1045,7 @@ mod tests {
             load(None, &[("BLIXARD_VM_UIDS", "200000-100000")], &[]),
             load(None, &[], &[("volumes", "../x=/srv")]),
             load(None, &[("BLIXARD_VOLUMES", "tools=")], &[]),
+            load(None, &[], &[("vm-disk-mib-per-second", "none")]),
         ];
         let messages: Vec<_> = refused.into_iter().map(|result| result.expect_err("refused")).collect();
         insta::assert_snapshot!(messages.join("\n"), @r#"
@@ -1031,7 +1056,7 @@ mod tests {
         environment variable VM_STATE_DIR: "" is not allowed: a path
         flag --driver: "firecracker" is not allowed: auto, cloud-hypervisor, qemu or process
         c.toml: vm_manager.pre_warm_count: "-1" is not allowed: a whole number from 0 to 10000
-        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, firecracker.vm_uids, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, storage.volumes, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
+        c.toml: there is no setting "vm_manager.pre_warm"; there are: server.listen, server.node_id, server.metrics_listen, server.node_labels, firecracker.driver, firecracker.max_concurrent_vms, firecracker.templates, firecracker.default_memory_mb, firecracker.default_vcpus, firecracker.flake_dir, firecracker.image_dir, firecracker.vm_uids, firecracker.vm_disk_mib_per_second, firecracker.vm_disk_iops, storage.data_dir, storage.vm_state_dir, storage.secret_key_file, storage.volumes, registry.replicas, registry.replica_id, registry.secret_file, network.subnet, network.subnet6, network.mtu, network.resolvers, network.denied, vm_manager.auto_scaling, vm_manager.pre_warm_count, vm_manager.pre_warm_images, vm_manager.max_service_vms, vm_manager.scale_down_seconds, vm_manager.recycle_after_jobs, vm_manager.recycle_after_minutes, vm_manager.recycle_below_memory_percent, vm_manager.health_check_seconds, vm_manager.placement, scheduler.max_queued_jobs, scheduler.tenant_max_jobs, scheduler.tenant_limits, scheduler.ageing_seconds, scheduler.lost_node_grace_seconds, retention.events_days, retention.max_events, retention.ended_days, retention.max_log_mib, retention.node_log_percent
         flag --tenant-limits: "a=1,a=2" is not allowed: empty, or tenant=number,… with numbers from 0 to 1000000
         flag --placement: "random" is not allowed: spread or pack
         environment variable BLIXARD_NETWORK_SUBNET: "10.0.0.1/24" is not allowed: empty, or an IPv4 network of this node alone with a prefix of 16 to 29 bits, such as 10.180.0.0/20
@@ -1040,6 +1065,7 @@ mod tests {
         environment variable BLIXARD_VM_UIDS: "200000-100000" is not allowed: none, or FIRST-LAST from 1000 to 2147483646 without 65534 and 65535; nobody else's
         flag --volumes: "../x=/srv" is not allowed: empty, or name=path,…: at most 32; names of 1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', paths of 1 to 255 bytes without a comma
         environment variable BLIXARD_VOLUMES: "tools=" is not allowed: empty, or name=path,…: at most 32; names of 1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', paths of 1 to 255 bytes without a comma
+        flag --vm-disk-mib-per-second: "none" is not allowed: a whole number from 0 to 1048576; 0: no limit
         "#);
         let syntax = load(Some("[server\n"), &[], &[]).expect_err("refused");
         assert!(syntax.starts_with("c.toml is not valid TOML: line 1, column 8: "), "{syntax}");

@@ -71,6 +71,12 @@ impl VmHostService for Stubborn {
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Result<Response<pb::GetConsoleResponse>, Status> {
         std::future::pending().await
     }
+    async fn get_vm_usage(
+        &self,
+        _: Request<pb::GetVmUsageRequest>,
+    ) -> Result<Response<pb::GetVmUsageResponse>, Status> {
+        std::future::pending().await
+    }
 }
 
 struct Hosted {

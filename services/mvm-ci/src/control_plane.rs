@@ -19,7 +19,7 @@ use blixard::{
 use blixard_chassis::{Server, Tasks, client, metrics, secrets::SecretKey, server::BindError, with_causes};
 use blixard_registry::{Registry, RegistryConfig};
 use blixard_scheduler::{Scheduler, SchedulerConfig};
-use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig, hypervisor::DiskLimit};
 use tokio::sync::watch;
 
 /// How long each part has to end. VMs outlive it, so there is little to wait for.
@@ -144,6 +144,7 @@ impl Parts {
             driver: config.firecracker.driver,
             image_dir: config.firecracker.image_dir.clone(),
             vm_uids: config.firecracker.vm_uids,
+            disk_limit: DiskLimit::from(&config.firecracker),
             agent_command,
             max_vms: config.firecracker.max_concurrent_vms,
             templates: config.firecracker.templates,

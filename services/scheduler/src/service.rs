@@ -410,6 +410,15 @@ impl SchedulerService for SchedulerApi {
         Ok(Response::new(pb::GetVmConsoleResponse { data: console.data, skipped: console.skipped }))
     }
 
+    async fn get_vm_usage(&self, request: Request<pb::GetVmUsageRequest>) -> Answer<pb::GetVmUsageResponse> {
+        let vm_id = VmId::parse("vm_id", &request.get_ref().vm_id)?;
+        let vm = self.find_vm(vm_id).await?;
+        let get = vmhost::GetVmUsageRequest { vm_id: vm_id.to_string() };
+        let answer = self.peers.vmhost(&vm.node_id)?.get_vm_usage(forward(&request, get)).await;
+        let usage = answer.map_err(|status| peer_error("vmhost", &status))?.into_inner().usage;
+        Ok(Response::new(pb::GetVmUsageResponse { usage }))
+    }
+
     async fn get_stats(&self, request: Request<pb::GetStatsRequest>) -> Answer<pb::GetStatsResponse> {
         let (leader, leading) = self.shell.leader();
         let counts = registry::GetCountsRequest {};

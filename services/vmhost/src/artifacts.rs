@@ -26,7 +26,7 @@ use blixard_chassis::client;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 
-use crate::guest::AgentLink;
+use crate::{blocking::blocking, guest::AgentLink};
 
 /// How long all files of an attempt may take: 256 MiB at 1 MiB a second. Its VM waits meanwhile.
 const PATIENCE: Duration = Duration::from_secs(256);
@@ -142,8 +142,7 @@ impl ArtifactDir {
         let beside = self.beside();
         // What an earlier vmhost fetched may be large.
         let fresh = beside.clone();
-        let made = tokio::task::spawn_blocking(move || clear(&fresh).and_then(|()| fs::create_dir_all(fresh)));
-        made.await.map_err(io::Error::other)??;
+        blocking(move || clear(&fresh).and_then(|()| fs::create_dir_all(fresh))).await?;
         let mut fetching = Fetching { link, guest_boot, deadline: Instant::now() + PATIENCE, room: MAX_ARTIFACT_BYTES };
         let mut index = Vec::with_capacity(paths.len());
         for (number, path) in paths.iter().enumerate() {
@@ -155,15 +154,15 @@ impl ArtifactDir {
             index.push(entry);
         }
         let (from, to) = (beside, self.0.clone());
-        let finished = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let mut file = File::create(from.join(INDEX))?;
             file.write_all(&serde_json::to_vec(&index)?)?;
             for entry in fs::read_dir(&from)? {
                 File::open(entry?.path())?.sync_all()?;
             }
             fs::rename(&from, &to)
-        });
-        finished.await.map_err(io::Error::other)?
+        })
+        .await
     }
 }
 

@@ -19,7 +19,7 @@ use blixard::{
 };
 
 use crate::{
-    hypervisor::{Cgroups, Contained, landlock_version, may_change_user, seccomp},
+    hypervisor::{Cgroups, Contained, DiskLimit, IoMax, landlock_version, may_change_user, seccomp},
     net::node_tag,
 };
 
@@ -86,7 +86,7 @@ impl Users {
 impl Containment {
     /// Looks for what there is, and takes it.
     #[must_use]
-    pub fn open(users: Option<UserRange>, node: &NodeId, state_dir: &Path, driver: Contained) -> Self {
+    pub fn open(users: Option<UserRange>, disk: DiskLimit, node: &NodeId, state_dir: &Path, driver: Contained) -> Self {
         let tag = node_tag(node, state_dir);
         let Contained::Yes { kvm } = driver else {
             let why = "its driver does not contain VMs".to_owned();
@@ -99,7 +99,7 @@ impl Containment {
             given.map_err(|error| format!("files in {} can't be given to them: {error}", state_dir.display()))?;
             Ok(Mutex::new(users))
         });
-        let (cgroups, landlock) = (Cgroups::open(&hex::encode(&tag[..6])), landlock_version());
+        let (cgroups, landlock) = (Cgroups::open(&hex::encode(&tag[..6]), disk, state_dir), landlock_version());
         Self { users, cgroups, landlock, seccomp: seccomp(), leased: Mutex::default() }
     }
 
@@ -170,6 +170,12 @@ impl Containment {
     /// Where a VM's cgroup is, if VMs have one.
     pub(crate) fn cgroup(&self, vm_id: VmId) -> Option<PathBuf> {
         Some(self.cgroups.as_ref().ok()?.of(vm_id))
+    }
+
+    /// What each VM may use of its disk, if that is limited.
+    #[must_use]
+    pub fn io_max(&self) -> Option<IoMax> {
+        self.cgroups.as_ref().ok()?.io_max()
     }
 
     /// The cgroups of VMs that are there.
@@ -263,7 +269,8 @@ mod tests {
     #[test]
     fn a_driver_that_contains_nothing_leases_nothing() {
         let node = NodeId::parse("", "node-1").expect("a name");
-        let containment = Containment::open(Some(UserRange::UNUSED), &node, Path::new("/nowhere"), Contained::No);
+        let (users, disk) = (Some(UserRange::UNUSED), DiskLimit::default());
+        let containment = Containment::open(users, disk, &node, Path::new("/nowhere"), Contained::No);
         assert_eq!(containment.lease(VmId::random()).expect("nothing to lease"), Place::default());
         assert_eq!(containment.cgroups().expect("none"), []);
     }

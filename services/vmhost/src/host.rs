@@ -10,7 +10,7 @@ use std::{
 };
 
 use blixard::{
-    config::{DriverChoice, NetworkConfig, UserRange, VmManagerConfig},
+    config::{DriverChoice, FirecrackerConfig, NetworkConfig, UserRange, VmManagerConfig},
     egress::{NETWORK_LABEL, NETWORK_LABEL_ON},
     error::{Error, Reason, invalid},
     id::{JobId, NodeId, VmId},
@@ -35,7 +35,7 @@ use crate::{
     containment::{Containment, Place},
     driver::{self, Beginning, VmHandle, stale, with_sources},
     heartbeat,
-    hypervisor::{self, ChooseError, Contained, Hypervisor, HypervisorSettings, Launch},
+    hypervisor::{self, ChooseError, Contained, DiskLimit, Hypervisor, HypervisorSettings, Launch},
     input::InputSource,
     invariants,
     lease::LEASE,
@@ -72,6 +72,8 @@ pub struct VmHostConfig {
     pub image_dir: PathBuf,
     /// Users that VMs run as; `None`: they have none of their own.
     pub vm_uids: Option<UserRange>,
+    /// What each VM may use of the disk with its state.
+    pub disk_limit: DiskLimit,
     /// For the process driver: the guest agent's program and its leading arguments.
     pub agent_command: Vec<OsString>,
     /// How many VMs may run at once.
@@ -116,6 +118,12 @@ impl From<&VmManagerConfig> for HealthConfig {
             check_every: (seconds > 0).then(|| Duration::from_secs(seconds)),
             recycle_below_memory_percent: config.recycle_below_memory_percent,
         }
+    }
+}
+
+impl From<&FirecrackerConfig> for DiskLimit {
+    fn from(config: &FirecrackerConfig) -> Self {
+        Self { mib_per_second: config.vm_disk_mib_per_second, operations_per_second: config.vm_disk_iops }
     }
 }
 
@@ -303,7 +311,8 @@ impl Host {
             Err(why) => tracing::warn!(%why, "guests have NO NETWORK, though network.subnet is set"),
         }
         let contained = hypervisor.containment();
-        let containment = Containment::open(config.vm_uids, &config.node_id, state.path(), contained);
+        let containment =
+            Containment::open(config.vm_uids, config.disk_limit, &config.node_id, state.path(), contained);
         match (contained, containment.describe()) {
             (Contained::No, _) => {}
             (Contained::Yes { .. }, (true, how)) => tracing::info!(how, "VMs are contained"),
@@ -404,6 +413,7 @@ impl Host {
             nic: None,
             user: None,
             cgroup: self.containment.cgroup(vm_id),
+            io_max: self.containment.io_max(),
             disks: vec![],
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use blixard::config::Config;
 use blixard_chassis::{SecretKey, Server, Tasks, metrics, settings, telemetry};
-use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig};
+use blixard_vmhost::{HealthConfig, LogLimits, Pace, VmHost, VmHostConfig, hypervisor::DiskLimit};
 use clap::{Arg, ArgMatches, Command};
 
 #[tokio::main]
@@ -72,6 +72,7 @@ fn host_config(
         vm_state_dir: config.storage.vm_state_dir,
         log_dir: config.storage.data_dir.join("logs"),
         driver: config.firecracker.driver,
+        disk_limit: DiskLimit::from(&config.firecracker),
         image_dir: config.firecracker.image_dir,
         vm_uids: config.firecracker.vm_uids,
         agent_command: vec![agent.into()],

@@ -31,6 +31,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     absent::{DELETED, gone},
+    blocking::blocking,
     containment::Place,
     lifecycle::{Cause, Stop},
     net::Lease,
@@ -216,7 +217,7 @@ impl VmDir {
 
     async fn blocking(&self, work: impl FnOnce(&Self) -> io::Result<()> + Send + 'static) -> io::Result<()> {
         let dir = self.clone();
-        tokio::task::spawn_blocking(move || work(&dir)).await.map_err(io::Error::from).flatten()
+        blocking(move || work(&dir)).await
     }
 
     /// The VM's record; `None` when there is none.
@@ -280,8 +281,7 @@ fn note(path: &Path, record: &impl Serialize) -> io::Result<()> {
 }
 
 async fn flushed(path: PathBuf, text: Vec<u8>) -> io::Result<()> {
-    let done = tokio::task::spawn_blocking(move || replace(&path, &text, true)).await;
-    done.map_err(io::Error::other)?
+    blocking(move || replace(&path, &text, true)).await
 }
 
 fn replace(path: &Path, text: &[u8], flush: bool) -> io::Result<()> {

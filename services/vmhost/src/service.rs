@@ -10,7 +10,8 @@ use blixard::{
     id::{JobId, VmId},
     job::JobSpec,
     limits::{DEFAULT_PAGE_SIZE, DEFAULT_STOP_GRACE, MAX_PAGE_BYTES, MAX_PAGE_SIZE, MAX_REASON_BYTES, MAX_STOP_GRACE},
-    pb::vmhost::v1 as pb,
+    pb::{common::v1::VmUsage, vmhost::v1 as pb},
+    time::Timestamp,
     vm::VmConfig,
 };
 use futures::stream::BoxStream;
@@ -162,6 +163,22 @@ impl pb::vm_host_service_server::VmHostService for Service {
             }
         };
         Ok(Response::new(pb::GetConsoleResponse { data: console.tail.into(), skipped: console.skipped }))
+    }
+
+    async fn get_vm_usage(
+        &self,
+        request: Request<pb::GetVmUsageRequest>,
+    ) -> Result<Response<pb::GetVmUsageResponse>, Status> {
+        let vm_id = VmId::parse("vm_id", &request.into_inner().vm_id)?;
+        let view = self.host.vm(vm_id).map(|vm| vm.view.borrow().clone()).filter(|view| !view.state.is_terminal());
+        let view = view.ok_or_else(|| {
+            Error::new(Reason::VmNotFound, format!("this node does not hold VM {vm_id}")).with("vm_id", vm_id)
+        })?;
+        let usage = match view.machine {
+            Some(machine) => machine.usage().await,
+            None => VmUsage { measured_at: Some(Timestamp::now().into()), ..VmUsage::default() },
+        };
+        Ok(Response::new(pb::GetVmUsageResponse { usage: Some(usage) }))
     }
 }
 

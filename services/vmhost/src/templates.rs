@@ -523,7 +523,8 @@ async fn try_to_make(host: &Arc<Host>, wanted: &Launch, key: &str) -> Result<Abo
     prepared.map_err(|error| NotMade::Now(error.to_string()))?;
     let vm_id = VmId::random();
     let given = host.containment.lease(vm_id).map_err(|error| NotMade::Now(error.message))?;
-    let contained = Launch { user: given.user, cgroup: given.cgroup, ..wanted.clone() };
+    let io_max = host.containment.io_max();
+    let contained = Launch { user: given.user, cgroup: given.cgroup, io_max, ..wanted.clone() };
     let launch = Launch { vm_id, dir: new.join(MACHINE), nic: None, ..contained };
     let saved = save(host, &launch, &new.join("saved"), &give_way).await;
     // A machine that was given up in the middle still runs.
@@ -592,7 +593,7 @@ async fn clean(dir: &Path, most: usize, hypervisor: &Arc<dyn Hypervisor>) -> io:
 /// The launch of no VM.
 fn nobodys(image: String, vcpus: u32, memory_mib: u32, dir: PathBuf) -> Launch {
     let vm_id = VmId(uuid::Uuid::nil());
-    Launch { vm_id, image, vcpus, memory_mib, dir, nic: None, user: None, cgroup: None, disks: vec![] }
+    Launch { vm_id, image, vcpus, memory_mib, dir, nic: None, user: None, cgroup: None, io_max: None, disks: vec![] }
 }
 
 /// What an earlier vmhost left that is whole and current; the rest is deleted.

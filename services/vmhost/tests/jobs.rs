@@ -286,6 +286,32 @@ async fn a_guest_that_does_not_boot_fails_with_its_last_words() {
 }
 
 #[tokio::test]
+async fn what_a_vm_has_used_grows_with_its_jobs_and_is_told_for_as_long_as_it_is_there() {
+    let world = World::new().await;
+    let node = world.node().await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    let before = node.usage(vm).await.unwrap();
+    let job = world.run(&node, vm, shell("i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done")).await;
+    assert_eq!(world.wait_job(job).await.state(), JobState::Succeeded);
+    // What it ran has ended; and however many ask, each is told.
+    for usage in futures::future::join_all((0..20).map(|_| node.usage(vm))).await {
+        let usage = usage.unwrap();
+        assert!(usage.cpu_time_us.unwrap() > before.cpu_time_us.unwrap() + 50_000, "{before:?}; {usage:?}");
+        assert!(usage.measured_at.unwrap().seconds > 1_700_000_000);
+    }
+
+    node.crash().await;
+    let node = world.node().await;
+    assert!(node.usage(vm).await.unwrap().cpu_time_us.unwrap() > before.cpu_time_us.unwrap(), "it was adopted");
+    node.stop_vm(vm, Some(0)).await.unwrap();
+    world.wait_vm(vm, VmState::Terminated).await;
+    let gone = node.usage(vm).await.unwrap_err();
+    assert_eq!((gone.reason, gone.metadata["vm_id"].clone()), (Reason::VmNotFound, vm.to_string()));
+    let nonsense = node.client.clone().get_vm_usage(pb::GetVmUsageRequest { vm_id: "7".to_owned() }).await;
+    assert_eq!(Error::from(nonsense.unwrap_err()).reason, Reason::InvalidField);
+}
+
+#[tokio::test]
 async fn a_node_registers_with_what_it_offers() {
     let world = World::new().await;
     world.set_down(true);

@@ -254,6 +254,29 @@ fn a_policy_says_whom_a_guest_reaches() {
     });
 }
 
+#[test]
+fn what_goes_through_an_interface_is_counted_as_its_guest_sees_it() {
+    bed("10.180.0.0/24", |bed| async move {
+        let node = bed.node().await;
+        let (vm, none) = (bed.start(&node, "internet").await, bed.start(&node, "none").await);
+        let network = async |vm| node.usage(vm).await.expect("it is here").network;
+        let mut guest = bed.guest(&node, vm).await;
+        let before = network(vm).await.expect("it has one");
+        assert!(before.received_packets > 0, "it was answered: {before:?}");
+        // Forbidden: they come as far as the bridge.
+        for _ in 0..100 {
+            guest.send(guest.packet(PRIVATE, 7000), &"x".repeat(1000));
+        }
+        let after = network(vm).await.expect("it has one");
+        assert_eq!(after.sent_packets - before.sent_packets, 100);
+        assert_eq!(after.sent_bytes - before.sent_bytes, 100 * (14 + 20 + 8 + 1000));
+        assert!(after.received_bytes - before.received_bytes < 50 * 1000, "nobody sent it much: {before:?}; {after:?}");
+        guest.converse(guest.packet(PUBLIC, 7000), "hello");
+        assert!(network(vm).await.expect("it has one").received_packets > after.received_packets);
+        assert_eq!(network(none).await, None);
+    });
+}
+
 /// Whoever listens on the node itself hears nothing from a guest.
 #[test]
 fn a_guest_does_not_reach_its_host() {
@@ -494,6 +517,10 @@ fn a_job_in_a_real_guest_reaches_what_its_policy_allows() {
         node.crash().await;
         let node = bed.world.node_with(driver).await;
         assert_eq!(node.hosted().await.len(), 4);
+        for (vm, has) in vms.iter().zip([true, true, false, true]) {
+            let network = node.usage(*vm).await.expect("it is here").network;
+            assert_eq!(network.is_some_and(|network| network.sent_packets.min(network.received_packets) > 0), has);
+        }
         assert_eq!(bed.job(&node, restored, reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
         assert_eq!(bed.job(&node, vms[0], reach).await, "1.2.3.4: welcome\n10.99.0.1:\n2600::1: welcome\n");
         for vm in vms {

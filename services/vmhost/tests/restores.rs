@@ -19,7 +19,7 @@ use std::{
 use blixard::{
     id::VmId,
     pb::{
-        common::v1::{HostPressure, VmConfig, VmKind},
+        common::v1::{HostPressure, VmConfig, VmKind, VmUsage},
         vmhost::v1 as pb,
     },
     vm::VmState,
@@ -151,6 +151,10 @@ impl Machine for Ended {
 
     fn console(&self) -> Console {
         Console::default()
+    }
+
+    async fn usage(&self) -> VmUsage {
+        VmUsage::default()
     }
 }
 

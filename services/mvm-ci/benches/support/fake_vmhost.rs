@@ -200,4 +200,8 @@ impl VmHostService for Service {
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Answer<pb::GetConsoleResponse> {
         Ok(Response::new(pb::GetConsoleResponse::default()))
     }
+
+    async fn get_vm_usage(&self, _: Request<pb::GetVmUsageRequest>) -> Answer<pb::GetVmUsageResponse> {
+        Ok(Response::new(pb::GetVmUsageResponse::default()))
+    }
 }

@@ -416,6 +416,11 @@ pub(crate) enum VmCommand {
         /// The VM.
         id: String,
     },
+    /// Show what a VM has used: CPU time, memory, disk and network.
+    Usage {
+        /// The VM.
+        id: String,
+    },
     /// End VMs gracefully, and with force after the grace.
     Stop(VmStopArgs),
     /// Forget VMs that have ended; their history stays.

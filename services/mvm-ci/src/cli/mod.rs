@@ -25,6 +25,7 @@ mod serve;
 mod sql;
 mod stats;
 mod submission;
+mod usage;
 mod vm;
 
 use std::{ffi::OsString, future::Future, io::Write as _, process::ExitCode};

@@ -23,6 +23,7 @@ use super::{
     failure::Failure,
     job::page_size,
     output::{self, Printer, VmEvent},
+    usage::usage,
 };
 
 /// How often `--wait` looks: often at first, when a process VM is up in milliseconds, later no more than this.
@@ -51,6 +52,7 @@ pub(crate) async fn vm(client: Client, args: VmArgs, printer: &Printer) -> Resul
         }
         VmCommand::Events { id, limit } => events(&client, id, limit, printer).await?,
         VmCommand::Console { id } => console(&client, &parse(&id)?, printer).await?,
+        VmCommand::Usage { id } => usage(&client, &parse(&id)?, printer).await?,
         VmCommand::Stop(args) => stop(&client, args, printer).await?,
         VmCommand::Purge { state, ids } => purge(&client, state, ids, printer).await?,
     }

@@ -135,6 +135,11 @@ fn a_service_vm_runs_job_after_job_and_its_life_is_on_record() {
     assert_eq!(stdout(plane.cli(["run", "--service", "--", "echo", "three"])), "three\n");
     // The job is on record as ended in the same instant as its VM as Idle.
     assert_eq!(plane.json(["vm", "get", id])["state"], "Idle");
+    let usage = plane.json(["vm", "usage", id]);
+    assert!(usage["cpu_time_us"].is_u64() && usage["threads"].as_u64() > Some(0), "{usage}");
+    assert!(usage["memory_bytes"].as_u64() > Some(1 << 20), "an agent: {usage}");
+    assert!(usage["vm_id"] == id && usage["network"].is_null() && usage["disks"].is_null(), "{usage}");
+    assert!(stdout(plane.cli(["vm", "usage", id])).contains("\nmemory:  "), "for people");
     let events = plane.json(["vm", "events", id]);
     let path: Vec<_> =
         events.as_array().expect("a list").iter().rev().filter_map(|event| event["to_state"].as_str()).collect();

@@ -41,6 +41,8 @@ fn each_request_that_cannot_be_served_has_its_own_reason() {
         (&["vm", "create", "--vcpus", "0"], "INVALID_FIELD: config.vcpus: \"0\""),
         (&["vm", "get", nobody], "VM_NOT_FOUND: "),
         (&["vm", "stop", nobody], "VM_NOT_FOUND: "),
+        (&["vm", "usage", nobody], "VM_NOT_FOUND: "),
+        (&["vm", "usage", &gone], "VM_NOT_FOUND: "),
         (&["vm", "purge", "--state", "Ready"], "INVALID_FIELD: "),
         (&["job", "get", nobody], "JOB_NOT_FOUND: "),
         (&["job", "logs", nobody], "JOB_NOT_FOUND: "),

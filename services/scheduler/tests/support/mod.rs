@@ -517,4 +517,7 @@ impl VmHostService for FakeVmHost {
     async fn get_console(&self, _: Request<vmhost::GetConsoleRequest>) -> Answer<vmhost::GetConsoleResponse> {
         not_here()
     }
+    async fn get_vm_usage(&self, _: Request<vmhost::GetVmUsageRequest>) -> Answer<vmhost::GetVmUsageResponse> {
+        not_here()
+    }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   where vmhost is ─┬─ blixard-vmhost       vmhost itself, where the kernel wants it in a leaf
 //!                    └─ blixard-<tag>        this node's; there while one of its VMs is
-//!                         ├─ <vm>            its hypervisor's processes: cpu.max, memory.max, pids.max
+//!                         ├─ <vm>            its hypervisor's processes: cpu.max, memory.max, pids.max, io.max
 //!                         └─ <vm>
 //! ```
 //! The tag tells nodes on one machine apart, and only what lies below it and is named as a VM is ever ended or removed. Controllers that the
@@ -14,7 +14,7 @@
 use std::{
     collections::BTreeSet,
     ffi::OsStr,
-    fs, io,
+    fmt, fs, io,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -24,13 +24,15 @@ use blixard::id::VmId;
 
 use crate::absent::gone;
 
+use super::block::Device;
+
 /// What this node's cgroup is called, with its tag behind.
 const PREFIX: &str = "blixard-";
 /// Where vmhost goes when the cgroup that it was started in must have no processes of its own: only a leaf may, once controllers are handed
 /// down. systemd puts it there by itself with `DelegateSubgroup=blixard-vmhost`.
 const LEAF: &str = "blixard-vmhost";
-/// What is wanted of the kernel. `io` has no limit here: where it is on, VMs share the disk evenly, and all of them together get as much as
-/// vmhost.
+/// What is wanted of the kernel. `io` has a limit only where one is set: by itself it has VMs share the disk evenly, and all of them together
+/// get as much as vmhost.
 const WANTED: [&str; 4] = ["cpu", "memory", "pids", "io"];
 /// How long a cgroup may stay busy after its last process has ended.
 const EMPTY_PATIENCE: Duration = Duration::from_secs(5);
@@ -43,6 +45,34 @@ const CPU_PERIOD_US: u64 = 100_000;
 const BYTES_PER_MIB: u64 = 1024 * 1024;
 /// Why a VM was killed that had not used more memory than it may.
 pub(super) const HOST_OUT_OF_MEMORY: &str = "the host ran out of memory";
+/// Of a disk, in `io.max`.
+const NO_IO_LIMIT: &str = "rbps=max wbps=max riops=max wiops=max";
+
+/// How much each VM may use of a disk, reading and writing counted apart. 0: no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskLimit {
+    /// MiB a second.
+    pub mib_per_second: u32,
+    /// Operations a second.
+    pub operations_per_second: u32,
+}
+
+/// The same of a disk that is known: a line of `io.max`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoMax {
+    disk: Device,
+    limit: DiskLimit,
+}
+
+impl fmt::Display for IoMax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let DiskLimit { mib_per_second, operations_per_second } = self.limit;
+        let max = |limit: u64| if limit == 0 { "max".to_owned() } else { limit.to_string() };
+        let (bytes, operations) =
+            (max(u64::from(mib_per_second) * BYTES_PER_MIB), max(u64::from(operations_per_second)));
+        write!(f, "{} rbps={bytes} wbps={bytes} riops={operations} wiops={operations}", self.disk)
+    }
+}
 
 /// What a VM's processes may take together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,19 +83,23 @@ pub(super) struct Limits {
     pub(super) memory_mib: u64,
     /// Threads.
     pub(super) threads: u32,
+    /// What they may use of the disk; `None`: as much as their share is.
+    pub(super) io: Option<IoMax>,
 }
 
 impl Limits {
     /// The files to write, each with its value.
-    fn files(self) -> [(&'static str, String); 5] {
+    fn files(self) -> Vec<(&'static str, String)> {
         let quota = u64::from(self.cpus) * CPU_PERIOD_US;
-        [
+        let mut files = vec![
             ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
             ("memory.max", (self.memory_mib * BYTES_PER_MIB).to_string()),
             ("memory.swap.max", "0".to_owned()),
             ("memory.oom.group", "1".to_owned()),
             ("pids.max", self.threads.to_string()),
-        ]
+        ];
+        files.extend(self.io.map(|io| ("io.max", io.to_string())));
+        files
     }
 }
 
@@ -75,26 +109,30 @@ pub struct Cgroups {
     dir: PathBuf,
     /// What the kernel counts and limits there.
     controllers: BTreeSet<String>,
+    /// How VMs are limited in the use of their disk, if they are to be; or why they can't be.
+    io: Result<Option<IoMax>, String>,
 }
 
 impl Cgroups {
-    /// Those of the node with this tag, ready for use. Nothing of them is made yet.
+    /// Those of the node with this tag, ready for use. Nothing of them is made yet. The limit is for the disk that the files in `state_dir`
+    /// are on.
     ///
     /// # Errors
     /// Why there can't be any, in words.
-    pub fn open(tag: &str) -> Result<Self, String> {
+    pub fn open(tag: &str, limit: DiskLimit, state_dir: &Path) -> Result<Self, String> {
         let base = base()?;
         let controllers = hand_down(&base)?;
         let dir = base.join(format!("{PREFIX}{tag}"));
         // Whether it may: the answer that counts is the kernel's.
         make(&dir).map_err(|error| format!("no cgroup can be made in {}: {error}", base.display()))?;
         let kind = fs::read_to_string(dir.join("cgroup.type")).unwrap_or_default();
+        let io = limit_io(&dir, limit, state_dir);
         // Not while an earlier vmhost's VMs are in it.
         let _ = fs::remove_dir(&dir);
         if kind.trim_end() != "domain" {
             return Err(format!("{} takes no processes below it, only threads", base.display()));
         }
-        Ok(Self { dir, controllers })
+        Ok(Self { dir, controllers, io })
     }
 
     /// What there would be, without making anything: the controllers.
@@ -132,13 +170,23 @@ impl Cgroups {
     /// In a few words, for the log.
     #[must_use]
     pub fn describe(&self) -> String {
-        format!("cgroups in {} ({})", self.dir.display(), Self::in_words(&self.controllers))
+        let io = match &self.io {
+            Ok(None) => String::new(),
+            Ok(Some(io)) => format!("; io.max: {io}"),
+            Err(why) => format!("; no limit for the disk: {why}"),
+        };
+        format!("cgroups in {} ({}{io})", self.dir.display(), Self::in_words(&self.controllers))
     }
 
     /// Whether the kernel limits everything that it should.
     #[must_use]
     pub fn limits_all(&self) -> bool {
-        Self::is_all(&self.controllers)
+        Self::is_all(&self.controllers) && self.io.is_ok()
+    }
+
+    /// What each VM may use of its disk, if that is limited.
+    pub(crate) fn io_max(&self) -> Option<IoMax> {
+        self.io.as_ref().ok().copied().flatten()
     }
 
     /// Whether these are all the controllers that are wanted.
@@ -206,6 +254,7 @@ impl Cgroup {
 
     /// Sends SIGKILL to all of them at once, so that none can fork away from it. (Linux 5.14; before, they are killed one by one.)
     pub(super) fn kill(&self) {
+        self.lift_io();
         if let Err(error) = write(&self.path.join("cgroup.kill"), "1")
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -213,9 +262,24 @@ impl Cgroup {
         }
     }
 
+    /// Has what is under way to a disk come to its end soon: a process that waits for it ends no sooner, whatever signal it gets.
+    fn lift_io(&self) {
+        let limits = self.read("io.max").unwrap_or_default();
+        for disk in limits.lines().filter_map(|line| line.split(' ').next()) {
+            if let Err(error) = write(&self.path.join("io.max"), &format!("{disk} {NO_IO_LIMIT}")) {
+                tracing::debug!(cgroup = %self.path.display(), %error, "the limit for a disk stays");
+            }
+        }
+    }
+
+    /// What the kernel tells in one of its files; `None`: it does not count that here.
+    pub(super) fn read(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.path.join(file)).ok()
+    }
+
     /// Why its processes were killed, if it was for want of memory.
     pub(super) fn out_of_memory(&self) -> Option<&'static str> {
-        verdict(&fs::read_to_string(self.path.join("memory.events")).ok()?)
+        verdict(&self.read("memory.events")?)
     }
 
     /// Removes it, and the node's own when it was the last in it. Blocks while a process is on its way out.
@@ -246,6 +310,21 @@ fn verdict(events: &str) -> Option<&'static str> {
         (_, 0) => Some(HOST_OUT_OF_MEMORY),
         (_, _) => Some("it used more memory than it may"),
     }
+}
+
+/// What to limit the VMs below a cgroup to, tried on that without limiting it: what the kernel takes for a disk is for it to say.
+fn limit_io(cgroup: &Path, limit: DiskLimit, state_dir: &Path) -> Result<Option<IoMax>, String> {
+    if limit == DiskLimit::default() {
+        return Ok(None);
+    }
+    let file = cgroup.join("io.max");
+    if !file.exists() {
+        return Err("the kernel has no io.max there".to_owned());
+    }
+    let disk = Device::of_files_in(state_dir)?;
+    write(&file, &format!("{disk} {NO_IO_LIMIT}"))
+        .map_err(|error| format!("the kernel does not take the disk {disk}: {error}"))?;
+    Ok(Some(IoMax { disk, limit }))
 }
 
 fn read_pids(cgroup: &Path) -> Vec<u32> {
@@ -381,14 +460,48 @@ mod tests {
 
     #[test]
     fn the_limits_of_a_vm() {
-        let limits = Limits { cpus: 3, memory_mib: 600, threads: 132 };
-        insta::assert_snapshot!(limits.files().map(|(file, value)| format!("{file} = {value}")).join("\n"), @r"
+        let disk = Device { major: 259, minor: 3 };
+        let limit = |mib_per_second, operations_per_second| DiskLimit { mib_per_second, operations_per_second };
+        let io = Some(IoMax { disk, limit: limit(1_048_576, 0) });
+        let limits = Limits { cpus: 3, memory_mib: 600, threads: 132, io };
+        let files: Vec<_> = limits.files().into_iter().map(|(file, value)| format!("{file} = {value}")).collect();
+        insta::assert_snapshot!(files.join("\n"), @r"
         cpu.max = 300000 100000
         memory.max = 629145600
         memory.swap.max = 0
         memory.oom.group = 1
         pids.max = 132
+        io.max = 259:3 rbps=1099511627776 wbps=1099511627776 riops=max wiops=max
         ");
+        let operations = IoMax { disk, limit: limit(0, 500) };
+        assert_eq!(operations.to_string(), "259:3 rbps=max wbps=max riops=500 wiops=500");
+        assert_eq!(Limits { io: None, ..limits }.files().len(), 5, "VMs share evenly");
+    }
+
+    /// With a directory that stands in for the cgroup; the conformance suite has a real one where it has a disk.
+    #[test]
+    fn a_disk_is_limited_where_there_is_one_and_the_kernel_can() {
+        let limit = DiskLimit { mib_per_second: 10, operations_per_second: 0 };
+        let (cgroup, proc) = (tempfile::tempdir().expect("tempdir"), Path::new("/proc"));
+        assert_eq!(limit_io(cgroup.path(), DiskLimit::default(), proc), Ok(None), "nothing is asked for");
+        let problem = limit_io(cgroup.path(), limit, proc).expect_err("there is no io.max");
+        assert_eq!(problem, "the kernel has no io.max there");
+        let file = cgroup.path().join("io.max");
+        fs::write(&file, "").expect("writes");
+        let problem = limit_io(cgroup.path(), limit, proc).expect_err("it is on no disk");
+        assert!(problem.starts_with("/proc is on a file system that has no disk of its own"), "{problem}");
+        assert_eq!(fs::read_to_string(&file).expect("there"), "", "nothing was tried");
+
+        let io = Some(IoMax { disk: Device { major: 8, minor: 0 }, limit });
+        let vm = Cgroup::at(cgroup.path().to_owned());
+        vm.limit(Limits { cpus: 1, memory_mib: 64, threads: 8, io }).expect("writes");
+        let line = "8:0 rbps=10485760 wbps=10485760 riops=max wiops=max";
+        assert_eq!(fs::read_to_string(&file).expect("there"), line);
+        assert_eq!(fs::read_dir(cgroup.path()).expect("there").count(), 1, "no file is made");
+        fs::write(&file, "8:0 rbps=1 wbps=1 riops=1 wiops=1\n").expect("writes");
+        vm.kill();
+        let lifted = fs::read_to_string(&file).expect("there");
+        assert!(lifted.starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "{lifted}");
     }
 
     #[test]
@@ -414,13 +527,13 @@ mod tests {
     #[test]
     fn a_cgroup_holds_what_is_put_into_it_ends_it_and_goes_and_a_foreign_one_stays() {
         let tag = format!("test-{}", VmId::random());
-        let cgroups = match Cgroups::open(&tag) {
+        let cgroups = match Cgroups::open(&tag, DiskLimit::default(), Path::new("/")) {
             Ok(cgroups) => cgroups,
             Err(problem) => return eprintln!("SKIPPED: no cgroup is made: {problem}"),
         };
         assert_eq!(cgroups.list().expect("lists"), []);
         let (vm, other) = (VmId::random(), VmId::random());
-        let limits = Limits { cpus: 1, memory_mib: 64, threads: 8 };
+        let limits = Limits { cpus: 1, memory_mib: 64, threads: 8, io: None };
         let cgroup = Cgroup::at(cgroups.of(vm));
         cgroup.make(limits).expect("makes");
         cgroup.make(limits).expect("is there already");

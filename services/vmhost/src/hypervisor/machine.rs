@@ -19,12 +19,16 @@ use std::{
     time::Duration,
 };
 
+use blixard::{
+    pb::common::v1::{IoCounters, VmUsage},
+    time::Timestamp,
+};
 use blixard_chassis::Tasks;
 use rustix::process::{Pid, Resource, Rlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream, unix::pipe},
-    sync::{mpsc, watch},
+    sync::{Mutex, mpsc, watch},
     time::Instant,
 };
 
@@ -39,6 +43,7 @@ use super::{
     record::{self, Record},
     seccomp::Uses,
     socket::SocketDir,
+    usage::{self, Counters},
 };
 
 /// How long one [`Machine::connect`] tries before it lets its caller decide.
@@ -84,6 +89,8 @@ pub(super) struct Kind {
     pub(super) serial: Option<&'static str>,
     /// How its hypervisor tells what happens, if it does.
     pub(super) events: Option<Events>,
+    /// How its hypervisor tells what the guest's disks did, if it does.
+    pub(super) counters: Option<Counters>,
     /// Whether its processes start others, which must end with it.
     pub(super) has_children: bool,
 }
@@ -216,6 +223,7 @@ impl Starting {
                 cpus: self.launch.vcpus + SPARE_CPUS,
                 memory_mib: guest_mib + guest_mib / MIB_PER_MIB_OF_TABLES + u64::from(needs.overhead_mib),
                 threads,
+                io: self.launch.io_max,
             };
             let failed = cannot(format!("make the cgroup {}", path.display()));
             let cgroup = self.cgroup.insert(Cgroup::at(path));
@@ -499,6 +507,10 @@ struct Core {
     sockets: SocketDir,
     recorder: Recorder,
     cgroup: Option<Cgroup>,
+    /// The host's end of its network interface.
+    tap: Option<String>,
+    /// Who looks what it has used.
+    looking: Arc<Mutex<()>>,
     /// Whether the agent has said that it serves, if it says so ([`Agent::Hybrid`]).
     knocked: watch::Sender<bool>,
     /// Why it was ended, if its hypervisor told.
@@ -519,8 +531,9 @@ impl Core {
         let (own_dir, user) = (own_dir(launch), launch.user);
         let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
         let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
-        let why = OnceLock::new();
-        Self { kind, marks, processes, own_dir, user, sockets, recorder, cgroup, knocked, why, exit }
+        let tap = launch.nic.as_ref().map(|nic| nic.tap.clone());
+        let (looking, why) = (Arc::default(), OnceLock::new());
+        Self { kind, marks, processes, own_dir, user, sockets, recorder, cgroup, tap, looking, knocked, why, exit }
     }
 
     /// What is recorded in the launch's directory, if each of its processes lives and is the machine's.
@@ -560,6 +573,22 @@ impl Core {
     async fn first_end(&self) -> usize {
         let ends = self.processes.iter().map(|process| Box::pin(process.ended()));
         futures::future::select_all(ends).await.1
+    }
+
+    /// What the kernel has counted for it. Blocking.
+    fn count(&self) -> VmUsage {
+        let roots: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
+        let processes =
+            if self.kind.has_children { self.marks.find(&roots) } else { still_running(&roots, self.cgroup.as_ref()) };
+        let network = self.tap.as_deref().and_then(usage::of_tap);
+        VmUsage { network, ..usage::of_machine(&processes, self.cgroup.as_ref()) }
+    }
+
+    /// What its guest had of its disks, if its hypervisor tells.
+    async fn disks(&self) -> Option<IoCounters> {
+        let counters = self.kind.counters?;
+        let socket = self.sockets.hold(counters.socket).ok()?;
+        (counters.ask)(socket.path()).await
     }
 
     /// The machine's processes that run now, those too that its processes started.
@@ -815,6 +844,18 @@ impl Machine for HostMachine {
 
     fn console(&self) -> Console {
         self.core.recorder.snapshot()
+    }
+
+    async fn usage(&self) -> VmUsage {
+        let (core, turn) = (Arc::clone(&self.core), Arc::clone(&self.core.looking).lock_owned().await);
+        let measured_at = Some(Timestamp::now().into());
+        if core.exit.borrow().is_some() {
+            return VmUsage { measured_at, ..VmUsage::default() };
+        }
+        // Whoever asks may go away: then the look goes on, and so does its turn.
+        let counted = tokio::task::spawn_blocking(move || (core.count(), turn)).await;
+        let (counted, _turn) = counted.map_or_else(|_| Default::default(), |(counted, turn)| (counted, Some(turn)));
+        VmUsage { measured_at, disks: self.core.disks().await, ..counted }
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   Hypervisor ── launch(dir) ──► Machine ── connect() ─► raw stream to the guest agent's port
 //!       │  └───── adopt(dir) ───►    │  └─── wait() ────► how its main process ended
-//!       └──────── sweep(dir)         └────── kill(), console(), pids()
+//!       └──────── sweep(dir)         └────── kill(), console(), pids(), usage()
 //!
 //!   cloud-hypervisor  cloud-hypervisor, KVM                                       a real guest kernel
 //!   qemu              qemu-system-x86_64 + vhost-device-vsock, KVM or emulation   a real guest kernel
@@ -20,6 +20,7 @@
 //!
 //! This module must not know about jobs, the registry, or what the guest agent says.
 
+mod block;
 mod cgroup;
 mod cloud_hypervisor;
 mod confine;
@@ -39,6 +40,7 @@ mod seccomp;
 mod socket;
 mod template;
 mod tools;
+mod usage;
 mod vmm;
 
 use std::{
@@ -51,10 +53,11 @@ use std::{
 use blixard::{
     config::{DriverChoice, UserRange},
     id::VmId,
+    pb::common::v1::VmUsage,
 };
 use tokio::net::UnixStream;
 
-pub use cgroup::Cgroups;
+pub use cgroup::{Cgroups, DiskLimit, IoMax};
 pub(crate) use confine::{landlock_version, may_change_user};
 pub use console::{CONSOLE_TAIL_BYTES, Console};
 pub(crate) use doctor::NetworkTools;
@@ -90,8 +93,18 @@ pub struct Launch {
     pub user: Option<u32>,
     /// The cgroup that its processes are put into; `None`: into none. Made at launch, gone with the machine.
     pub cgroup: Option<PathBuf>,
+    /// What they may use of their node's disk, in that cgroup; `None`: as much as their share is.
+    pub io_max: Option<IoMax>,
     /// Disks beside the image's, at launch.
     pub disks: Vec<Disk>,
+}
+
+impl Launch {
+    /// Whether what its guest does with a disk passes the page cache by. Where a VM's use of the disk is limited, what it writes must be its
+    /// own at once: the cache writes a file back as that of who wrote to it first, here vmhost, until the kernel notices.
+    fn is_direct(&self, disk: &Disk) -> bool {
+        self.io_max.is_some() && !disk.read_only
+    }
 }
 
 /// Whether a driver's machines are contained.
@@ -191,6 +204,9 @@ pub trait Machine: Send + Sync + 'static {
 
     /// What it wrote to its console.
     fn console(&self) -> Console;
+
+    /// What it has used so far. Looks once at a time, however many ask, and waits for nobody for more than seconds.
+    async fn usage(&self) -> VmUsage;
 }
 
 pub use machine::CONNECT_PATIENCE;

@@ -23,6 +23,7 @@ const KIND: Kind = Kind {
     agent: Agent::Direct(AGENT_SOCKET),
     serial: None,
     events: None,
+    counters: None,
     has_children: true,
 };
 

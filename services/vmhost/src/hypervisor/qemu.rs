@@ -67,6 +67,7 @@ const KIND: Kind = Kind {
     agent: Agent::Hybrid(AGENT_SOCKET),
     serial: Some(SERIAL_SOCKET),
     events: None,
+    counters: None,
     has_children: false,
 };
 
@@ -246,12 +247,13 @@ impl Boot {
         add("-initrd", image.initramfs.clone().into());
         add("-append", image.cmdline.clone().into());
         if let Some(disk) = &image.root_disk {
-            add("-drive", drive("root0", disk, true));
+            add("-drive", drive("root0", disk, true, false));
             add("-device", "virtio-blk-pci,drive=root0".into());
         }
         for disk in &launch.disks {
             let serial = &disk.serial;
-            add("-drive", drive(serial, &machine::disk_path(launch, disk), disk.read_only));
+            let path = machine::disk_path(launch, disk);
+            add("-drive", drive(serial, &path, disk.read_only, launch.is_direct(disk)));
             add("-device", format!("virtio-blk-pci,drive={serial},serial={serial}").into());
         }
         add("-chardev", chardev("serial0", SERIAL_SOCKET.into(), ",server=on,wait=off"));
@@ -323,10 +325,11 @@ fn chardev(id: &str, path: PathBuf, options: &str) -> OsString {
 
 /// A disk. Any number of VMs may have one that is read-only. An error is the guest's to see: left to itself QEMU stops the whole VM when the
 /// host's disk is full, and nobody would set it going again.
-fn drive(id: &str, path: &Path, read_only: bool) -> OsString {
+fn drive(id: &str, path: &Path, read_only: bool, direct: bool) -> OsString {
     // Without locks: one that some other machine holds, which need not be honest, would keep this one from starting.
     let how = if read_only { "readonly=on,file.locking=off" } else { "readonly=off,werror=report,rerror=report" };
-    let mut argument = OsString::from(format!("if=none,id={id},format=raw,{how},file="));
+    let cache = if direct { ",cache.direct=on" } else { "" };
+    let mut argument = OsString::from(format!("if=none,id={id},format=raw,{how}{cache},file="));
     argument.push(escaped(path));
     argument
 }
@@ -363,11 +366,13 @@ mod tests {
     fn a_comma_in_a_path_does_not_become_an_option() {
         assert_eq!(chardev("c", "/a,server=on/s".into(), ",wait=off"), "socket,id=c,path=/a,,server=on/s,wait=off");
         assert_eq!(
-            drive("d", Path::new("/a,b"), true),
+            drive("d", Path::new("/a,b"), true, false),
             "if=none,id=d,format=raw,readonly=on,file.locking=off,file=/a,,b"
         );
         let scratch = "if=none,id=d,format=raw,readonly=off,werror=report,rerror=report,file=/a,,b";
-        assert_eq!(drive("d", Path::new("/a,b"), false), scratch);
+        assert_eq!(drive("d", Path::new("/a,b"), false, false), scratch);
+        let direct = scratch.replace(",file=", ",cache.direct=on,file=");
+        assert_eq!(drive("d", Path::new("/a,b"), false, true), direct.as_str());
     }
 
     #[tokio::test]

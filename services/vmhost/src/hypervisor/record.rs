@@ -152,6 +152,7 @@ mod tests {
             nic: None,
             user: Some(4711),
             cgroup: Some("/sys/fs/cgroup/vm".into()),
+            io_max: None,
             disks: vec![],
         }
     }

@@ -41,12 +41,29 @@ impl SocketDir {
 
     /// Connects to a socket.
     pub(super) async fn connect(&self, name: &str) -> io::Result<UnixStream> {
+        let socket = self.hold(name)?;
+        UnixStream::connect(socket.path()).await
+    }
+
+    /// Takes hold of a socket, for whoever connects to it by a path.
+    pub(super) fn hold(&self, name: &str) -> io::Result<HeldSocket> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let socket = rustix::fs::openat(&self.handle, name, flags, Mode::empty())?;
         if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is no socket")));
         }
-        UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
+        Ok(HeldSocket(socket))
+    }
+}
+
+/// A socket, whatever becomes of its name.
+#[derive(Debug)]
+pub(super) struct HeldSocket(OwnedFd);
+
+impl HeldSocket {
+    /// A path of it for this process, valid as long as `self`.
+    pub(super) fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
 }
 

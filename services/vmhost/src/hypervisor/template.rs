@@ -142,6 +142,7 @@ mod tests {
             nic: None,
             user: None,
             cgroup: None,
+            io_max: None,
             disks: vec![],
         };
         let basis = |launch: &Launch, driver| basis(launch, root.path(), driver, &[&program]).expect("there");

@@ -27,7 +27,7 @@ use blixard::{
     config::{Config, DriverChoice},
     id::{NodeId, VmId},
     pb::{
-        common::v1::JobSpec,
+        common::v1::{JobSpec, VmUsage},
         guest::v1::{
             ConfigureRequest, ConfigureResponse, GuestNetwork, HelloRequest, HelloResponse, Mount, RunRequest,
             RunResponse, RunStart, ShutdownRequest, guest_service_client::GuestServiceClient, run_request,
@@ -45,8 +45,8 @@ use blixard_vmhost::{
         tree::Tree,
     },
     hypervisor::{
-        CONSOLE_TAIL_BYTES, Console, Disk, Hypervisor, HypervisorSettings, Launch, LaunchError, Machine, MachineExit,
-        ProcessExit, choose,
+        CONSOLE_TAIL_BYTES, Console, Disk, DiskLimit, Hypervisor, HypervisorSettings, IoMax, Launch, LaunchError,
+        Machine, MachineExit, ProcessExit, choose,
     },
 };
 use hyper_util::rt::TokioIo;
@@ -59,6 +59,8 @@ const SOON: Duration = Duration::from_secs(60);
 /// For a guest under emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(240);
 const SIGKILL: i32 = 9;
+/// What `statfs` has for it (`linux/magic.h`).
+const TMPFS: i64 = 0x0102_1994;
 
 /// One driver, and a directory for its machines.
 struct Bed {
@@ -76,7 +78,9 @@ impl Bed {
         let driver = choose(choice, &settings).expect("the driver runs here").0;
         let node = NodeId::parse("", "tried").expect("a name");
         let users = Config::default().firecracker.vm_uids;
-        let containment = Containment::open(users, &node, root.path(), driver.containment());
+        // More than any test needs.
+        let disk = DiskLimit { mib_per_second: 512, operations_per_second: 0 };
+        let containment = Containment::open(users, disk, &node, root.path(), driver.containment());
         Self { choice, settings, containment, root, turn: None }
     }
 
@@ -138,8 +142,9 @@ impl Bed {
         fs::create_dir_all(&dir).expect("mkdir");
         let vm_id = VmId::random();
         let Place { user, cgroup } = self.containment.lease(vm_id).expect("there are users");
+        let io_max = self.containment.io_max();
         let (image, nic, disks) = ("default".to_owned(), None, vec![]);
-        Launch { vm_id, image, vcpus: 1, memory_mib: 256, dir, nic, user, cgroup, disks }
+        Launch { vm_id, image, vcpus: 1, memory_mib: 256, dir, nic, user, cgroup, io_max, disks }
     }
 }
 
@@ -349,7 +354,8 @@ conformance! {
     a_directory_is_launched_into_once
     an_unknown_image_is_refused_and_starts_nothing
     a_deep_directory_is_no_obstacle
-    processes_are_detached_from_vmhost;
+    processes_are_detached_from_vmhost
+    what_a_machine_has_used_is_told_and_grows;
     isolated:
     auto_takes_the_best_that_runs_here
     a_guest_that_never_said_that_it_serves_is_not_adopted_but_ended
@@ -647,6 +653,41 @@ async fn processes_are_detached_from_vmhost(bed: Bed) {
     end(&machine).await;
 }
 
+async fn what_a_machine_has_used_is_told_and_grows(bed: Bed) {
+    let launch = bed.launch();
+    let machine = start(&bed.driver(), &launch).await;
+    hello(&machine).await;
+    let before = machine.usage().await;
+    eprintln!("used by an idle machine: {before:?}");
+    assert!(before.measured_at.is_some() && before.threads > Some(0), "{before:?}");
+    assert!(before.memory_bytes > Some(1 << 20) && before.memory_peak_bytes >= before.memory_bytes, "{before:?}");
+    let by_hypervisor = bed.choice == DriverChoice::CloudHypervisor;
+    assert_eq!((before.disks.is_some(), before.network), (by_hypervisor, None), "{before:?}");
+    let delegated = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
+    let by_cgroup = before.storage.is_some_and(|storage| storage.reads.is_some());
+    assert!(!delegated || launch.cgroup.is_none() || by_cgroup, "{before:?}");
+
+    let _running = run(client(&machine).await.expect("connects"), &launch, "while :; do :; done").await;
+    let has_grown = |usage: &VmUsage| usage.cpu_time_us > before.cpu_time_us.map(|time| time + 200_000);
+    let grown = async |machine: &Arc<dyn Machine>| {
+        within(BOOT, "CPU time is counted", async {
+            while !has_grown(&machine.usage().await) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    };
+    grown(&machine).await;
+    let asked = futures::future::join_all((0..20).map(|_| machine.usage()));
+    assert!(within(SOON, "usage", asked).await.iter().all(has_grown));
+    drop(machine);
+    let adopted = within(SOON, "adopt", bed.driver().adopt(&launch)).await.expect("adopts").expect("it lives");
+    grown(&adopted).await;
+    end(&adopted).await;
+    let ended = adopted.usage().await;
+    assert_eq!(VmUsage { measured_at: None, ..ended }, VmUsage::default(), "nothing of it is left");
+}
+
 /// A field of `/proc/<pid>/status`.
 fn status(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
@@ -722,6 +763,12 @@ async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: 
     }
     let delegated = env::var_os(nested::REQUIRE).is_some_and(|value| value == nested::HERE);
     assert!(!delegated || limits.len() == 5, "the controllers are all there");
+    assert!(!delegated || launch.io_max.is_some(), "and a disk");
+    if let Some(io_max) = launch.io_max {
+        let line = io_max.to_string();
+        assert!(line.ends_with(" rbps=536870912 wbps=536870912 riops=max wiops=max"), "{line}");
+        assert_eq!(read("io.max").expect("there"), line);
+    }
     for (file, value) in limits {
         match file {
             "cpu.max" => assert_eq!(value, "200000 100000"),
@@ -969,10 +1016,29 @@ async fn a_guest_has_its_disks_and_several_may_have_one(bed: Bed) {
         let guest = client(machine).await.expect("connects");
         let ran = within(BOOT, "the script", run_to_its_end(guest, launch, SCRIPT)).await;
         assert_eq!(ran, (EXPECTED.to_owned(), Some(0)));
+        let by_guest = (bed.choice == DriverChoice::CloudHypervisor).then_some(true);
+        let VmUsage { disks, storage, .. } = machine.usage().await;
+        assert_eq!(disks.map(|disks| disks.written_bytes >= 3_000_000 && disks.read_bytes > 0), by_guest);
+        // Files of a tmpfs are on no disk.
+        if rustix::fs::statfs(bed.root.path()).expect("there").f_type != TMPFS {
+            assert!(storage.expect("counted").written_bytes >= 3_000_000, "{storage:?}");
+        }
+        if let (Some(io_max), Some(cgroup)) = (launch.io_max, &launch.cgroup) {
+            assert!(written_to(io_max, cgroup) >= 3_000_000, "it is the disk that is limited, and as the VM's own");
+        }
     }
     for (machine, _) in &machines {
         end(machine).await;
     }
+}
+
+/// What the kernel has counted of the disk that is limited.
+fn written_to(io_max: IoMax, cgroup: &Path) -> u64 {
+    let (limited, stat) = (io_max.to_string(), fs::read_to_string(cgroup.join("io.stat")).expect("there"));
+    let disk = limited.split(' ').next().expect("a number");
+    let used = stat.lines().find(|line| line.split(' ').next() == Some(disk));
+    let written = used.and_then(|used| used.split(' ').find_map(|field| field.strip_prefix("wbytes=")));
+    written.map_or(0, |bytes| bytes.parse().expect("a number"))
 }
 
 /// Makes a disk of a directory.

@@ -7,7 +7,7 @@
 //!
 //! The machine is made of what is there: the kernel and initramfs of the default image, and after that initramfs a second
 //! one with this very program, Cloud Hypervisor, the image, KVM's modules from the kernel's package, and an `/init` that
-//! runs the tests and says how they ended.
+//! runs the tests and says how they ended. A disk, sparse, has what they make: use of one can be limited.
 
 use std::{
     env, fs,
@@ -20,7 +20,10 @@ use std::{
 };
 
 use blixard::config::DriverChoice;
-use blixard_vmhost::hypervisor::{HypervisorSettings, choose, diagnose};
+use blixard_vmhost::{
+    disk::ext4,
+    hypervisor::{HypervisorSettings, choose, diagnose},
+};
 
 use super::{image_dir, project};
 
@@ -34,10 +37,21 @@ const PATIENCE: Duration = Duration::from_secs(3000);
 /// What `/init` says before the test's exit status.
 const VERDICT: &str = "nested suite ended with status ";
 const MEMORY_MIB: u32 = 2048;
+const DISK_MIB: u64 = 8192;
 
 /// In the order of their dependencies.
-const MODULES: [&str; 4] =
-    ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko", "drivers/net/tun.ko"];
+const MODULES: [&str; 10] = [
+    "virt/lib/irqbypass.ko",
+    "arch/x86/kvm/kvm.ko",
+    "arch/x86/kvm/kvm-amd.ko",
+    "drivers/net/tun.ko",
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "drivers/block/virtio_blk.ko",
+];
 
 #[test]
 fn cloud_hypervisor_passes_in_an_emulated_machine() {
@@ -56,7 +70,10 @@ fn cloud_hypervisor_passes_in_an_emulated_machine() {
     };
     let dir = tempfile::tempdir().expect("tempdir");
     let initramfs = parts.pack(dir.path());
-    let verdict = Machine::boot(&parts, &initramfs).verdict();
+    let disk = dir.path().join("disk");
+    let file = fs::File::options().read(true).write(true).create_new(true).open(&disk).expect("creates");
+    ext4::create(&file, DISK_MIB, &[7; 16]).expect("writes");
+    let verdict = Machine::boot(&parts, &initramfs, &disk).verdict();
     assert_eq!(verdict.as_deref(), Some("0"), "see what it printed above");
 }
 
@@ -174,12 +191,13 @@ export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-mount -t tmpfs -o mode=1777 tmp /tmp
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo '+cpu +memory +pids +io' > /sys/fs/cgroup/cgroup.subtree_control
 mkdir /sys/fs/cgroup/unit
 ip link set lo up
 {modules}
+mount -t ext4 /dev/vda /tmp
+chmod 1777 /tmp
 chmod 666 /dev/kvm
 export {REQUIRE}={HERE} CLOUD_HYPERVISOR=/nested/cloud-hypervisor BLIXARD_IMAGE_DIR=/nested/images
 sh -c 'echo 0 > /sys/fs/cgroup/unit/cgroup.procs; exec /nested/test {tests} --test-threads=1' 2>&1
@@ -196,13 +214,15 @@ struct Machine {
 }
 
 impl Machine {
-    fn boot(parts: &Parts, initramfs: &Path) -> Self {
+    fn boot(parts: &Parts, initramfs: &Path, disk: &Path) -> Self {
         let mut qemu = Command::new(&parts.qemu);
         qemu.args(["-accel", "tcg", "-cpu", "EPYC,+svm,+npt", "-machine", "q35", "-smp", "1"]);
         qemu.args(["-m", &MEMORY_MIB.to_string(), "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         qemu.arg("-kernel").arg(parts.image.join("vmlinux")).arg("-initrd").arg(initramfs);
         qemu.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 cryptomgr.notests", "-serial", "stdio"]);
-        let mut qemu = qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("QEMU starts");
+        let drive = format!("if=virtio,format=raw,cache=unsafe,file={}", disk.display());
+        let mut qemu =
+            qemu.args(["-drive", &drive]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("QEMU starts");
         let output = BufReader::new(qemu.stdout.take().expect("a pipe"));
         // The machine is gone soon when nobody reads on.
         let (sender, lines) = mpsc::sync_channel(1);

@@ -163,6 +163,9 @@ mod cloud_hypervisor {
                 (format!("tried{number}"), format!("02:62:0a:b4:00:0{number}"), format!("10.180.0.{number}/24"));
             let made = Command::new("busybox").args(["tunctl", "-t", &tap]).status().expect("busybox runs");
             assert!(made.success());
+            // Where vmhost is to do that, this does.
+            let up = Command::new("busybox").args(["ip", "link", "set", &tap, "up"]).status().expect("busybox runs");
+            assert!(up.success());
             let nic = Nic { tap, mac: mac.parse().expect("an address") };
             let launch = Launch { nic: Some(nic), ..bed.launch() };
             let machine = restore(&bed, &launch, &template).await;
@@ -177,10 +180,12 @@ mod cloud_hypervisor {
             };
             let configured = configure_with(&mut guest, &launch, Some(network)).await;
             assert_eq!(configured.done.last().map(String::as_str), Some("network"));
-            let script = "cat /sys/class/net/eth0/address; ip -4 -o address show eth0; ip route";
+            let script = "cat /sys/class/net/eth0/address; ip -4 -o address show eth0; ip route; ping -c 1 -W 1 10.180.0.254 || :";
             let told = output(run_named(guest, script).await).await;
             assert!(told.starts_with(&format!("{mac}\n")), "{told}");
             assert!(told.contains(&address) && told.contains("default via 10.180.0.254 dev eth0"), "{told}");
+            let network = machine.usage().await.network.expect("it has an interface");
+            assert!(network.sent_packets > 0 && network.sent_bytes > 0, "it looked for its gateway: {network:?}");
             machines.push(machine);
         }
         for machine in machines {

@@ -8,7 +8,10 @@ use std::{
     },
 };
 
-use blixard::{id::VmId, pb::guest::v1 as pb};
+use blixard::{
+    id::VmId,
+    pb::{common::v1::VmUsage, guest::v1 as pb},
+};
 use blixard_chassis::Tasks;
 use blixard_vmhost::hypervisor::{Console, Hypervisor, Launch, LaunchError, Machine, MachineExit, ProcessExit};
 use futures::{StreamExt, stream, stream::BoxStream};
@@ -109,6 +112,10 @@ impl Machine for FakeMachine {
 
     fn console(&self) -> Console {
         Console::default()
+    }
+
+    async fn usage(&self) -> VmUsage {
+        VmUsage::default()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{io, sync::Arc};
 
+use blixard::pb::common::v1::VmUsage;
 use blixard_chassis::Tasks;
 use blixard_vmhost::hypervisor::{Console, Hypervisor, Launch, LaunchError, Machine, MachineExit};
 use tokio::{
@@ -84,5 +85,9 @@ impl Machine for FaultyMachine {
 
     fn console(&self) -> Console {
         self.inner.console()
+    }
+
+    async fn usage(&self) -> VmUsage {
+        self.inner.usage().await
     }
 }

@@ -32,7 +32,7 @@ use blixard::{
 use blixard_chassis::{SecretKey, Server, Tasks, client};
 use blixard_vmhost::{
     HealthConfig, LogLimits, Pace, StartError, VmHost, VmHostConfig,
-    hypervisor::{Hypervisor, HypervisorSettings, choose},
+    hypervisor::{DiskLimit, Hypervisor, HypervisorSettings, choose},
     pressure::HostWatch,
 };
 use fake_registry::FakeRegistry;
@@ -110,6 +110,7 @@ impl World {
             driver: DriverChoice::Process,
             image_dir: "images".into(),
             vm_uids: Config::default().firecracker.vm_uids,
+            disk_limit: DiskLimit::default(),
             agent_command: self.agent.clone(),
             max_vms: self.max_vms,
             templates: self.templates,
@@ -342,6 +343,11 @@ impl Node {
     }
 
     /// Follows a log to its end.
+    pub async fn usage(&self, vm: VmId) -> Result<common::VmUsage, Error> {
+        let answer = self.client.clone().get_vm_usage(pb::GetVmUsageRequest { vm_id: vm.to_string() }).await;
+        Ok(answer?.into_inner().usage.expect("an answer has one"))
+    }
+
     pub async fn follow(&self, job: JobId, offset: u64) -> Log {
         let mut log = Log::default();
         log.read(self, job, offset, u64::MAX).await.expect("the log is readable");

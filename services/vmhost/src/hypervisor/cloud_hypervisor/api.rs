@@ -4,6 +4,7 @@
 //! device added before the boot is answered with. It has the calls that somebody makes, no more.
 
 use std::{
+    collections::BTreeMap,
     io,
     mem::MaybeUninit,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
@@ -32,6 +33,8 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long saving and restoring may take: all of its memory is written, or read.
 const MEMORY_DEADLINE: Duration = Duration::from_secs(300);
+/// How long a machine that runs may take to tell what its devices did: somebody waits, who can do without it.
+const COUNTERS_DEADLINE: Duration = Duration::from_secs(2);
 /// The longest answer is `vm.info`: a few KiB, more with many devices.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// How much of a refusal is told: it gets into the log, too.
@@ -73,6 +76,9 @@ pub(super) struct PciDevice {
     /// Bus, device and function: "0000:00:05.0".
     pub(super) bdf: String,
 }
+
+/// What a device has counted: "read_bytes", "tx_frames".
+pub(super) type DeviceCounters = BTreeMap<String, u64>;
 
 /// One hypervisor's API.
 #[derive(Debug)]
@@ -130,6 +136,13 @@ impl Api {
         let name = "vm.restore";
         let body = Some(encode(name, config)?);
         self.call(Call { name, body, deadline: MEMORY_DEADLINE, ..Call::default() }).await.map(drop)
+    }
+
+    /// What its devices have counted since it was started, by their ids.
+    pub(super) async fn counters(&self) -> Result<BTreeMap<String, DeviceCounters>, ApiError> {
+        let (name, deadline) = ("vm.counters", COUNTERS_DEADLINE);
+        let answer = self.call(Call { method: Method::GET, name, deadline, ..Call::default() }).await?;
+        parse(name, answer.as_deref().unwrap_or_default())
     }
 
     pub(super) async fn put(&self, name: &'static str, body: Option<&impl Serialize>) -> Result<(), ApiError> {

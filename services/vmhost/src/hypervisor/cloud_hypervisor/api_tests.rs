@@ -134,6 +134,18 @@ async fn ping_says_who_answers() {
 }
 
 #[tokio::test]
+async fn counters_are_each_devices_own() {
+    let answer = r#"{"_disk0":{"read_bytes":4096,"read_latency_min":18446744073709551615},"net0":{"rx_bytes":7}}"#;
+    let server = Server::answering(200, answer);
+    let counters = server.api().counters().await.expect("answers");
+    assert_eq!(counters["_disk0"]["read_bytes"], 4096);
+    assert_eq!(counters["net0"].len(), 1);
+    assert!(server.got().request.starts_with("GET /api/v1/vm.counters HTTP/1.1\r\n"));
+    let error = Server::answering(200, r#"{"_disk0":{"read_bytes":-1}}"#).api().counters().await;
+    assert!(matches!(error, Err(ApiError::Nonsense { .. })), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_refusal_carries_the_hypervisors_own_words() {
     let refusal = r#"["Error from API","The VM could not boot","no disk"]"#;
     let error = Server::answering(500, refusal).api().boot().await.expect_err("refused");
@@ -179,4 +191,6 @@ async fn a_hypervisor_that_never_answers_meets_the_deadline() {
     let _listener = UnixListener::bind(dir.path().join("api")).expect("binds");
     let error = Api::new(dir.path().join("api")).ping().await.expect_err("late");
     assert_eq!(error.to_string(), "vmm.ping was not answered within 10 s");
+    let error = Api::new(dir.path().join("api")).counters().await.expect_err("late");
+    assert_eq!(error.to_string(), "vm.counters was not answered within 2 s");
 }

@@ -70,6 +70,9 @@ struct Rng {
 struct Disk {
     path: PathBuf,
     readonly: bool,
+    /// Whether it passes the page cache by.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    direct: bool,
     /// Otherwise the format would be guessed from the disk's own bytes.
     image_type: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,10 +108,11 @@ impl VmConfig {
             disks: image
                 .root_disk
                 .into_iter()
-                .map(|path| Disk { path, readonly: true, image_type: "Raw", serial: None })
+                .map(|path| Disk { path, readonly: true, direct: false, image_type: "Raw", serial: None })
                 .chain(launch.disks.iter().map(|disk| Disk {
                     path: disk_path(launch, disk),
                     readonly: disk.read_only,
+                    direct: launch.is_direct(disk),
                     image_type: "Raw",
                     serial: Some(disk.serial.clone()),
                 }))
@@ -209,6 +213,7 @@ mod tests {
             nic: None,
             user: None,
             cgroup: None,
+            io_max: None,
             disks: vec![disk("/srv/tools.img", 0, true), disk("/var/lib/blixard/vm/disk1", 1, false)],
         };
         insta::assert_json_snapshot!(VmConfig::new(&launch, image, "vsock", true));

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A VM is made in steps: the process, `vm.create`, what has to be passed as a descriptor, `vm.boot`. From then on the
-//! API is not needed: a pidfd and the guest agent answer everything, and adoption asks them alone.
+//! API is needed only to tell what the guest's disks did: a pidfd and the guest agent answer everything else, and adoption asks them alone.
 //!
 //! A guest that resets would be booted again by the same process. Here a machine boots once, as with QEMU, so the event of
 //! a reset ends it; should that event be lost, the agent's new boot id tells.
@@ -38,11 +38,12 @@ use std::{
     time::Duration,
 };
 
+use blixard::pb::common::v1::IoCounters;
 use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
 use tokio::runtime::Handle;
 
 use self::{
-    api::{Api, ApiError, Ping},
+    api::{Api, ApiError, DeviceCounters, Ping},
     config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
@@ -55,6 +56,7 @@ use super::{
     seccomp::Uses,
     socket::SocketDir,
     template, tools,
+    usage::Counters,
     vmm::{self, Vmm},
 };
 
@@ -83,6 +85,7 @@ const KIND: Kind = Kind {
     agent: Agent::Hybrid(VSOCK_SOCKET),
     serial: None,
     events: Some(Events { fifo: EVENTS_FIFO, verdict }),
+    counters: Some(Counters { socket: API_SOCKET, ask: |socket| Box::pin(ask_counters(socket)) }),
     has_children: false,
 };
 
@@ -320,6 +323,30 @@ fn check(ping: &Ping, pid: u32) -> Result<(), LaunchError> {
         return Ok(());
     };
     Err(cannot("use this cloud-hypervisor")(io::Error::other(problem)))
+}
+
+/// What the guest did with its disks, all of them together, as the hypervisor says.
+async fn ask_counters(socket: PathBuf) -> Option<IoCounters> {
+    match Api::new(socket).counters().await {
+        Ok(devices) => Some(disks(devices.values())),
+        Err(error) => {
+            tracing::debug!(%error, "cloud-hypervisor does not tell what its devices did");
+            None
+        }
+    }
+}
+
+/// Of a hypervisor's devices, those that count as disks do.
+fn disks<'a>(devices: impl Iterator<Item = &'a DeviceCounters> + Clone) -> IoCounters {
+    let sum = |name: &str| {
+        devices.clone().filter_map(|device| device.get(name)).fold(0, |sum: u64, n| sum.saturating_add(*n))
+    };
+    IoCounters {
+        read_bytes: sum("read_bytes"),
+        written_bytes: sum("write_bytes"),
+        reads: Some(sum("read_ops")),
+        writes: Some(sum("write_ops")),
+    }
 }
 
 /// What an event says about the machine's end.

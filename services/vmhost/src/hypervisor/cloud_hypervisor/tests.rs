@@ -14,15 +14,15 @@ use std::{
     time::Duration,
 };
 
-use blixard::id::VmId;
+use blixard::{id::VmId, pb::common::v1::IoCounters};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde_json::{Value, json};
 
 use super::{
     API_SOCKET, Boot, KIND, VSOCK_SOCKET, Vmm,
-    api::{Api, ApiError, Call, parse},
+    api::{Api, ApiError, Call, DeviceCounters, parse},
     config::{NetConfig, VmConfig},
-    has_landlock, installed, needs, verdict,
+    disks, has_landlock, installed, needs, verdict,
 };
 use crate::hypervisor::{Disk, Hypervisor as _, Launch, LaunchError, Machine, ProcessExit, image};
 
@@ -60,8 +60,8 @@ impl Bed {
         let vm_id = VmId::random();
         let dir = self.root.path().join(vm_id.to_string());
         fs::create_dir(&dir).expect("mkdir");
-        let (nic, user, cgroup, disks) = (None, None, None, vec![]);
-        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks }
+        let (nic, user, cgroup, io_max, disks) = (None, None, None, None, vec![]);
+        Launch { vm_id, image: "tiny".to_owned(), vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, io_max, disks }
     }
 
     /// A machine that runs, with its API.
@@ -240,6 +240,10 @@ async fn a_machine_that_runs_is_paused_resumed_and_counted() {
     running.put("vm.resume", Value::Null).await.expect("resumes");
     assert_eq!(running.state().await, "Running");
     assert!(running.get("vm.counters").await.is_object());
+    let usage = within("usage", running.machine.usage()).await;
+    // It has no disk, and says so.
+    let none = IoCounters { reads: Some(0), writes: Some(0), ..IoCounters::default() };
+    assert_eq!((usage.disks, usage.network), (Some(none), None), "{usage:?}");
 
     within("kill", running.machine.kill()).await;
     let exit = within("wait", running.machine.wait()).await;
@@ -312,9 +316,9 @@ async fn its_process_may_open_nothing_but_what_it_needs() {
 
 #[test]
 fn who_has_no_disk_gets_no_io_uring() {
-    let (nic, user, cgroup, disks) = (None, None, None, vec![]);
+    let (nic, user, cgroup, io_max, disks) = (None, None, None, None, vec![]);
     let (vm_id, image, dir) = (VmId::random(), "tiny".to_owned(), "/vm".into());
-    let without = Launch { vm_id, image, vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, disks };
+    let without = Launch { vm_id, image, vcpus: 1, memory_mib: 64, dir, nic, user, cgroup, io_max, disks };
     let disk = Disk { path: "/disk".into(), serial: "disk".to_owned(), read_only: true, filesystem: "erofs" };
     let with = Launch { disks: vec![disk], ..without.clone() };
     let image = |root_disk| image::Image {
@@ -327,6 +331,19 @@ fn who_has_no_disk_gets_no_io_uring() {
     let gets = |image, launch| needs(&image, launch).uses.io_uring;
     assert!(!gets(image(None), &without));
     assert!(gets(image(None), &with) && gets(image(Some("/root".into())), &without));
+}
+
+#[test]
+fn disks_are_told_from_other_devices_and_a_liars_numbers_do_no_harm() {
+    let device = |counters: &[(&str, u64)]| -> DeviceCounters {
+        counters.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+    };
+    let disk = device(&[("read_bytes", 4096), ("write_bytes", 512), ("read_ops", 2), ("write_ops", 1)]);
+    let (net, liar) = (device(&[("rx_bytes", 7), ("tx_frames", 7)]), device(&[("read_bytes", u64::MAX)]));
+    let told = disks([&disk, &net, &disk].into_iter());
+    let expected = IoCounters { read_bytes: 8192, written_bytes: 1024, reads: Some(4), writes: Some(2) };
+    assert_eq!(told, expected);
+    assert_eq!(disks([&disk, &liar].into_iter()).read_bytes, u64::MAX);
 }
 
 #[test]

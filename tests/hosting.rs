@@ -71,6 +71,9 @@ impl VmHostService for Stubborn {
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Result<Response<pb::GetConsoleResponse>, Status> {
         std::future::pending().await
     }
+    async fn resize_vm(&self, _: Request<pb::ResizeVmRequest>) -> Result<Response<pb::ResizeVmResponse>, Status> {
+        std::future::pending().await
+    }
 }
 
 struct Hosted {

@@ -200,4 +200,8 @@ impl VmHostService for Service {
     async fn get_console(&self, _: Request<pb::GetConsoleRequest>) -> Answer<pb::GetConsoleResponse> {
         Ok(Response::new(pb::GetConsoleResponse::default()))
     }
+
+    async fn resize_vm(&self, _: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
+        Err(Status::failed_precondition("there is no machine"))
+    }
 }

@@ -180,6 +180,34 @@ pub struct Defaults {
     pub memory_mib: u32,
 }
 
+/// How large a VM is. Of what it is made of this alone may change while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct VmShape {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl VmShape {
+    /// Checks the fields `vcpus` and `memory_mib` of a request.
+    pub fn parse(vcpus: u32, memory_mib: u32) -> Result<Self, Error> {
+        Ok(Self { vcpus: check_vcpus("vcpus", vcpus)?, memory_mib: check_memory("memory_mib", memory_mib)? })
+    }
+
+    /// Of both the larger, thing by thing.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
+    }
+}
+
+impl fmt::Display for VmShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} vCPUs, {} MiB", self.vcpus, self.memory_mib)
+    }
+}
+
 /// What a VM is made of: checked, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct VmConfig {
@@ -234,6 +262,12 @@ impl VmConfig {
         })
     }
 
+    /// How large it is.
+    #[must_use]
+    pub fn shape(&self) -> VmShape {
+        VmShape { vcpus: self.vcpus, memory_mib: self.memory_mib }
+    }
+
     /// Checks a config in which nothing may be left out: what services send each other.
     pub fn parse_full(field: &str, config: Option<pb::VmConfig>) -> Result<Self, Error> {
         let config = config.ok_or_else(|| invalid(field, "", "required"))?;
@@ -268,21 +302,27 @@ pub(crate) fn parse_image(field: &str, image: String) -> Result<String, Error> {
 }
 
 pub(crate) fn parse_vcpus(field: &str, vcpus: Option<u32>, defaults: Defaults) -> Result<u32, Error> {
-    let vcpus = vcpus.unwrap_or(defaults.vcpus);
+    check_vcpus(&format!("{field}.vcpus"), vcpus.unwrap_or(defaults.vcpus))
+}
+
+fn check_vcpus(field: &str, vcpus: u32) -> Result<u32, Error> {
     if (1..=limits::MAX_VCPUS).contains(&vcpus) {
         Ok(vcpus)
     } else {
-        Err(invalid(&format!("{field}.vcpus"), vcpus, &format!("1 to {}", limits::MAX_VCPUS)))
+        Err(invalid(field, vcpus, &format!("1 to {}", limits::MAX_VCPUS)))
     }
 }
 
 pub(crate) fn parse_memory(field: &str, memory_mib: Option<u32>, defaults: Defaults) -> Result<u32, Error> {
-    let memory_mib = memory_mib.unwrap_or(defaults.memory_mib);
+    check_memory(&format!("{field}.memory_mib"), memory_mib.unwrap_or(defaults.memory_mib))
+}
+
+fn check_memory(field: &str, memory_mib: u32) -> Result<u32, Error> {
     if (limits::MIN_MEMORY_MIB..=limits::MAX_MEMORY_MIB).contains(&memory_mib) {
         Ok(memory_mib)
     } else {
         let allowed = format!("{} to {} (MiB)", limits::MIN_MEMORY_MIB, limits::MAX_MEMORY_MIB);
-        Err(invalid(&format!("{field}.memory_mib"), memory_mib, &allowed))
+        Err(invalid(field, memory_mib, &allowed))
     }
 }
 

@@ -77,6 +77,9 @@ impl VmHostService for Stubborn {
     ) -> Result<Response<pb::GetVmUsageResponse>, Status> {
         std::future::pending().await
     }
+    async fn resize_vm(&self, _: Request<pb::ResizeVmRequest>) -> Result<Response<pb::ResizeVmResponse>, Status> {
+        std::future::pending().await
+    }
 }
 
 struct Hosted {

@@ -20,6 +20,7 @@ mod boot;
 mod command;
 mod file;
 mod guest;
+mod hotplug;
 mod identity;
 mod image;
 mod input;
@@ -154,6 +155,7 @@ fn serve(address: &Address, reach: Reach, when_serving: impl FnOnce()) -> io::Re
         match &listener {
             Listener::Vsock(vsock) => {
                 guest.spawn(knock(reach == Reach::WholeGuest));
+                guest.spawn(hotplug::use_what_comes());
                 let accept = || async { vsock.accept().await.map(|(stream, _)| stream) };
                 answer(&guest, connections(accept)).await
             }

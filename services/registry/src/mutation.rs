@@ -15,7 +15,7 @@ use blixard::{
     node::{Node, NodeState},
     pb::common::v1 as pb,
     time::Timestamp,
-    vm::{VmConfig, VmKind, VmState},
+    vm::{VmConfig, VmKind, VmShape, VmState},
 };
 use hiqlite::{Param, Params};
 use prost::Message as _;
@@ -43,6 +43,12 @@ pub(crate) enum Mutation {
         grace_ms: Option<u64>,
         lost_node: Option<LostNode>,
         scheduler_epoch: u64,
+    },
+    /// A VM that runs has this shape now.
+    ResizeVm {
+        id: VmId,
+        to: VmShape,
+        expected_generation: u64,
     },
     PurgeVms {
         states: Vec<VmState>,
@@ -197,7 +203,7 @@ impl Mutation {
     /// See [`Key`].
     pub(crate) fn keys(&self) -> Vec<Key> {
         match self {
-            Self::CreateVm { id, .. } | Self::TransitionVm { id, .. } => vec![Key::Vm(*id)],
+            Self::CreateVm { id, .. } | Self::TransitionVm { id, .. } | Self::ResizeVm { id, .. } => vec![Key::Vm(*id)],
             Self::PurgeVms { ids, .. } => ids.iter().copied().map(Key::Vm).collect(),
             Self::CreateJob { job } => vec![Key::Job(job.id)],
             Self::CancelJob { id, .. } | Self::FailQueuedJob { id, .. } => vec![Key::Job(*id)],
@@ -247,7 +253,8 @@ impl Mutation {
             | Self::AssignJob { scheduler_epoch, .. }
             | Self::FinishAttempt { scheduler_epoch, .. }
             | Self::FailQueuedJob { scheduler_epoch, .. } => *scheduler_epoch,
-            Self::PurgeVms { .. }
+            Self::ResizeVm { .. }
+            | Self::PurgeVms { .. }
             | Self::CreateJob { .. }
             | Self::CreateJobs { .. }
             | Self::StartAttempt { .. }
@@ -295,6 +302,11 @@ impl Mutation {
                     params.push(grace_ms.map_or(Param::Null, integer));
                 }
                 vec![(sql(&TRANSITION_VM[index(*to)]), params)]
+            }
+            Self::ResizeVm { id, to, expected_generation } => {
+                let shape = [to.vcpus.into(), to.memory_mib.into()];
+                let params = [id.text()].into_iter().chain(shape).chain([integer(*expected_generation), now.into()]);
+                vec![(sql(&RESIZE_VM), params.collect())]
             }
             Self::PurgeVms { states, ids, at_most } => purge_vms(states, ids, *at_most, now),
             Self::CreateJob { job } => create_job(job, now),
@@ -424,6 +436,18 @@ static TRANSITION_VM: LazyLock<Vec<String>> = LazyLock::new(|| {
         )
     };
     VmState::ALL.into_iter().map(statement).collect()
+});
+
+/// The text in `config` stays: it is what the VM was asked for, and tells whether that is asked for again.
+static RESIZE_VM: LazyLock<String> = LazyLock::new(|| {
+    let running = VmState::ALL.into_iter().filter(|state| state.is_running());
+    format!(
+        "UPDATE vms SET vcpus = ?2, memory_mib = ?3, \
+             reason = 'resized from ' || vcpus || ' vCPUs, ' || memory_mib || ' MiB to ' || ?2 || ' vCPUs, ' || ?3 || ' MiB', \
+             generation = generation + 1, revision = {NEXT_REVISION}, updated_at = ?5 \
+         WHERE id = ?1 AND (?4 = 0 OR generation = ?4) AND NOT (vcpus = ?2 AND memory_mib = ?3) AND state IN ({})",
+        names(running.map(VmState::as_str))
+    )
 });
 
 fn purge_vms(states: &[VmState], ids: &[VmId], at_most: u32, now: String) -> Vec<Statement> {
@@ -980,6 +1004,11 @@ mod tests {
             Mutation::FinishAttempt { job_id: id, attempt: 1, outcome: failed, scheduler_epoch: 0 },
             late,
             Mutation::CancelJob { id, reason: String::new() },
+            Mutation::ResizeVm {
+                id: VmId::random(),
+                to: VmShape { vcpus: 1, memory_mib: 128 },
+                expected_generation: 0,
+            },
             Mutation::AssignJob { job_id: id, vm_id: VmId::random(), attempt: 1, decision: None, scheduler_epoch: 0 },
             Mutation::CreateJob { job: Box::new(job.clone()) },
             Mutation::CreateJobs { jobs: vec![job] },

@@ -191,7 +191,7 @@ macro_rules! repeatable {
 
 repeatable! {
     CreateVmRequest TransitionVmRequest PurgeVmsRequest CreateJobRequest AssignJobRequest StartAttemptRequest
-    FinishAttemptRequest CancelJobRequest FailQueuedJobRequest RegisterNodeRequest UpdateNodeRequest
+    FinishAttemptRequest CancelJobRequest FailQueuedJobRequest RegisterNodeRequest UpdateNodeRequest ResizeVmRequest
 }
 
 /// A request and its id, if its caller gave it one.
@@ -213,7 +213,7 @@ mod tests {
         job::JobState,
         node::{Node, NodeState},
         pb::common::v1 as pb,
-        vm::{VmConfig, VmKind, VmState},
+        vm::{VmConfig, VmKind, VmShape, VmState},
     };
     use hiqlite::rusqlite::types::Value;
     use proptest::prelude::*;
@@ -339,6 +339,9 @@ mod tests {
                     Mutation::TransitionVm { id, to, expected_generation, reason, grace_ms, lost_node: None, scheduler_epoch }
                 },
             ),
+            2 => (vm(), 1..3u32, 0..4u64).prop_map(|(id, vcpus, expected_generation)| {
+                Mutation::ResizeVm { id, to: VmShape { vcpus, memory_mib: 512 }, expected_generation }
+            }),
             1 => Just(Mutation::PurgeVms { states: vec![VmState::Failed], ids: vec![], at_most: 9 }),
             2 => (job(), 1..3u32).prop_map(move |(id, most)| Mutation::CreateJob { job: Box::new(new_job(id, most)) }),
             4 => (job(), vm(), 1..4u32, epoch()).prop_map(|(job_id, vm_id, attempt, scheduler_epoch)| {

@@ -21,7 +21,7 @@ use crate::{
 
 /// The columns that [`VmRow::read`] expects.
 pub(crate) const VM_COLUMNS: &str = "id, config, state, node_id, job_id, reason, generation, revision, created_at, updated_at, created_revision, \
-     jobs_assigned, stop_grace_ms";
+     jobs_assigned, stop_grace_ms, vcpus, memory_mib";
 /// The columns that [`JobRow::read`] expects.
 pub(crate) const JOB_COLUMNS: &str = "id, spec, state, attempt, vm_id, node_id, assignment, cancel_requested, exit_code, \
      signal, user_time_ms, system_time_ms, max_rss_kib, reason, log_bytes, generation, revision, created_at, assigned_at, \
@@ -45,7 +45,7 @@ pub(crate) enum AttemptEnd {
 pub(crate) struct VmRow {
     pub(crate) vm: pb::Vm,
     pub(crate) state: VmState,
-    /// The text in `config`.
+    /// The text in `config`: with the shape that was asked for.
     pub(crate) config: String,
     /// Orders rows by when they were made.
     pub(crate) created_revision: u64,
@@ -68,11 +68,13 @@ impl VmRow {
     /// Reads [`VM_COLUMNS`].
     pub(crate) fn read(row: &Row<'_>) -> Result<Self> {
         let config: String = row.get(1)?;
-        let parsed: VmConfig = serde_json::from_str(&config).map_err(|error| damaged(1, error))?;
+        let asked: VmConfig = serde_json::from_str(&config).map_err(|error| damaged(1, error))?;
+        let vcpus = row.get::<_, Option<u32>>(13)?.unwrap_or(asked.vcpus);
+        let memory_mib = row.get::<_, Option<u32>>(14)?.unwrap_or(asked.memory_mib);
         let state = vm_state(row, 2)?;
         let vm = pb::Vm {
             id: row.get(0)?,
-            config: Some(parsed.into()),
+            config: Some(VmConfig { vcpus, memory_mib, ..asked }.into()),
             state: state.to_pb().into(),
             node_id: row.get(3)?,
             job_id: text(row, 4)?,

@@ -15,7 +15,7 @@ use blixard::{
         registry::v1::{self as wire, finish_attempt_request::Outcome as WireOutcome},
     },
     time::Timestamp,
-    vm::{VmConfig, VmKind, VmState, parse_labels},
+    vm::{VmConfig, VmKind, VmShape, VmState, parse_labels},
 };
 use hiqlite::rusqlite::{self, Connection};
 use prost::Message as _;
@@ -115,6 +115,22 @@ impl Command for wire::TransitionVmRequest {
 
     fn response(answer: Answer) -> Option<Self::Response> {
         Some(wire::TransitionVmResponse { vm: Some(answer.vm()?) })
+    }
+}
+
+impl Command for wire::ResizeVmRequest {
+    type Response = wire::ResizeVmResponse;
+
+    fn parse(self, _: Timestamp) -> Result<Mutation, Error> {
+        Ok(Mutation::ResizeVm {
+            id: VmId::parse("vm_id", &self.vm_id)?,
+            to: VmShape::parse(self.vcpus, self.memory_mib)?,
+            expected_generation: self.expected_generation,
+        })
+    }
+
+    fn response(answer: Answer) -> Option<Self::Response> {
+        Some(wire::ResizeVmResponse { vm: Some(answer.vm()?) })
     }
 }
 

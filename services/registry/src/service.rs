@@ -98,6 +98,10 @@ impl RegistryService for Service {
         self.change(request).await
     }
 
+    async fn resize_vm(&self, request: Request<wire::ResizeVmRequest>) -> Answered<wire::ResizeVmResponse> {
+        self.change(request).await
+    }
+
     async fn create_jobs(&self, request: Request<wire::CreateJobsRequest>) -> Answered<wire::CreateJobsResponse> {
         let answer = self.commits.submit(rpc::new_jobs(request.into_inner())?, None).await?;
         let Answer::Jobs(jobs) = answer else { return Err(wrong_answer().into()) };

@@ -116,6 +116,8 @@ impl Store {
         register_node RegisterNodeRequest RegisterNodeResponse
         /// `UpdateNode`.
         update_node UpdateNodeRequest UpdateNodeResponse
+        /// `ResizeVm`.
+        resize_vm ResizeVmRequest ResizeVmResponse
     }
 
     questions! {

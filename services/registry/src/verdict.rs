@@ -10,7 +10,7 @@ use blixard::{
     id::{JobId, NodeId, VmId},
     job::JobState,
     pb::common::v1 as pb,
-    vm::VmState,
+    vm::{VmShape, VmState},
 };
 use prost::Message as _;
 
@@ -62,6 +62,14 @@ pub(crate) enum Verdict {
     Again,
 }
 
+impl VmRow {
+    fn shape(&self) -> VmShape {
+        let config = self.vm.config.as_ref();
+        let of = |field: fn(&pb::VmConfig) -> Option<u32>| config.and_then(field).unwrap_or(0);
+        VmShape { vcpus: of(|config| config.vcpus), memory_mib: of(|config| config.memory_mib) }
+    }
+}
+
 impl Verdict {
     fn vm(row: &VmRow) -> Self {
         Self::Accepted(Answer::Vm(Box::new(row.vm.clone())))
@@ -94,6 +102,11 @@ pub(crate) fn judge(mutation: &Mutation, changed: usize, after: &After) -> Verdi
             None => Verdict::Denied(vm_not_found(id)),
             Some(row) if changed > 0 || row.state == *to => Verdict::vm(row),
             Some(row) => deny_transition(row, *to, *expected_generation),
+        },
+        Mutation::ResizeVm { id, to, expected_generation } => match after.vms.get(id) {
+            None => Verdict::Denied(vm_not_found(id)),
+            Some(row) if changed > 0 || row.shape() == *to => Verdict::vm(row),
+            Some(row) => deny_resize(row, *expected_generation),
         },
         Mutation::LoseNode { id, incarnation, .. } => match after.nodes.get(id) {
             None => Verdict::Denied(node_not_found(id)),
@@ -187,15 +200,33 @@ fn not_lost(LostNode { id, incarnation }: &LostNode, after: &After) -> Option<Er
     Some(error.with("incarnation", incarnation).with("current", node.incarnation))
 }
 
-fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {
+/// The VM is at another generation.
+fn stale_generation(row: &VmRow, expected: u64) -> Option<Verdict> {
     let actual = row.vm.generation;
-    if expected_generation != 0 && expected_generation != actual {
-        let message = format!("VM {} is at generation {actual}, not {expected_generation}", row.vm.id);
+    (expected != 0 && expected != actual).then(|| {
+        let message = format!("VM {} is at generation {actual}, not {expected}", row.vm.id);
         let error = Error::new(Reason::StaleGeneration, message)
             .with("id", &row.vm.id)
-            .with("expected", expected_generation)
+            .with("expected", expected)
             .with("actual", actual);
-        return Verdict::Denied(error);
+        Verdict::Denied(error)
+    })
+}
+
+fn deny_resize(row: &VmRow, expected_generation: u64) -> Verdict {
+    if let Some(stale) = stale_generation(row, expected_generation) {
+        return stale;
+    }
+    if row.state.is_running() {
+        return Verdict::Again;
+    }
+    let message = format!("VM {} is {} and takes no other shape", row.vm.id, row.state);
+    Verdict::Denied(Error::new(Reason::VmNotAccepting, message).with("vm_id", &row.vm.id).with("state", row.state))
+}
+
+fn deny_transition(row: &VmRow, to: VmState, expected_generation: u64) -> Verdict {
+    if let Some(stale) = stale_generation(row, expected_generation) {
+        return stale;
     }
     let kind = row.vm.config.as_ref().map(|config| config.kind());
     let kind =
@@ -245,6 +276,7 @@ fn judge_unchanged_job(mutation: &Mutation, row: &JobRow, after: &After) -> Verd
         },
         Mutation::CreateVm { .. }
         | Mutation::TransitionVm { .. }
+        | Mutation::ResizeVm { .. }
         | Mutation::PurgeVms { .. }
         | Mutation::CreateJob { .. }
         | Mutation::CreateJobs { .. }

@@ -14,7 +14,7 @@ use blixard::{
         vmhost::v1 as vmhost,
     },
     time::millis,
-    vm::{Vm, VmConfig, VmKind, VmState},
+    vm::{Vm, VmConfig, VmKind, VmShape, VmState},
 };
 use blixard_chassis::{
     Tasks,
@@ -417,6 +417,28 @@ impl SchedulerService for SchedulerApi {
         let answer = self.peers.vmhost(&vm.node_id)?.get_vm_usage(forward(&request, get)).await;
         let usage = answer.map_err(|status| peer_error("vmhost", &status))?.into_inner().usage;
         Ok(Response::new(pb::GetVmUsageResponse { usage }))
+    }
+
+    async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
+        let asked = request.get_ref();
+        let vm_id = VmId::parse("vm_id", &asked.vm_id)?;
+        if (asked.vcpus, asked.memory_mib) == (None, None) {
+            return Err(invalid("vcpus", "", "a number, unless `memory_mib` has one").into());
+        }
+        let vm = self.find_vm(vm_id).await?;
+        if !vm.state.is_running() {
+            let message = format!("VM {vm_id} is {} and takes no other shape", vm.state);
+            return Err(Error::new(Reason::VmNotAccepting, message)
+                .with("vm_id", vm_id)
+                .with("state", vm.state)
+                .into());
+        }
+        let VmShape { vcpus, memory_mib } = vm.config.shape();
+        let to = VmShape::parse(asked.vcpus.unwrap_or(vcpus), asked.memory_mib.unwrap_or(memory_mib))?;
+        let resize = vmhost::ResizeVmRequest { vm_id: vm_id.to_string(), vcpus: to.vcpus, memory_mib: to.memory_mib };
+        let answer = self.peers.vmhost(&vm.node_id)?.resize_vm(forward(&request, resize)).await;
+        let resized = answer.map_err(|status| peer_error("vmhost", &status))?.into_inner();
+        Ok(Response::new(pb::ResizeVmResponse { vm: resized.vm }))
     }
 
     async fn get_stats(&self, request: Request<pb::GetStatsRequest>) -> Answer<pb::GetStatsResponse> {

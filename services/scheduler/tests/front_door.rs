@@ -286,3 +286,42 @@ async fn nodes_are_listed_cordoned_drained_and_put_back() {
     let nobody = pb::UncordonNodeRequest { node_id: "node-9".into() };
     assert_eq!(reason(world.scheduler.clone().uncordon_node(nobody).await), Reason::NodeNotFound);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resize_goes_to_the_node_with_what_was_left_out_filled_in_and_its_refusals_come_back() {
+    let world = World::start().await;
+    let config = common::VmConfig {
+        kind: common::VmKind::Service.into(),
+        vcpus: Some(2),
+        memory_mib: Some(512),
+        ..Default::default()
+    };
+    let id = Uuid::new_v4().to_string();
+    let vm = common::Vm {
+        id: id.clone(),
+        config: Some(config),
+        state: common::VmState::Idle.into(),
+        node_id: NODE.into(),
+        ..Default::default()
+    };
+    world.registry.recorded().vm = Some(vm);
+    let resize = |vcpus, memory_mib| pb::ResizeVmRequest { vm_id: id.clone(), vcpus, memory_mib };
+    let ask = async |request| world.scheduler.clone().resize_vm(request).await;
+
+    let answer = ask(resize(Some(4), None)).await.expect("resized").into_inner().vm.expect("a VM");
+    assert_eq!(answer.config.expect("a config").vcpus, Some(4));
+    ask(resize(None, Some(640))).await.expect("resized");
+    let resized: Vec<_> = world.vmhost.held().resized.iter().map(|asked| (asked.vcpus, asked.memory_mib)).collect();
+    assert_eq!(resized, [(4, 512), (2, 640)]);
+
+    let refused = Error::from_status(&ask(resize(Some(9), None)).await.expect_err("the node refuses"));
+    assert_eq!((refused.reason, refused.metadata["field"].as_str()), (Reason::InvalidField, "vcpus"));
+    assert_eq!(reason(ask(resize(None, None)).await), Reason::InvalidField);
+    assert_eq!(reason(ask(resize(Some(65), None)).await), Reason::InvalidField);
+    assert_eq!(reason(ask(resize(None, Some(95))).await), Reason::InvalidField);
+    let other = pb::ResizeVmRequest { vm_id: Uuid::new_v4().to_string(), ..resize(Some(1), None) };
+    assert_eq!(reason(ask(other).await), Reason::VmNotFound);
+    world.registry.recorded().vm.as_mut().expect("a VM").state = common::VmState::Draining.into();
+    assert_eq!(reason(ask(resize(Some(4), None)).await), Reason::VmNotAccepting);
+    assert_eq!(world.vmhost.held().resized.len(), 2);
+}

@@ -17,7 +17,7 @@ use blixard::{
     limits::{DEFAULT_STOP_GRACE, MAX_REASON_BYTES},
     pb::common::v1::JobSpec,
     time::Timestamp,
-    vm::{VmConfig, VmKind, VmState},
+    vm::{VmConfig, VmKind, VmShape, VmState},
 };
 use blixard_chassis::Tasks;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -28,19 +28,19 @@ use crate::{
     guest::AgentLink,
     health::{self, Health},
     host::Host,
-    hypervisor::{Console, Launch, Machine, MachineExit},
+    hypervisor::{Console, Launch, Machine, MachineExit, ResizeError},
     lifecycle::{Admission, Effect, Input, Lifecycle, Run, Stop},
     logs::{Fence, LogWriter, Outcome},
     net::Lease,
     records::{AttemptRecord, VmDir, VmRecord},
     registry::cut,
-    reporter::{Report, Reporter},
+    reporter::{REPORTS_QUEUED, Report, Reporter},
     templates::{self, Started},
 };
 
 /// Commands that wait for a busy driver. The scheduler has at most a few under way for one VM.
 const COMMANDS_QUEUED: usize = 16;
-/// Events that wait for it: its own tasks send one at a time each, and there are seven.
+/// Events that wait for it: its own tasks send one at a time each, and there are eight.
 const EVENTS_QUEUED: usize = 8;
 /// How much of its console the reason of a failed VM quotes.
 const QUOTED_CONSOLE_BYTES: usize = 600;
@@ -66,6 +66,11 @@ enum Command {
         stop: Stop,
         reply: Reply,
     },
+    Resize {
+        to: VmShape,
+        /// Answered when the registry knows.
+        reply: Reply,
+    },
     /// It is to end once the registry gives it no attempts; nobody waits.
     Retire {
         reason: String,
@@ -80,13 +85,14 @@ impl Command {
             Self::Accepted { reply }
             | Self::Run { reply, .. }
             | Self::Cancel { reply, .. }
-            | Self::Stop { reply, .. } => Some(reply),
+            | Self::Stop { reply, .. }
+            | Self::Resize { reply, .. } => Some(reply),
             Self::Retire { .. } | Self::Tell(_) => None,
         }
     }
 }
 
-type Reply = oneshot::Sender<Result<(), Error>>;
+pub(crate) type Reply = oneshot::Sender<Result<(), Error>>;
 
 /// What a driver's own tasks tell it.
 pub(crate) enum Event {
@@ -98,6 +104,8 @@ pub(crate) enum Event {
     MachineExited(MachineExit),
     /// The agent was asked how it is: its answer, or what is wrong.
     Checked(Result<Health, String>),
+    /// What became of giving its machine another shape.
+    Resized(Result<VmShape, ResizeError>),
     /// The registry has the VM Draining, for this reason: it takes no more attempts.
     Retired(String),
     /// The registry knows everything.
@@ -110,12 +118,15 @@ pub(crate) struct VmView {
     pub(crate) state: VmState,
     pub(crate) run: Option<(JobId, u32)>,
     pub(crate) machine: Option<Arc<dyn Machine>>,
+    /// How large it is, or is about to be where that is more.
+    pub(crate) room: VmShape,
 }
 
 /// A VM, to everybody else.
 #[derive(Clone)]
 pub(crate) struct VmHandle {
     pub(crate) id: VmId,
+    /// What it was started with.
     pub(crate) config: VmConfig,
     pub(crate) accepted_at: Timestamp,
     pub(crate) lease: Option<Lease>,
@@ -145,6 +156,11 @@ impl VmHandle {
     pub(crate) async fn stop(&self, grace: Duration, reason: String) -> Result<(), Error> {
         let stop = Stop { deadline: Timestamp::now().plus(grace), reason };
         self.ask(|reply| Command::Stop { stop, reply }).await
+    }
+
+    /// Gives it another shape; returns when it has it and the registry knows.
+    pub(crate) async fn resize(&self, to: VmShape) -> Result<(), Error> {
+        self.ask(|reply| Command::Resize { to, reply }).await
     }
 
     /// Has it end, if it runs nothing and is still there.
@@ -204,6 +220,8 @@ struct Driver {
     machine: Option<(Arc<dyn Machine>, Arc<AgentLink>)>,
     /// Whether the machine was booted, so that a template would have helped.
     booted: bool,
+    /// Its machine is being given another shape, which somebody may wait for.
+    resizing: Option<Option<Reply>>,
     attempt_record: Option<AttemptRecord>,
     attempt: Option<Attempt>,
     reports: mpsc::Sender<Report>,
@@ -223,7 +241,7 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
     let tasks = host.tasks.child();
     let reports = Reporter::spawn(host.registry.clone(), id, event_sender.clone(), &tasks);
     let (attempt_record, log) = attempt.map_or((None, None), |(record, log)| (Some(record), log));
-    let view = watch::Sender::new(VmView { state: life.state(), run: None, machine: None });
+    let view = watch::Sender::new(VmView { state: life.state(), run: None, machine: None, room: record.room() });
     let dir = host.state.vm(id);
     let launch = host.launch_of(id, &record);
     let handle = VmHandle {
@@ -244,6 +262,7 @@ pub(crate) fn spawn(host: &Arc<Host>, beginning: Beginning) -> VmHandle {
         life,
         machine,
         booted: false,
+        resizing: None,
         attempt_record,
         attempt: log.map(Attempt::Open),
         reports,
@@ -325,6 +344,9 @@ impl Driver {
             self.watch_machine(machine);
             self.watch_health();
         }
+        if let (Some(_), Some(to)) = (&self.machine, self.record.shapes.next) {
+            self.resize_machine(to, None);
+        }
         if self.machine.is_some()
             && let Some(Attempt::Open(log)) = self.attempt.take()
         {
@@ -359,6 +381,7 @@ impl Driver {
                 self.step(Input::MachineExited { how: exit.to_string() }).await;
             }
             Event::Checked(result) => self.checked(result).await,
+            Event::Resized(result) => self.resized(result).await,
             Event::Retired(reason) => {
                 let stop = Stop { deadline: Timestamp::now().plus(DEFAULT_STOP_GRACE), reason };
                 self.intend_stop(&stop).await;
@@ -391,6 +414,7 @@ impl Driver {
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
+            Command::Resize { to, reply } => self.resize(to, reply).await,
             Command::Retire { reason } => self.retire(reason),
             Command::Tell(input) => self.step(input).await,
             Command::Cancel { job, attempt, reply } => {
@@ -434,6 +458,79 @@ impl Driver {
         }
         self.attempt_record = Some(record);
         Ok(Some(log))
+    }
+
+    /// Begins to give the VM another shape.
+    async fn resize(&mut self, to: VmShape, reply: Reply) {
+        match self.admit_resize(to).await {
+            Ok(true) => self.resize_machine(to, Some(reply)),
+            Ok(false) => self.report(Report::Resized { shape: to, reply: Some(reply) }).await,
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    /// Lets another shape be given: its room is taken and it is written down. False: the VM has it.
+    async fn admit_resize(&mut self, to: VmShape) -> Result<bool, Error> {
+        let state = self.life.state();
+        if !state.is_running() || self.machine.is_none() {
+            let message = format!("VM {} is {state} and takes no other shape", self.id);
+            return Err(Error::new(Reason::VmNotAccepting, message).with("vm_id", self.id).with("state", state));
+        }
+        // The registry is told in order, and may be away.
+        if self.resizing.is_some() || self.reports.capacity() <= REPORTS_QUEUED / 2 {
+            let message = format!("VM {} is being given another shape already", self.id);
+            return Err(Error::new(Reason::Overloaded, message).with("limit", 1));
+        }
+        let (before, view) = (self.record.shapes, &self.view);
+        self.host.admit_resize(self.id, &self.record, to, || view.send_modify(|view| view.room = view.room.max(to)))?;
+        if to == self.record.shape() && before.next.is_none() {
+            return Ok(false);
+        }
+        self.record.shapes.next = Some(to);
+        let written = self.dir.intend_vm(&self.record).await;
+        if written.is_err() {
+            self.record.shapes = before;
+        }
+        self.publish();
+        written.map_err(|error| internal(self.id, "another shape of a VM could not be written down", &error))?;
+        Ok(true)
+    }
+
+    fn resize_machine(&mut self, to: VmShape, reply: Option<Reply>) {
+        self.resizing = Some(reply);
+        let (host, launch, events) = (Arc::clone(&self.host), self.launch.clone(), self.event_sender.clone());
+        self.tasks.spawn_until_end("vm-resize", async move {
+            let result = host.hypervisor.resize(&launch, to).await;
+            let _ = events.send(Event::Resized(result)).await;
+        });
+    }
+
+    /// The machine has another shape, or has it not, or not all of it.
+    async fn resized(&mut self, result: Result<VmShape, ResizeError>) {
+        let reply = self.resizing.take().flatten();
+        let before = self.record.shape();
+        let has = match &result {
+            Ok(has) => Some(*has),
+            Err(error) => error.has,
+        };
+        // What nobody can tell stays wanted: its room stays taken, and the next vmhost, or whoever asks again, finds out.
+        if let Some(has) = has {
+            (self.record.shapes.now, self.record.shapes.next) = (Some(has), None);
+            self.note_vm();
+            self.publish();
+        }
+        let (vm_id, now) = (self.id, self.record.shape());
+        let Err(error) = result else {
+            tracing::info!(%vm_id, from = %before, to = %now, "VM resized");
+            return self.report(Report::Resized { shape: now, reply }).await;
+        };
+        tracing::warn!(%vm_id, from = %before, now = %now, error = with_sources(&error), "a VM could not be resized");
+        if now != before {
+            self.report(Report::Resized { shape: now, reply: None }).await;
+        }
+        let has = if error.has.is_some() { format!("has {now}") } else { "nobody can tell what it has".to_owned() };
+        let message = format!("VM {vm_id} could not be resized, and {has}: {error}");
+        let _ = reply.map(|reply| reply.send(Err(Error::new(Reason::GuestRefused, message).with("vm_id", vm_id))));
     }
 
     /// A full disk does not keep a VM alive: ending it makes room, and whoever wants its end asks again after a crash.
@@ -665,7 +762,7 @@ impl Driver {
     fn publish(&self) {
         let run = self.life.run().map(|run| (run.job, run.attempt));
         let machine = self.machine.as_ref().map(|(machine, _)| Arc::clone(machine));
-        self.view.send_replace(VmView { state: self.life.state(), run, machine });
+        self.view.send_replace(VmView { state: self.life.state(), run, machine, room: self.record.room() });
     }
 }
 

@@ -19,7 +19,7 @@ use blixard::{
     node::{HostPressure, shortage},
     pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
-    vm::{VmConfig, VmState},
+    vm::{VmConfig, VmShape, VmState},
     volume::Volumes,
 };
 use blixard_chassis::{SecretKey, Tasks};
@@ -47,6 +47,7 @@ use crate::{
     records::{self, StateDir, VmRecord},
     recovery,
     registry::Registry,
+    resize::{self, Shapes},
     service::Service,
     templates::{self, TemplateStore, Wanted},
     volumes::{Prepared, Room, VolumeStore},
@@ -580,14 +581,7 @@ impl Host {
                 Err(Error::new(Reason::RequestIdReused, message).with("request_id", vm_id))
             };
         }
-        self.has_relief()?;
-        let alive = alive_memory(&vms);
-        let beside = alive.iter().copied().chain(self.templates.being_made());
-        if self.capacity.room_for(config.memory_mib, beside, self.max_vms).is_err() {
-            // Not because of a template.
-            self.capacity.room_for(config.memory_mib, alive.into_iter(), self.max_vms)?;
-            self.templates.give_way();
-        }
+        self.make_room(config.memory_mib, alive_memory(&vms, None))?;
         let scratch_mib = config.volumes.scratch_mib();
         if scratch_mib > 0 {
             let room = self.disk_room(&vms).map_err(unreadable_disk)?;
@@ -609,6 +603,7 @@ impl Host {
         let record = VmRecord {
             lease,
             place,
+            shapes: Shapes { most: self.hypervisor.most(config.shape()), ..Shapes::default() },
             config,
             accepted_at: Timestamp::now(),
             host_boot: self.boot.clone(),
@@ -621,10 +616,51 @@ impl Host {
         Ok(vm)
     }
 
+    /// Whether there is room for so much memory beside VMs of these; a template that is being made gives way.
+    fn make_room(&self, memory_mib: u32, alive: Vec<u32>) -> Result<(), Error> {
+        self.has_relief()?;
+        let beside = alive.iter().copied().chain(self.templates.being_made());
+        if self.capacity.room_for(memory_mib, beside, self.max_vms).is_err() {
+            // Not because of a template.
+            self.capacity.room_for(memory_mib, alive.into_iter(), self.max_vms)?;
+            self.templates.give_way();
+        }
+        Ok(())
+    }
+
+    /// Whether a VM may be given another shape; `begin` then takes the room that it grows by.
+    pub(crate) fn admit_resize(
+        &self,
+        vm_id: VmId,
+        record: &VmRecord,
+        to: VmShape,
+        begin: impl FnOnce(),
+    ) -> Result<(), Error> {
+        let cant = format!("the driver \"{}\" can't change a VM that runs", self.hypervisor.name());
+        let (most, fixed) = match self.hypervisor.most(record.config.shape()) {
+            Some(_) => (record.shapes.most, "it was started by a vmhost that could not give it another"),
+            None => (None, cant.as_str()),
+        };
+        resize::admit(record.shape(), to, most, self.capacity.vcpus, fixed)?;
+        let vms = self.vms();
+        if to.memory_mib > record.room().memory_mib {
+            self.make_room(to.memory_mib, alive_memory(&vms, Some(vm_id)))?;
+        }
+        begin();
+        Ok(())
+    }
+
+    /// Gives a VM another shape; the VM as the registry has it then.
+    pub(crate) async fn resize_vm(&self, vm_id: VmId, to: VmShape) -> Result<common::Vm, Error> {
+        let not_found = || Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id);
+        self.vm(vm_id).ok_or_else(not_found)?.resize(to).await?;
+        self.registry.vm(vm_id).await?.ok_or_else(not_found)
+    }
+
     /// Whether a template can be made beside the VMs that are here; `begin` then takes the room.
     pub(crate) fn has_room_for_template(&self, memory_mib: u32, begin: impl FnOnce()) -> bool {
         let vms = self.vms();
-        let room = self.capacity.room_for(memory_mib, alive_memory(&vms).into_iter(), self.max_vms);
+        let room = self.capacity.room_for(memory_mib, alive_memory(&vms, None).into_iter(), self.max_vms);
         let room = room.and_then(|()| self.has_relief()).is_ok();
         if room {
             begin();
@@ -751,10 +787,10 @@ impl Host {
     }
 }
 
-/// The memory of each VM that has not ended, in MiB.
-fn alive_memory(vms: &BTreeMap<VmId, VmHandle>) -> Vec<u32> {
-    let alive = vms.values().filter(|vm| !vm.view.borrow().state.is_terminal());
-    alive.map(|vm| vm.config.memory_mib).collect()
+/// The memory that each VM may take that has not ended, in MiB, but for one.
+fn alive_memory(vms: &BTreeMap<VmId, VmHandle>, but: Option<VmId>) -> Vec<u32> {
+    let others = vms.values().filter(|vm| Some(vm.id) != but).map(|vm| vm.view.borrow());
+    others.filter(|view| !view.state.is_terminal()).map(|view| view.room.memory_mib).collect()
 }
 
 fn unreadable_disk(error: io::Error) -> Error {

@@ -46,6 +46,7 @@ mod records;
 mod recovery;
 mod registry;
 mod reporter;
+mod resize;
 mod service;
 mod templates;
 mod volumes;

@@ -24,7 +24,7 @@ use std::{
 use blixard::{
     id::{JobId, VmId},
     time::Timestamp,
-    vm::{VmConfig, VmState},
+    vm::{VmConfig, VmShape, VmState},
 };
 use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
@@ -35,6 +35,7 @@ use crate::{
     containment::Place,
     lifecycle::{Cause, Stop},
     net::Lease,
+    resize::Shapes,
 };
 
 /// A VM.
@@ -56,8 +57,23 @@ pub(crate) struct VmRecord {
     /// Its user and cgroup.
     #[serde(default)]
     pub(crate) place: Place,
+    /// Its shapes, where that in the config is not all.
+    #[serde(default)]
+    pub(crate) shapes: Shapes,
     /// What it came to: all that is left is to report it.
     pub(crate) end: Option<(VmState, String)>,
+}
+
+impl VmRecord {
+    /// The shape that it has.
+    pub(crate) fn shape(&self) -> VmShape {
+        self.shapes.now.unwrap_or(self.config.shape())
+    }
+
+    /// The room that it may take: while it is being given another shape, that of the larger one.
+    pub(crate) fn room(&self) -> VmShape {
+        self.shapes.next.map_or(self.shape(), |next| next.max(self.shape()))
+    }
 }
 
 /// An attempt that a VM was given.

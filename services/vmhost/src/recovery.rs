@@ -22,6 +22,8 @@
 //! | half of its artifacts fetched | `artifacts.new` | fetches them all again |
 //! | the log's end record written | a log with its end | reports it (again); an ephemeral VM is shut down |
 //! | the end reported | the same | the same; the report changes nothing |
+//! | ResizeVm accepted, or its machine is being changed | `shapes.next` in `vm.json` | asks the hypervisor for it (again), then as below |
+//! | the machine changed, and that was noted | `shapes.now` | reports the shape (again); the report changes nothing |
 //! | StopVm accepted | `stop` in `vm.json` | goes on stopping, with what is left of the grace |
 //! | the guest was told to end, or killed | perhaps no machine any more | reports Terminated: `stop`, or the end of an ephemeral VM's job, tells that it was wanted |
 //! | the machine died | no machine | reports the attempt lost, then Failed |
@@ -191,6 +193,9 @@ fn beginning(
     let used = attempt.is_some();
     if machine.is_some() && !used {
         reports.push(Report::Ready);
+    }
+    if let (Some(_), Some(shape)) = (&machine, record.shapes.now) {
+        reports.push(Report::Resized { shape, reply: None });
     }
     let run = attempt.as_ref().map(|(attempt, _)| run_of(attempt));
     let ended = attempt.as_ref().and_then(|(_, log)| log.end());

@@ -10,7 +10,7 @@ use blixard::{
     limits::{MAX_MESSAGE_BYTES, MAX_PAGE_SIZE, MAX_REASON_BYTES},
     pb::{common::v1 as common, registry::v1 as pb},
     time::Timestamp,
-    vm::VmState,
+    vm::{VmShape, VmState},
 };
 use blixard_chassis::{ReplicatedChannel, client};
 use futures::stream;
@@ -75,6 +75,7 @@ pub(crate) fn is_answer(reason: Reason) -> bool {
             | Reason::StaleIncarnation
             | Reason::IllegalTransition
             | Reason::VmNotFound
+            | Reason::VmNotAccepting
             | Reason::JobNotFound
             | Reason::NodeNotFound
             | Reason::InvalidField
@@ -173,6 +174,18 @@ impl Registry {
             ..Default::default()
         };
         self.client.clone().transition_vm(client::request(request, CALL_TIMEOUT)).await?;
+        Ok(())
+    }
+
+    /// Records the shape that a VM has now.
+    pub(crate) async fn resize_vm(&self, vm_id: VmId, shape: VmShape) -> Result<(), Error> {
+        let request = pb::ResizeVmRequest {
+            vm_id: vm_id.to_string(),
+            vcpus: shape.vcpus,
+            memory_mib: shape.memory_mib,
+            ..Default::default()
+        };
+        self.client.clone().resize_vm(client::request(request, CALL_TIMEOUT)).await?;
         Ok(())
     }
 

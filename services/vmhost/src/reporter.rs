@@ -6,21 +6,21 @@ use blixard::{
     error::{Error, Reason},
     id::{JobId, VmId},
     time::Timestamp,
-    vm::VmState,
+    vm::{VmShape, VmState},
 };
 use blixard_chassis::Tasks;
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
-    driver::Event,
+    driver::{Event, Reply},
     lifecycle::{Input, Stop},
     logs::{EndRecord, Outcome},
     registry::{Registry, until_answered},
 };
 
 /// Reports of one VM that wait for the registry. No VM gets another job before the last one's end is answered, so there are
-/// at most Ready, Started, Finished and End.
-const REPORTS_QUEUED: usize = 8;
+/// at most Ready, Started, Finished and End, and none of another shape is begun while as many wait.
+pub(crate) const REPORTS_QUEUED: usize = 8;
 
 /// So long the start of a command waits for its end: what is over as soon is told in one. Nothing waits for the start.
 const START_WITH_END: Duration = Duration::from_millis(5);
@@ -38,6 +38,12 @@ pub(crate) enum Report {
         job: JobId,
         attempt: u32,
         end: Arc<EndRecord>,
+    },
+    /// It has this shape now.
+    Resized {
+        shape: VmShape,
+        /// Who waits until the registry knows, if anybody does.
+        reply: Option<Reply>,
     },
     /// The last one. `started`: whether an attempt that this node does not remember may have begun.
     End {
@@ -65,6 +71,7 @@ impl Report {
             Self::Ready => "VM is Ready",
             Self::Started { .. } => "attempt started",
             Self::Finished { .. } => "attempt ended",
+            Self::Resized { .. } => "VM resized",
             Self::End { .. } => "VM ended",
         }
     }
@@ -108,11 +115,15 @@ impl Reporter {
 
     async fn tell(&self, report: Report) {
         let what = report.name();
-        if let Err(error) = until_answered(what, || self.deliver(&report)).await {
-            self.refused(&report, &error).await;
+        let answer = until_answered(what, || self.deliver(&report)).await;
+        if let Err(error) = &answer {
+            self.refused(&report, error).await;
         }
-        if matches!(report, Report::End { .. }) {
-            let _ = self.events.send(Event::Reported).await;
+        match report {
+            Report::End { .. } => drop(self.events.send(Event::Reported).await),
+            // Whoever asked may have gone.
+            Report::Resized { reply: Some(reply), .. } => drop(reply.send(answer)),
+            Report::Resized { reply: None, .. } | Report::Ready | Report::Started { .. } | Report::Finished { .. } => {}
         }
     }
 
@@ -121,6 +132,7 @@ impl Reporter {
             Report::Ready => self.registry.transition(self.vm_id, VmState::Ready, 0, "").await,
             Report::Started { job, attempt, at } => self.registry.start_attempt(*job, *attempt, *at).await,
             Report::Finished { job, attempt, end } => self.registry.finish_attempt(*job, *attempt, end).await,
+            Report::Resized { shape, .. } => self.registry.resize_vm(self.vm_id, *shape).await,
             Report::End { state, started, reason } => self.registry.end_vm(self.vm_id, *state, *started, reason).await,
         }
     }

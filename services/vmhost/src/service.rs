@@ -12,7 +12,7 @@ use blixard::{
     limits::{DEFAULT_PAGE_SIZE, DEFAULT_STOP_GRACE, MAX_PAGE_BYTES, MAX_PAGE_SIZE, MAX_REASON_BYTES, MAX_STOP_GRACE},
     pb::{common::v1::VmUsage, vmhost::v1 as pb},
     time::Timestamp,
-    vm::VmConfig,
+    vm::{VmConfig, VmShape},
 };
 use futures::stream::BoxStream;
 use prost::Message;
@@ -146,6 +146,14 @@ impl pb::vm_host_service_server::VmHostService for Service {
         }))
     }
 
+    async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Result<Response<pb::ResizeVmResponse>, Status> {
+        let request = request.into_inner();
+        let vm_id = VmId::parse("vm_id", &request.vm_id)?;
+        let to = VmShape::parse(request.vcpus, request.memory_mib)?;
+        let vm = self.host.resize_vm(vm_id, to).await?;
+        Ok(Response::new(pb::ResizeVmResponse { vm: Some(vm) }))
+    }
+
     async fn get_console(
         &self,
         request: Request<pb::GetConsoleRequest>,
@@ -203,9 +211,10 @@ fn page(vms: impl Iterator<Item = (VmId, VmHandle)>, size: usize) -> pb::ListVms
 
 fn hosted(id: VmId, vm: &VmHandle) -> pb::HostedVm {
     let view = vm.view.borrow().clone();
+    let VmShape { vcpus, memory_mib } = view.room;
     pb::HostedVm {
         vm_id: id.to_string(),
-        config: Some(vm.config.clone().into()),
+        config: Some(VmConfig { vcpus, memory_mib, ..vm.config.clone() }.into()),
         state: view.state.to_pb().into(),
         pids: view.machine.map(|machine| machine.pids()).unwrap_or_default(),
         job_id: view.run.map(|(job, _)| job.to_string()).unwrap_or_default(),

@@ -204,4 +204,8 @@ impl VmHostService for Service {
     async fn get_vm_usage(&self, _: Request<pb::GetVmUsageRequest>) -> Answer<pb::GetVmUsageResponse> {
         Ok(Response::new(pb::GetVmUsageResponse::default()))
     }
+
+    async fn resize_vm(&self, _: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
+        Err(Status::failed_precondition("there is no machine"))
+    }
 }

@@ -423,6 +423,17 @@ pub(crate) enum VmCommand {
     },
     /// End VMs gracefully, and with force after the grace.
     Stop(VmStopArgs),
+    /// Give a VM that runs more or fewer vCPUs, or more memory (Cloud Hypervisor).
+    Resize {
+        /// The VM.
+        id: String,
+        /// Virtual CPUs: at most four times as many as it was started with, and its node's.
+        #[arg(long, value_name = "N", required_unless_present = "memory")]
+        vcpus: Option<u32>,
+        /// Memory in MiB: more by whole 128, up to four times what it was started with.
+        #[arg(long, value_name = "MIB")]
+        memory: Option<u32>,
+    },
     /// Forget VMs that have ended; their history stays.
     Purge {
         /// Only VMs in this state, Terminated or Failed; may be repeated.
@@ -789,6 +800,7 @@ mod tests {
             ("mvm-ci job list --state Nope", "expected one of Queued, Assigned, Running"),
             ("mvm-ci vm list --kind big", "expected one of ephemeral, service"),
             ("mvm-ci vm stop", "ID"),
+            ("mvm-ci vm resize 1", "--vcpus"),
             ("mvm-ci vm stop --all 1", "cannot be used with"),
             ("mvm-ci run --retries 2 --retry-on crashed -- true", "expected lost, failed or timed-out"),
             ("mvm-ci run --retries 2 --max-attempts 3 -- true", "cannot be used with"),

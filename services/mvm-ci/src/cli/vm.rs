@@ -54,6 +54,11 @@ pub(crate) async fn vm(client: Client, args: VmArgs, printer: &Printer) -> Resul
         VmCommand::Console { id } => console(&client, &parse(&id)?, printer).await?,
         VmCommand::Usage { id } => usage(&client, &parse(&id)?, printer).await?,
         VmCommand::Stop(args) => stop(&client, args, printer).await?,
+        VmCommand::Resize { id, vcpus, memory } => {
+            let request = pb::ResizeVmRequest { vm_id: parse(&id)?, vcpus, memory_mib: memory };
+            let answer = client.call(request, async |mut stub, request| stub.resize_vm(request).await).await?;
+            print_list(&[parse_vm(answer.vm)?], printer)?;
+        }
         VmCommand::Purge { state, ids } => purge(&client, state, ids, printer).await?,
     }
     Ok(ExitCode::SUCCESS)

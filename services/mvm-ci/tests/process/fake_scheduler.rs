@@ -320,6 +320,9 @@ impl SchedulerService for Service {
     async fn get_vm_usage(&self, _: Request<GetVmUsageRequest>) -> Result<Response<GetVmUsageResponse>, Status> {
         unimplemented()
     }
+    async fn resize_vm(&self, _: Request<ResizeVmRequest>) -> Result<Response<ResizeVmResponse>, Status> {
+        unimplemented()
+    }
     async fn get_stats(&self, _: Request<GetStatsRequest>) -> Result<Response<GetStatsResponse>, Status> {
         let vm_states = BTreeMap::from([(1, 1)]);
         let vm_states = vm_states.into_iter().map(|(state, count)| VmStateCount { state, count }).collect();

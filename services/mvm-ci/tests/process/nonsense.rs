@@ -22,6 +22,7 @@ fn each_request_that_cannot_be_served_has_its_own_reason() {
     let nobody = "00000000-0000-4000-8000-000000000000";
     let gone = plane.json(["vm", "create", "--wait"])["id"].as_str().expect("an id").to_owned();
     stdout(plane.cli(["vm", "stop", "--wait", &gone]));
+    let alive = plane.json(["vm", "create", "--wait"])["id"].as_str().expect("an id").to_owned();
     let long = "x".repeat(100_000);
     let cases: &[(&[&str], &str)] = &[
         (&["run", "--image", "nope", "--", "true"], "IMAGE_NOT_FOUND: spec.image: no node has the image \"nope\""),
@@ -43,6 +44,13 @@ fn each_request_that_cannot_be_served_has_its_own_reason() {
         (&["vm", "stop", nobody], "VM_NOT_FOUND: "),
         (&["vm", "usage", nobody], "VM_NOT_FOUND: "),
         (&["vm", "usage", &gone], "VM_NOT_FOUND: "),
+        (&["vm", "resize", nobody, "--vcpus", "4"], "VM_NOT_FOUND: "),
+        (&["vm", "resize", &gone, "--vcpus", "4"], "VM_NOT_ACCEPTING: "),
+        (&["vm", "resize", &alive, "--vcpus", "65"], "INVALID_FIELD: vcpus: \"65\" is not allowed: 1 to 64"),
+        (
+            &["vm", "resize", &alive, "--memory", "640"],
+            "EXCEEDS_CAPACITY: memory_mib: \"640\" is not allowed: 512, which it has: the driver \"process\" can't",
+        ),
         (&["vm", "purge", "--state", "Ready"], "INVALID_FIELD: "),
         (&["job", "get", nobody], "JOB_NOT_FOUND: "),
         (&["job", "logs", nobody], "JOB_NOT_FOUND: "),
@@ -55,6 +63,9 @@ fn each_request_that_cannot_be_served_has_its_own_reason() {
         assert!(stderr.starts_with(&format!("error: {expected}")) && stderr.lines().count() == 1, "{args:?}: {stderr}");
         assert_eq!(text(&result.stdout), "", "{args:?}");
     }
+    // What a VM has already it can be given by any driver.
+    let vms = plane.json(["vm", "resize", &alive, "--vcpus", "2"]);
+    assert_eq!((&vms[0]["id"], &vms[0]["vcpus"], &vms[0]["generation"]), (&alive.into(), &2.into(), &2.into()));
     let result = output(plane.cli(["--output", "json", "job", "get", nobody]));
     let error: serde_json::Value = serde_json::from_slice(&result.stderr).expect("json");
     assert_eq!((&error["error"]["reason"], &error["error"]["code"]), (&"JOB_NOT_FOUND".into(), &"NOT_FOUND".into()));

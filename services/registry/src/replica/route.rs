@@ -216,7 +216,7 @@ mod tests {
         for read in READS.iter().chain(IN_MEMORY) {
             assert!(methods.clone().any(|method| method == *read), "{read}");
         }
-        insta::assert_snapshot!(changes.join(" "), @"CreateVm TransitionVm PurgeVms CreateJob CreateJobs GetJobInput AssignJob StartAttempt FinishAttempt CancelJob FailQueuedJob FindForgottenJobs RegisterNode Heartbeat UpdateNode AcquireLease GetRevision");
+        insta::assert_snapshot!(changes.join(" "), @"CreateVm TransitionVm PurgeVms CreateJob CreateJobs GetJobInput AssignJob StartAttempt FinishAttempt CancelJob FailQueuedJob FindForgottenJobs RegisterNode Heartbeat UpdateNode AcquireLease GetRevision ResizeVm");
     }
 
     #[test]

@@ -164,6 +164,10 @@ pub(crate) fn transition(id: &str, to: VmState) -> wire::TransitionVmRequest {
     wire::TransitionVmRequest { vm_id: id.into(), to_state: to.to_pb().into(), ..Default::default() }
 }
 
+pub(crate) fn resize(id: &str, vcpus: u32, memory_mib: u32) -> wire::ResizeVmRequest {
+    wire::ResizeVmRequest { vm_id: id.into(), vcpus, memory_mib, ..Default::default() }
+}
+
 pub(crate) fn spec() -> pb::JobSpec {
     pb::JobSpec {
         command: vec!["echo".into(), "hello".into()],

@@ -8,7 +8,8 @@ use blixard::{
 };
 
 use crate::kit::{
-    Client, Kit, assign, create_job, create_vm, finished, lost, refusal, start_attempt, transition, uuid, vm_state,
+    Client, Kit, assign, create_job, create_vm, finished, lost, refusal, resize, start_attempt, transition, uuid,
+    vm_state,
 };
 
 macro_rules! calls {
@@ -66,6 +67,7 @@ calls! {
     fail_queued_job: FailQueuedJobRequest,
     register_node: RegisterNodeRequest,
     update_node: UpdateNodeRequest,
+    resize_vm: ResizeVmRequest,
 }
 
 fn cancel(job: &str) -> Call {
@@ -113,6 +115,8 @@ fn a_life() -> Vec<Call> {
         transition(&vm, VmState::Ready).into(),
         wire::TransitionVmRequest { expected_generation: 9, ..transition(&vm, VmState::Failed) }.into(),
         transition(&uuid(), VmState::Ready).into(),
+        resize(&vm, 3, 640).into(),
+        wire::ResizeVmRequest { expected_generation: 9, ..resize(&vm, 1, 640) }.into(),
         assign(&job, &vm, 1).into(),
         labelled.into(),
         create_job(&job).into(),
@@ -155,7 +159,7 @@ async fn every_call_again_gets_its_first_answer_though_things_moved_on_and_after
     }
     let refused =
         answers.iter().filter(|answer| answer.contains("reason: ")).filter(|answer| answer.starts_with("Error"));
-    assert_eq!(refused.count(), 12, "{answers:#?}");
+    assert_eq!(refused.count(), 13, "{answers:#?}");
     let counts = kit.client.get_counts(wire::GetCountsRequest {}).await.unwrap();
     for _ in 0..2 {
         for (call, first) in life.iter().zip(&answers) {

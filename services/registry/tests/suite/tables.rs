@@ -7,7 +7,8 @@ use blixard::{
 };
 
 use crate::kit::{
-    Kit, assign, create_job, create_vm, finished, job_state, lost, refusal, start_attempt, transition, uuid, vm_state,
+    Kit, assign, create_job, create_vm, finished, job_state, lost, refusal, resize, start_attempt, transition, uuid,
+    vm_state,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -54,6 +55,62 @@ async fn a_transition_names_the_generation_it_expects() {
     assert_eq!((vm_state(&vm), vm.generation, vm.reason.as_str()), (VmState::Draining, 3, "told so"));
     // Where it is already, the generation does not matter.
     assert_eq!(kit.client.transition_vm(expecting(2)).await.unwrap().into_inner().vm, Some(vm));
+    kit.stop().await;
+}
+
+fn shape(vm: &pb::Vm) -> (u32, u32) {
+    let config = vm.config.as_ref().unwrap();
+    (config.vcpus(), config.memory_mib())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_is_up_has_another_shape_with_its_event_and_one_that_is_not_keeps_its_own() {
+    let mut kit = Kit::start().await;
+    for state in VmState::ALL {
+        let id = kit.vm_in(VmKind::Service, state).await;
+        let before = kit.vm(&id).await;
+        // As it is on record already: no change, whatever its state.
+        assert_eq!(kit.client.resize_vm(resize(&id, 2, 512)).await.unwrap().into_inner().vm, Some(before.clone()));
+        let answer = kit.client.resize_vm(resize(&id, 4, 640)).await;
+        let after = kit.vm(&id).await;
+        if !state.is_running() {
+            assert_eq!((refusal(answer), after), ("VM_NOT_ACCEPTING", before), "{state}");
+            continue;
+        }
+        assert_eq!(answer.unwrap().into_inner().vm, Some(after.clone()), "{state}");
+        assert_eq!((vm_state(&after), shape(&after)), (state, (4, 640)));
+        assert_eq!((after.generation, after.job_id.clone()), (before.generation + 1, before.job_id));
+        assert_eq!(after.reason, "resized from 2 vCPUs, 512 MiB to 4 vCPUs, 640 MiB");
+        let events = wire::ListVmEventsRequest { vm_id: id.clone(), ..Default::default() };
+        let newest = kit.client.list_vm_events(events).await.unwrap().into_inner().events.remove(0);
+        assert_eq!((newest.from_state, newest.to_state), (after.state, after.state));
+        assert_eq!((newest.reason, newest.revision), (after.reason, after.revision));
+    }
+    assert_eq!(refusal(kit.client.resize_vm(resize(&uuid(), 4, 640)).await), "VM_NOT_FOUND");
+    for wrong in [(0, 640), (65, 640), (4, 95)] {
+        let id = kit.vm_in(VmKind::Service, VmState::Ready).await;
+        assert_eq!(refusal(kit.client.resize_vm(resize(&id, wrong.0, wrong.1)).await), "INVALID_FIELD");
+    }
+    kit.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resize_names_the_generation_it_expects_and_what_was_asked_for_first_stays_known() {
+    let mut kit = Kit::start().await;
+    let id = kit.vm_in(VmKind::Service, VmState::Ready).await;
+    let expecting = |expected_generation| wire::ResizeVmRequest { expected_generation, ..resize(&id, 1, 512) };
+    assert_eq!(refusal(kit.client.resize_vm(expecting(1)).await), "STALE_GENERATION");
+    let vm = kit.client.resize_vm(expecting(2)).await.unwrap().into_inner().vm.unwrap();
+    assert_eq!((shape(&vm), vm.generation), ((1, 512), 3));
+    // Where it is already, the generation does not matter.
+    assert_eq!(kit.client.resize_vm(expecting(2)).await.unwrap().into_inner().vm, Some(vm.clone()));
+    kit.restart().await;
+    assert_eq!(kit.vm(&id).await, vm);
+    // The request that made it is still that request, and one for what it is now is not.
+    let again = kit.client.create_vm(create_vm(&id, VmKind::Service)).await;
+    assert_eq!(again.unwrap().into_inner().vm, Some(vm.clone()));
+    let other = wire::CreateVmRequest { config: vm.config.clone(), ..create_vm(&id, VmKind::Service) };
+    assert_eq!(refusal(kit.client.create_vm(other).await), "REQUEST_ID_REUSED");
     kit.stop().await;
 }
 

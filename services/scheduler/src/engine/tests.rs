@@ -370,3 +370,39 @@ fn pre_warmed_vms_are_kept_while_nothing_waits() {
     assert_eq!(creations(&effects), 2);
     assert_eq!(engine.step(Timestamp(0), Input::Tick), []);
 }
+
+#[test]
+fn a_vm_that_was_resized_is_of_its_new_shape_for_jobs_for_its_node_and_for_the_warm_pool() {
+    let resized = |revision, vcpus, memory_mib| {
+        let vm = vm(7, revision, VmKind::Service, VmState::Idle);
+        Vm { config: VmConfig { vcpus, memory_mib, ..vm.config }, ..vm }
+    };
+    let mut engine = engine(Settings { max_vms: 2, auto_scaling: false, ..settings() });
+    engine.step(Timestamp(0), Input::Vm(resized(2, 2, 512)));
+    let large = spec(|s| (s.vcpus, s.memory_mib, s.isolation) = (4, 1024, Isolation::Minimal));
+    assert_eq!(engine.step(Timestamp(0), Input::Job(queued(1, 3, large.clone()))), []);
+    let effects = engine.step(Timestamp(0), Input::Vm(resized(4, 4, 1024)));
+    assert_eq!(assignments(&effects), [(job_id(1), vm_id(7), 1)]);
+    assert_eq!(engine.nodes()[&node_id()].used_memory_mib, 1024);
+    assert_eq!(engine.broken_invariant(), None);
+
+    // Less than what is kept warm does not count as warm.
+    let mut engine = Engine::new(Settings { max_vms: 2, pre_warm: warm(1), ..settings() });
+    engine.step(Timestamp(0), Input::Lead(Some(1)));
+    let snapshot = Input::Snapshot { nodes: vec![node(1, 1)], vms: vec![resized(2, 2, 512)], jobs: vec![] };
+    assert_eq!(creations(&engine.step(Timestamp(0), snapshot)), 0);
+    assert_eq!(creations(&engine.step(Timestamp(0), Input::Vm(resized(3, 1, 512)))), 1);
+}
+
+#[test]
+fn a_vm_whose_resize_is_heard_of_with_its_start_leaves_nothing_counted() {
+    let mut engine = engine(settings());
+    let effects = engine.step(Timestamp(0), Input::Job(queued(1, 2, spec(|s| s.isolation = Isolation::Maximum))));
+    let [Effect::CreateVm { ticket, .. }] = effects[..] else { panic!("{effects:?}") };
+    let starting = vm(7, 3, VmKind::Ephemeral, VmState::Starting);
+    engine.step(Timestamp(0), Input::Created { ticket, result: Ok(starting) });
+    let mut ready = vm(7, 5, VmKind::Ephemeral, VmState::Ready);
+    ready.config.vcpus = 1;
+    engine.step(Timestamp(0), Input::Vm(ready));
+    assert_eq!(engine.broken_invariant(), None);
+}

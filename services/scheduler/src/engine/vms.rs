@@ -202,8 +202,10 @@ impl Engine {
         if vm.state.is_terminal() {
             return self.on_vm_end(now, &vm, &entry, before, effects);
         }
-        let (mut made_for, mut shortened) = (None, false);
+        let (mut made_for, mut shortened, mut vcpus) = (None, false, class.vcpus);
         if let Some(before) = before {
+            // As they were counted: it may have been resized since.
+            vcpus = before.class.vcpus;
             // Told already, perhaps with more patience.
             shortened = before.state == VmState::Draining && before.grace != entry.grace;
             // News may tell of an assignment together with its end: then the VM is free once more.
@@ -226,7 +228,6 @@ impl Engine {
         if vm.state != VmState::Starting {
             self.orders.told.remove(&OrderKey::Start(id));
         }
-        let vcpus = entry.class.vcpus;
         self.insert_vm(id, entry);
         self.end_boot(made_for, vcpus);
         if shortened {

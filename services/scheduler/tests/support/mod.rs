@@ -109,6 +109,7 @@ pub(crate) struct Recorded {
     pub(crate) jobs: BTreeMap<String, common::Job>,
     pub(crate) inputs: BTreeMap<String, common::JobInput>,
     pub(crate) attempts: Vec<common::Attempt>,
+    pub(crate) vm: Option<common::Vm>,
     pub(crate) node: common::Node,
     events: Vec<registry::WatchResponse>,
     revision: watch::Sender<u64>,
@@ -134,6 +135,7 @@ impl FakeRegistry {
             jobs: BTreeMap::new(),
             inputs: BTreeMap::new(),
             attempts: Vec::new(),
+            vm: None,
             node,
             events: Vec::new(),
             revision: watch::Sender::new(1),
@@ -311,7 +313,12 @@ impl RegistryService for FakeRegistry {
     async fn transition_vm(&self, _: Request<registry::TransitionVmRequest>) -> Answer<registry::TransitionVmResponse> {
         not_here()
     }
-    async fn get_vm(&self, _: Request<registry::GetVmRequest>) -> Answer<registry::GetVmResponse> {
+    async fn get_vm(&self, request: Request<registry::GetVmRequest>) -> Answer<registry::GetVmResponse> {
+        let vm = self.recorded().vm.clone().filter(|vm| vm.id == request.get_ref().vm_id);
+        let vm = vm.ok_or_else(|| Error::new(Reason::VmNotFound, "there is no such VM"))?;
+        Ok(Response::new(registry::GetVmResponse { vm: Some(vm) }))
+    }
+    async fn resize_vm(&self, _: Request<registry::ResizeVmRequest>) -> Answer<registry::ResizeVmResponse> {
         not_here()
     }
     async fn list_vm_events(
@@ -392,6 +399,8 @@ pub(crate) struct Held {
     /// The offsets at which streams were opened.
     pub(crate) opened: Vec<u64>,
     pub(crate) artifact: Vec<u8>,
+    /// What VMs were to be resized to.
+    pub(crate) resized: Vec<vmhost::ResizeVmRequest>,
 }
 
 impl FakeVmHost {
@@ -519,5 +528,16 @@ impl VmHostService for FakeVmHost {
     }
     async fn get_vm_usage(&self, _: Request<vmhost::GetVmUsageRequest>) -> Answer<vmhost::GetVmUsageResponse> {
         not_here()
+    }
+    async fn resize_vm(&self, request: Request<vmhost::ResizeVmRequest>) -> Answer<vmhost::ResizeVmResponse> {
+        let asked = request.into_inner();
+        if asked.vcpus > 8 {
+            return Err(blixard::error::invalid("vcpus", asked.vcpus, "at most 8, for the test").into());
+        }
+        let (vcpus, memory_mib) = (Some(asked.vcpus), Some(asked.memory_mib));
+        let config = common::VmConfig { vcpus, memory_mib, ..Default::default() };
+        let vm = common::Vm { id: asked.vm_id.clone(), config: Some(config), ..Default::default() };
+        self.held().resized.push(asked);
+        Ok(Response::new(vmhost::ResizeVmResponse { vm: Some(vm) }))
     }
 }

@@ -230,7 +230,8 @@ impl Cgroup {
         Err(io::ErrorKind::NotFound.into())
     }
 
-    fn limit(&self, limits: Limits) -> io::Result<()> {
+    /// Sets its limits, as far as it is there.
+    pub(super) fn limit(&self, limits: Limits) -> io::Result<()> {
         for (file, value) in limits.files() {
             let file = self.path.join(file);
             // Without its controller there is no such file. Not `create`: in a cgroup that means nothing.

@@ -22,6 +22,7 @@ use std::{
 use blixard::{
     pb::common::v1::{IoCounters, VmUsage},
     time::Timestamp,
+    vm::VmShape,
 };
 use blixard_chassis::Tasks;
 use rustix::process::{Pid, Resource, Rlimit};
@@ -33,7 +34,7 @@ use tokio::{
 };
 
 use super::{
-    AGENT_PORT, Console, Disk, Launch, LaunchError, Machine, MachineExit, ProcessExit,
+    AGENT_PORT, Console, Disk, GROWTH, Launch, LaunchError, Machine, MachineExit, ProcessExit,
     cgroup::{Cgroup, Limits},
     confine::{self, Confinement, Files},
     console::{self, Recorder},
@@ -217,14 +218,9 @@ impl Starting {
         if let Some(user) = self.launch.user {
             hand_over(&own, user).map_err(cannot(format!("give {} to user {user}", own.display())))?;
         }
-        let (threads, guest_mib) = (SPARE_THREADS + 2 * self.launch.vcpus, u64::from(self.launch.memory_mib));
+        let limits = limits(&self.launch, self.launch.shape(), needs.overhead_mib);
+        let (threads, guest_mib) = (limits.threads, u64::from(self.launch.memory_mib));
         if let Some(path) = self.launch.cgroup.clone() {
-            let limits = Limits {
-                cpus: self.launch.vcpus + SPARE_CPUS,
-                memory_mib: guest_mib + guest_mib / MIB_PER_MIB_OF_TABLES + u64::from(needs.overhead_mib),
-                threads,
-                io: self.launch.io_max,
-            };
             let failed = cannot(format!("make the cgroup {}", path.display()));
             let cgroup = self.cgroup.insert(Cgroup::at(path));
             cgroup.make(limits).map_err(failed)?;
@@ -354,6 +350,24 @@ impl Starting {
             None => error,
         }
     }
+}
+
+/// What the processes of a machine may take together that was launched so, and has this shape now.
+fn limits(launch: &Launch, shape: VmShape, overhead_mib: u32) -> Limits {
+    let guest_mib = u64::from(shape.memory_mib);
+    Limits {
+        cpus: shape.vcpus + SPARE_CPUS,
+        memory_mib: guest_mib + guest_mib / MIB_PER_MIB_OF_TABLES + u64::from(overhead_mib),
+        // Those of every CPU that it may come to have: their user's limit can't be changed with their cgroup's.
+        threads: SPARE_THREADS + 2 * GROWTH * launch.vcpus,
+        io: launch.io_max,
+    }
+}
+
+/// Has the processes of a machine that runs take what goes with this shape, and no more.
+pub(super) fn limit_again(launch: &Launch, shape: VmShape, overhead_mib: u32) -> io::Result<()> {
+    let cgroup = launch.cgroup.clone().map(Cgroup::at);
+    cgroup.map_or(Ok(()), |cgroup| cgroup.limit(limits(launch, shape, overhead_mib)))
 }
 
 /// Where a launch's processes run.

@@ -54,6 +54,7 @@ use blixard::{
     config::{DriverChoice, UserRange},
     id::VmId,
     pb::common::v1::VmUsage,
+    vm::VmShape,
 };
 use tokio::net::UnixStream;
 
@@ -73,6 +74,11 @@ pub(crate) use seccomp::seccomp;
 pub const AGENT_PORT: u32 = 1024;
 
 const SIGKILL: i32 = 9;
+/// A machine that can be given another shape while it runs may come to so many times what it was launched with: all that it could
+/// come to costs its guest's kernel a little from the first.
+const GROWTH: u32 = 4;
+/// Memory comes to it in steps of this: x86's unit of memory that is added and removed.
+pub(crate) const MEMORY_STEP_MIB: u32 = 128;
 
 /// What to launch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,6 +110,12 @@ impl Launch {
     /// own at once: the cache writes a file back as that of who wrote to it first, here vmhost, until the kernel notices.
     fn is_direct(&self, disk: &Disk) -> bool {
         self.io_max.is_some() && !disk.read_only
+    }
+
+    /// How large the machine is at first.
+    #[must_use]
+    pub fn shape(&self) -> VmShape {
+        VmShape { vcpus: self.vcpus, memory_mib: self.memory_mib }
     }
 }
 
@@ -166,6 +178,19 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Ends every process that belongs to `launch`, whatever was or was not recorded, and says how many there were.
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError>;
+
+    /// The largest shape that a machine launched with this one can be given while it runs; `None`: it keeps the one it has.
+    fn most(&self, _: VmShape) -> Option<VmShape> {
+        None
+    }
+
+    /// Gives a machine that runs another shape, at most [`Hypervisor::most`] of what `launch` says, and says what it has then: memory is
+    /// not taken back. Again changes nothing. A caller that drops the future before its end does not know what the machine has: it must
+    /// call again.
+    async fn resize(&self, _: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
+        let problem = format!("the driver \"{}\" can't change a machine that runs", self.name());
+        Err(ResizeError { problem, has: None })
+    }
 }
 
 /// Saving a machine whose agent serves but has no identity yet, and restoring any number of machines from it.
@@ -332,6 +357,16 @@ impl LaunchError {
             | Self::WillNotDie { .. } => false,
         }
     }
+}
+
+/// Why a machine has not the shape that it was to be given.
+#[derive(Debug, thiserror::Error)]
+#[error("{problem}")]
+pub struct ResizeError {
+    /// What is wrong, in words.
+    pub problem: String,
+    /// The shape that it has now; `None`: nobody can tell.
+    pub has: Option<VmShape>,
 }
 
 fn list(names: &[String]) -> String {

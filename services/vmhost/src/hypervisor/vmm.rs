@@ -10,15 +10,17 @@ use std::{
     sync::Arc,
 };
 
+use blixard::vm::VmShape;
 use blixard_chassis::Tasks;
 
 use super::{
-    Contained, Hypervisor, Launch, LaunchError, Machine, Templates,
+    Contained, Hypervisor, Launch, LaunchError, Machine, ResizeError, Templates,
     image::{self, Image},
     machine::{self, Kind, Starting},
 };
 
 /// A hypervisor's programs, and how they are started.
+#[tonic::async_trait]
 pub(super) trait Boot: Clone + Send + Sync + 'static {
     /// What its machines are.
     const KIND: Kind;
@@ -28,6 +30,17 @@ pub(super) trait Boot: Clone + Send + Sync + 'static {
 
     /// Starts a machine's processes, contained. Blocks.
     fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError>;
+
+    /// See [`Hypervisor::most`].
+    fn most(_: VmShape) -> Option<VmShape> {
+        None
+    }
+
+    /// See [`Hypervisor::resize`].
+    async fn resize(_: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
+        let problem = format!("the driver \"{}\" can't change a machine that runs", Self::KIND.driver);
+        Err(ResizeError { problem, has: None })
+    }
 }
 
 /// Machines that a hypervisor boots from images.
@@ -91,5 +104,13 @@ where
 
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
         machine::sweep(launch).await
+    }
+
+    fn most(&self, shape: VmShape) -> Option<VmShape> {
+        B::most(shape)
+    }
+
+    async fn resize(&self, launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
+        B::resize(launch, to).await
     }
 }

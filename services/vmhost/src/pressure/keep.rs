@@ -77,15 +77,17 @@ fn grown(host: &Host) -> Vec<(VmHandle, String)> {
 }
 
 fn candidate(vm: &VmHandle) -> Option<Candidate> {
-    let state = vm.view.borrow().state;
+    let (state, memory_mib) = {
+        let view = vm.view.borrow();
+        (view.state, view.room.memory_mib)
+    };
     let doing = match state {
         VmState::Terminated | VmState::Failed => return None,
         VmState::Ready | VmState::Idle => Doing::Nothing,
         VmState::Busy => Doing::Attempt,
         VmState::Starting | VmState::Draining => Doing::Changing,
     };
-    let (kind, memory_mib) = (vm.config.kind, vm.config.memory_mib);
-    Some(Candidate { id: vm.id, kind, memory_mib, accepted_at: vm.accepted_at, doing })
+    Some(Candidate { id: vm.id, kind: vm.config.kind, memory_mib, accepted_at: vm.accepted_at, doing })
 }
 
 /// The worst of what was seen.

@@ -35,6 +35,7 @@ use blixard::{
         },
     },
     time::Timestamp,
+    vm::VmShape,
 };
 use blixard_vmhost::{
     containment::{Containment, Place},
@@ -367,7 +368,9 @@ conformance! {
     its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights
     what_hides_from_its_marks_is_swept_by_cgroup_and_user_and_nothing_else_is
     a_machine_that_takes_too_much_memory_ends_and_says_so
-    a_guest_has_its_disks_and_several_may_have_one;
+    a_guest_has_its_disks_and_several_may_have_one
+    a_machine_that_runs_has_other_cpus_and_more_memory_where_its_driver_can
+    a_restored_machine_is_resized_like_any_other;
 }
 
 async fn a_launched_machine_says_hello_on_every_connection(bed: Bed) {
@@ -775,7 +778,7 @@ async fn its_processes_have_a_user_and_a_cgroup_of_their_own_and_no_rights(bed: 
             "memory.max" => assert!((256 << 20..1 << 30).contains(&value.parse::<u64>().expect("bytes")), "{value}"),
             "memory.swap.max" => assert_eq!(value, "0"),
             "memory.oom.group" => assert_eq!(value, "1"),
-            "pids.max" => assert_eq!(value, "130"),
+            "pids.max" => assert_eq!(value, "136"),
             other => panic!("{other} is not expected"),
         }
     }
@@ -1039,6 +1042,77 @@ fn written_to(io_max: IoMax, cgroup: &Path) -> u64 {
     let used = stat.lines().find(|line| line.split(' ').next() == Some(disk));
     let written = used.and_then(|used| used.split(' ').find_map(|field| field.strip_prefix("wbytes=")));
     written.map_or(0, |bytes| bytes.parse().expect("a number"))
+}
+
+async fn a_machine_that_runs_has_other_cpus_and_more_memory_where_its_driver_can(bed: Bed) {
+    let (driver, launch) = (bed.driver(), bed.launch());
+    let machine = start(&driver, &launch).await;
+    hello(&machine).await;
+    if bed.choice == DriverChoice::CloudHypervisor {
+        named(&machine, &launch).await;
+        return resize(&bed, &launch, machine).await;
+    }
+    assert_eq!(driver.most(launch.shape()), None);
+    let error = driver.resize(&launch, VmShape { vcpus: 2, memory_mib: 384 }).await.expect_err("it can't");
+    assert_eq!(error.to_string(), format!("the driver \"{}\" can't change a machine that runs", driver.name()));
+    end(&machine).await;
+}
+
+/// Gives a machine other shapes, and looks at them from inside the guest.
+async fn resize(bed: &Bed, launch: &Launch, machine: Arc<dyn Machine>) {
+    let shape = |vcpus, memory_mib| VmShape { vcpus, memory_mib };
+    let give = async |driver: &Arc<dyn Hypervisor>, to| within(BOOT, "resize", driver.resize(launch, to)).await;
+    let limit = |file: &str| {
+        let file = launch.cgroup.as_ref()?.join(file);
+        fs::read_to_string(file).ok().map(|value| value.trim().to_owned())
+    };
+    let limits = |vcpus: u64, memory_mib: u64| {
+        let memory = (memory_mib + memory_mib / 128 + 96) << 20;
+        assert!(limit("cpu.max").is_none_or(|value| value == format!("{} 100000", (vcpus + 1) * 100_000)));
+        assert!(limit("memory.max").is_none_or(|value| value == memory.to_string()));
+    };
+    assert_eq!(launch.shape(), shape(1, 256));
+    let first = seen(&machine, 1, 0).await;
+    let driver = bed.driver();
+    assert_eq!(give(&driver, shape(2, 384)).await.expect("grows"), shape(2, 384));
+    limits(2, 384);
+    let grown = seen(&machine, 2, first + 100).await;
+    drop(machine);
+
+    let driver = bed.driver();
+    let adopted = within(SOON, "adopt", driver.adopt(launch)).await.expect("adopts").expect("it lives");
+    seen(&adopted, 2, grown).await;
+    for _ in 0..2 {
+        give(&driver, shape(1, 768)).await.expect("takes a CPU away and adds memory, and then nothing");
+        limits(1, 768);
+        assert!(seen(&adopted, 1, grown + 300).await > grown + 300);
+    }
+    give(&driver, shape(3, 768)).await.expect("grows again");
+    seen(&adopted, 3, grown + 300).await;
+    let error = give(&driver, shape(5, 768)).await.expect_err("that is more than it was launched for");
+    assert_eq!(error.has, Some(shape(3, 768)), "{error}");
+    limits(3, 768);
+    seen(&adopted, 3, grown + 300).await;
+    end(&adopted).await;
+    let error = give(&driver, shape(1, 768)).await.expect_err("it has ended");
+    assert_eq!(error.has, None, "{error}");
+}
+
+/// Waits until a guest has so many CPUs and so much memory, and each of the CPUs has run something; its memory in MiB.
+async fn seen(machine: &Arc<dyn Machine>, cpus: u32, memory_mib: u64) -> u64 {
+    let script = format!(
+        "have() {{ [ $(nproc) = {cpus} ] && [ $(awk '/^MemTotal/ {{ print int($2 / 1024) }}' /proc/meminfo) -ge {memory_mib} ]; }}
+        i=0; while ! have && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done
+        grep -c ^processor /proc/cpuinfo; awk '/^MemTotal/ {{ print int($2 / 1024) }}' /proc/meminfo
+        for cpu in $(seq 0 $(({cpus} - 1))); do taskset -c $cpu true || exit 1; done"
+    );
+    let ran = run_named(client(machine).await.expect("connects"), &script);
+    let told = within(BOOT, "the guest has it", async { output(ran.await).await }).await;
+    let mut lines = told.lines().map(|line| line.parse::<u64>().expect("a number"));
+    assert_eq!(lines.next(), Some(u64::from(cpus)), "{told}");
+    let has = lines.next().expect("memory");
+    assert!(has >= memory_mib, "{told}");
+    has
 }
 
 /// Makes a disk of a directory.

@@ -33,7 +33,7 @@ async fn restore(bed: &Bed, launch: &Launch, template: &Path) -> Arc<dyn Machine
 }
 
 /// Everything that a script prints.
-async fn output(mut run: tonic::Streaming<RunResponse>) -> String {
+pub(super) async fn output(mut run: tonic::Streaming<RunResponse>) -> String {
     let mut output = Vec::new();
     loop {
         match run.message().await.expect("it runs").expect("its end comes").message {
@@ -119,6 +119,18 @@ pub(super) async fn a_restored_machine_is_adopted_shut_down_and_killed_like_any_
     hello(&killed).await;
     assert_eq!(end(&killed).await.status, ProcessExit::Signaled(SIGKILL));
     assert_eq!(processes_of(&second), [0; 0]);
+}
+
+pub(super) async fn a_restored_machine_is_resized_like_any_other(bed: Bed) {
+    if bed.choice != DriverChoice::CloudHypervisor {
+        // It resizes none.
+        return;
+    }
+    let (template, launch) = (template(&bed).await, bed.launch());
+    let machine = restore(&bed, &launch, &template).await;
+    hello(&machine).await;
+    named(&machine, &launch).await;
+    resize(&bed, &launch, machine).await;
 }
 
 pub(super) async fn a_template_that_is_damaged_is_refused_and_leaves_nothing(bed: Bed) {

@@ -106,6 +106,24 @@ impl State {
         Ok(vm)
     }
 
+    fn resize(&mut self, request: &pb::ResizeVmRequest) -> Result<common::Vm, Status> {
+        let vm = self.vm(&request.vm_id)?;
+        let state = VmState::from_pb("state", vm.state)?;
+        let config = vm.config.as_mut().expect("it has one");
+        let to = (Some(request.vcpus), Some(request.memory_mib));
+        if (config.vcpus, config.memory_mib) == to {
+            return Ok(vm.clone());
+        }
+        if !state.is_running() {
+            return Err(Error::new(Reason::VmNotAccepting, format!("it is {state}")).into());
+        }
+        (config.vcpus, config.memory_mib) = to;
+        vm.generation += 1;
+        let vm = vm.clone();
+        self.history.push(format!("vm resized to {} {}", request.vcpus, request.memory_mib));
+        Ok(vm)
+    }
+
     fn current(&mut self, job_id: &str, attempt: u32) -> Result<&mut common::Job, Status> {
         let job = self.job(job_id)?;
         let state = JobState::from_pb("state", job.state)?;
@@ -286,6 +304,11 @@ impl RegistryService for FakeRegistry {
     }
     async fn get_revision(&self, _: Request<pb::GetRevisionRequest>) -> Answer<pb::GetRevisionResponse> {
         unused()
+    }
+    async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
+        let request = request.into_inner();
+        let vm = self.up()?.resize(&request)?;
+        Ok(Response::new(pb::ResizeVmResponse { vm: Some(vm) }))
     }
     type QueryStream = BoxStream<'static, Result<pb::QueryResponse, Status>>;
     async fn query(&self, _: Request<pb::QueryRequest>) -> Answer<Self::QueryStream> {

@@ -1,8 +1,13 @@
 //! The real hypervisor, but for what it says of itself: plain processes that pass for something else.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+};
 
-use blixard_vmhost::hypervisor::{Contained, Hypervisor, Launch, LaunchError, Machine};
+use blixard::vm::VmShape;
+use blixard_vmhost::hypervisor::{Contained, Hypervisor, Launch, LaunchError, Machine, ResizeError};
+use tokio::sync::watch;
 
 pub struct Passing {
     pub inner: Arc<dyn Hypervisor>,
@@ -12,13 +17,30 @@ pub struct Passing {
     pub containment: Contained,
     /// A list that the test changes.
     pub images: Arc<Mutex<Vec<String>>>,
+    /// How its machines are resized, if they can be.
+    pub resizes: Option<Arc<Resizes>>,
+}
+
+/// What machines were to be given, and what comes of it.
+pub struct Resizes {
+    pub asked: Mutex<Vec<VmShape>>,
+    /// While it is closed nothing comes of anything.
+    pub open: watch::Sender<bool>,
+    /// Failures to come, each with what the machine has then.
+    pub failures: Mutex<VecDeque<Option<VmShape>>>,
+}
+
+impl Default for Resizes {
+    fn default() -> Self {
+        Self { asked: Mutex::default(), open: watch::Sender::new(true), failures: Mutex::default() }
+    }
 }
 
 impl Passing {
     pub fn new(inner: Arc<dyn Hypervisor>) -> Self {
         let (takes_devices, containment) = (inner.takes_devices(), inner.containment());
         let images = Arc::new(Mutex::new(inner.images()));
-        Self { inner, takes_devices, containment, images }
+        Self { inner, takes_devices, containment, images, resizes: None }
     }
 }
 
@@ -50,5 +72,19 @@ impl Hypervisor for Passing {
 
     async fn sweep(&self, launch: &Launch) -> Result<usize, LaunchError> {
         self.inner.sweep(launch).await
+    }
+
+    fn most(&self, shape: VmShape) -> Option<VmShape> {
+        self.resizes.as_ref().map(|_| VmShape { vcpus: 4 * shape.vcpus, memory_mib: 4 * shape.memory_mib })
+    }
+
+    async fn resize(&self, _: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
+        let resizes = self.resizes.as_ref().expect("they can be");
+        resizes.asked.lock().expect("whole").push(to);
+        let _ = resizes.open.subscribe().wait_for(|open| *open).await;
+        match resizes.failures.lock().expect("whole").pop_front() {
+            Some(has) => Err(ResizeError { problem: "it fails for the test".to_owned(), has }),
+            None => Ok(to),
+        }
     }
 }

@@ -308,6 +308,18 @@ impl World {
         self.vms.get(&vm_id).is_some_and(|vm| self.nodes[&vm.node_id].state == NodeState::Lost)
     }
 
+    /// A user has a VM that is up resized. Not to more memory: what its node would turn away then is not tried here.
+    fn resize(&mut self, choice: usize) {
+        let up: Vec<_> = self.vms.values().filter(|vm| vm.state.is_running()).map(|vm| vm.id).collect();
+        let Some(&id) = up.get(choice % up.len().max(1)) else { return };
+        let vcpus = u32::try_from(choice / 5 % 4).expect("small") + 1;
+        self.put_vm(id, |vm| {
+            let memory_mib =
+                if choice.is_multiple_of(2) { vm.config.memory_mib } else { vm.config.memory_mib.min(384) };
+            (vm.config.vcpus, vm.config.memory_mib) = (vcpus, memory_mib);
+        });
+    }
+
     fn change_node(&mut self, choice: usize) {
         let id = named(u8::try_from(choice % usize::from(NODES)).expect("small") + 1);
         self.leases_end();
@@ -485,6 +497,7 @@ fn play(plans: &[Plan], steps: Vec<(u8, usize)>, pre_warm: u32, recycle_after_jo
             11 if choice % 10 == 0 => world.restart(),
             11 if choice % 10 == 1 => world.change_lead(),
             12 if choice % 4 == 0 => world.change_node(choice / 4),
+            13 if choice % 2 == 0 => world.resize(choice / 2),
             kind => drop(world.happen(kind, choice)),
         }
     }

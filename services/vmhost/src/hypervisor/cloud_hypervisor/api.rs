@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use blixard::vm::VmShape;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -25,7 +26,10 @@ use tokio::{
     net::UnixStream,
 };
 
-use super::config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
+use super::{
+    super::socket::SocketDir,
+    config::{BYTES_PER_MIB, NetConfig, ResizeConfig, RestoreConfig, SnapshotConfig, VmConfig},
+};
 
 /// How long a call may take that only changes what the hypervisor knows: milliseconds, and the rest for a loaded host.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -80,16 +84,68 @@ pub(super) struct PciDevice {
 /// What a device has counted: "read_bytes", "tx_frames".
 pub(super) type DeviceCounters = BTreeMap<String, u64>;
 
+/// A VM, as `vm.info` has it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Info {
+    config: InfoConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+struct InfoConfig {
+    cpus: InfoCpus,
+    memory: InfoMemory,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+struct InfoCpus {
+    boot_vcpus: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+struct InfoMemory {
+    size: u64,
+}
+
+impl Info {
+    /// What was asked for last. Its guest may still have to give back a vCPU.
+    pub(super) fn shape(&self) -> VmShape {
+        let memory_mib = u32::try_from(self.config.memory.size / BYTES_PER_MIB).unwrap_or(u32::MAX);
+        VmShape { vcpus: self.config.cpus.boot_vcpus, memory_mib }
+    }
+}
+
 /// One hypervisor's API.
 #[derive(Debug)]
 pub(super) struct Api {
-    socket: PathBuf,
+    socket: Place,
+}
+
+/// Where a socket is.
+#[derive(Debug)]
+enum Place {
+    At(PathBuf),
+    In(SocketDir, &'static str),
 }
 
 impl Api {
-    /// The API behind this socket.
+    /// The API behind this socket, of a hypervisor that no guest has met.
     pub(super) fn new(socket: PathBuf) -> Self {
-        Self { socket }
+        Self { socket: Place::At(socket) }
+    }
+
+    /// The API behind the socket of this name. The hypervisor may have become hostile: no link of its is followed.
+    pub(super) fn within(sockets: SocketDir, name: &'static str) -> Self {
+        Self { socket: Place::In(sockets, name) }
+    }
+
+    pub(super) async fn info(&self) -> Result<Info, ApiError> {
+        let call = "vm.info";
+        let answer = self.call(Call { method: Method::GET, name: call, ..Call::default() }).await?;
+        parse(call, answer.as_deref().unwrap_or_default())
+    }
+
+    pub(super) async fn resize(&self, config: &ResizeConfig) -> Result<(), ApiError> {
+        self.put("vm.resize", Some(config)).await
     }
 
     pub(super) async fn ping(&self) -> Result<Ping, ApiError> {
@@ -165,7 +221,11 @@ impl Api {
         let name = call.name;
         let lost = |source| ApiError::Unreachable { call: name, source };
         let hung_up = |error: hyper::Error| lost(io::Error::other(error));
-        let stream = UnixStream::connect(&self.socket).await.map_err(lost)?;
+        let stream = match &self.socket {
+            Place::At(path) => UnixStream::connect(path).await,
+            Place::In(sockets, name) => sockets.connect(name).await,
+        };
+        let stream = stream.map_err(lost)?;
         let carrier = TokioIo::new(Carrier { stream, descriptors: call.descriptors });
         let (mut sender, connection) = hyper::client::conn::http1::handshake(carrier).await.map_err(hung_up)?;
         let request = Request::builder()

@@ -17,8 +17,8 @@ use super::{
 };
 
 /// What a server got: the request's bytes, and the descriptors that came with them.
-struct Got {
-    request: String,
+pub(super) struct Got {
+    pub(super) request: String,
     descriptors: Vec<OwnedFd>,
 }
 
@@ -56,7 +56,7 @@ impl Server {
 }
 
 /// Reads until the request is whole.
-fn receive(stream: &UnixStream) -> Got {
+pub(super) fn receive(stream: &UnixStream) -> Got {
     let mut got = Got { request: String::new(), descriptors: Vec::new() };
     loop {
         let mut bytes = [0; 4096];

@@ -4,13 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
+use blixard::vm::VmShape;
 use serde::Serialize;
 
-use super::super::{Launch, Nic, image::Image, machine::disk_path};
+use super::{
+    super::{Launch, Nic, image::Image, machine::disk_path},
+    resize::most,
+};
 
 /// The first CID that is not reserved. The guest's address in its own vsock proxy only, so every VM may have the same.
 const GUEST_CID: u32 = 3;
-const BYTES_PER_MIB: u64 = 1024 * 1024;
+pub(super) const BYTES_PER_MIB: u64 = 1024 * 1024;
 
 /// The body of `vm.create`.
 #[derive(Debug, Serialize)]
@@ -48,6 +52,7 @@ struct Payload {
 #[derive(Debug, Serialize)]
 struct Cpus {
     boot_vcpus: u32,
+    /// What it may be resized to.
     max_vcpus: u32,
     /// Whether the guest may run VMs itself: on unless it is said.
     nested: bool,
@@ -56,6 +61,9 @@ struct Cpus {
 #[derive(Debug, Serialize)]
 struct Memory {
     size: u64,
+    /// What it may be given besides, by ACPI: until then it takes address space alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplug_size: Option<u64>,
     /// Only devices outside the hypervisor's process would need it.
     shared: bool,
 }
@@ -100,10 +108,16 @@ enum ConsoleMode {
 impl VmConfig {
     /// The VM of a launch. `vsock`: the name of a socket in its directory.
     pub(super) fn new(launch: &Launch, image: Image, vsock: &str, landlock: bool) -> Self {
+        let most = most(launch.shape());
+        let hotplug_size = u64::from(most.memory_mib - launch.memory_mib) * BYTES_PER_MIB;
         Self {
             payload: Payload { kernel: image.kernel, initramfs: image.initramfs, cmdline: image.cmdline },
-            cpus: Cpus { boot_vcpus: launch.vcpus, max_vcpus: launch.vcpus, nested: false },
-            memory: Memory { size: u64::from(launch.memory_mib) * BYTES_PER_MIB, shared: false },
+            cpus: Cpus { boot_vcpus: launch.vcpus, max_vcpus: most.vcpus, nested: false },
+            memory: Memory {
+                size: u64::from(launch.memory_mib) * BYTES_PER_MIB,
+                hotplug_size: Some(hotplug_size).filter(|size| *size > 0),
+                shared: false,
+            },
             rng: Rng { src: "/dev/urandom" },
             disks: image
                 .root_disk
@@ -134,6 +148,27 @@ impl VmConfig {
     pub(super) fn saved_to(mut self, dir: &str) -> Self {
         self.landlock_rules.push(LandlockRule { path: Path::new(".").join(dir), access: "rw" });
         self
+    }
+}
+
+/// The body of `vm.resize`.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct ResizeConfig {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    desired_vcpus: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    desired_ram: Option<u64>,
+}
+
+impl ResizeConfig {
+    /// So many vCPUs.
+    pub(super) fn vcpus(shape: VmShape) -> Self {
+        Self { desired_vcpus: Some(shape.vcpus), desired_ram: None }
+    }
+
+    /// So much memory.
+    pub(super) fn memory(shape: VmShape) -> Self {
+        Self { desired_vcpus: None, desired_ram: Some(u64::from(shape.memory_mib) * BYTES_PER_MIB) }
     }
 }
 
@@ -222,6 +257,14 @@ mod tests {
     #[test]
     fn the_configs_of_saving_and_restoring() {
         insta::assert_json_snapshot!((SnapshotConfig::new("saved"), RestoreConfig::new("saved"),));
+    }
+
+    #[test]
+    fn the_configs_of_resizing() {
+        let shape = VmShape { vcpus: 3, memory_mib: 640 };
+        let json = |config| serde_json::to_string(&config).expect("text");
+        assert_eq!(json(ResizeConfig::vcpus(shape)), r#"{"desired_vcpus":3}"#);
+        assert_eq!(json(ResizeConfig::memory(shape)), r#"{"desired_ram":671088640}"#);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A VM is made in steps: the process, `vm.create`, what has to be passed as a descriptor, `vm.boot`. From then on the
-//! API is needed only to tell what the guest's disks did: a pidfd and the guest agent answer everything else, and adoption asks them alone.
+//! API is needed only to resize it and to tell what the guest's disks did: a pidfd and the guest agent answer everything else, and adoption asks
+//! them alone.
 //!
 //! A guest that resets would be booted again by the same process. Here a machine boots once, as with QEMU, so the event of
 //! a reset ends it; should that event be lost, the agent's new boot id tells.
@@ -22,6 +23,7 @@ mod api;
 #[cfg(test)]
 mod api_tests;
 mod config;
+mod resize;
 #[cfg(test)]
 mod tests;
 mod version;
@@ -38,7 +40,7 @@ use std::{
     time::Duration,
 };
 
-use blixard::pb::common::v1::IoCounters;
+use blixard::{pb::common::v1::IoCounters, vm::VmShape};
 use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
 use tokio::runtime::Handle;
 
@@ -47,7 +49,7 @@ use self::{
     config::{NetConfig, RestoreConfig, SnapshotConfig, VmConfig},
 };
 use super::{
-    AGENT_PORT, ChooseError, HypervisorSettings, Launch, LaunchError, Machine, Nic, Templates, doctor,
+    AGENT_PORT, ChooseError, HypervisorSettings, Launch, LaunchError, Machine, Nic, ResizeError, Templates, doctor,
     events::Events,
     image::Image,
     images_in_words,
@@ -142,7 +144,8 @@ pub(super) fn has_landlock() -> bool {
 impl Templates for Vmm<Boot> {
     fn basis(&self, launch: &Launch) -> Result<String, LaunchError> {
         let basis = template::basis(launch, &self.image_dir, KIND.driver, &[&self.boot.program])?;
-        Ok(format!("{basis}\nlandlock {}", self.boot.landlock))
+        let most = resize::most(launch.shape());
+        Ok(format!("{basis}\nlandlock {}\nmost {} {}", self.boot.landlock, most.vcpus, most.memory_mib))
     }
 
     async fn save(&self, launch: &Launch, into: &Path) -> Result<(), LaunchError> {
@@ -237,6 +240,7 @@ fn needs(image: &Image, launch: &Launch) -> Needs {
     Needs { overhead_mib: OVERHEAD_MIB, reads, restrict_themselves: true, uses: Uses { io_uring: has_disks } }
 }
 
+#[tonic::async_trait]
 impl vmm::Boot for Boot {
     const KIND: Kind = KIND;
 
@@ -247,6 +251,14 @@ impl vmm::Boot for Boot {
     fn start(&self, starting: &mut Starting, image: Image, launch: &Launch) -> Result<(), LaunchError> {
         starting.contain(needs(&image, launch))?;
         self.boot(starting, VmConfig::new(launch, image, VSOCK_SOCKET, self.landlock), launch)
+    }
+
+    fn most(shape: VmShape) -> Option<VmShape> {
+        Some(resize::most(shape))
+    }
+
+    async fn resize(launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
+        resize::resize(launch, to).await
     }
 }
 

@@ -484,7 +484,7 @@ pub(super) async fn sweep(launch: &Launch) -> Result<usize, LaunchError> {
         let mut found: BTreeSet<ProcessId> = marks.find(&alive).into_iter().collect();
         found.extend(within.iter().flat_map(|cgroup| procfs::alive(&cgroup.pids())));
         // Nodes of one machine may share a range of users, against all advice.
-        let of_user = |user| procfs::of_user(user).into_iter().filter(move |id| !record::is_anothers(*id, user));
+        let of_user = |user| procfs::of_user(user).into_iter().filter(move |id| !record::is_of_another(*id, user));
         found.extend(user.into_iter().flat_map(of_user));
         within.iter().for_each(Cgroup::kill);
         found.into_iter().collect()

@@ -121,7 +121,7 @@ fn path(dir: &Path) -> PathBuf {
 
 /// Whether a process of this user is another VM's, of this node's or another's: the directory that it names has a record of that VM, written by
 /// whoever may start processes as other users, in which this process stands. To name a directory alone is nothing.
-pub(super) fn is_anothers(process: ProcessId, user: u32) -> bool {
+pub(super) fn is_of_another(process: ProcessId, user: u32) -> bool {
     let vouches = |record: Record| record.user == Some(user) && record.has(process);
     procfs::marked_dirs(process.pid).iter().any(|dir| Record::read_named(dir).is_some_and(vouches))
 }
@@ -203,37 +203,37 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_anothers_only_if_a_record_says_so_that_it_can_not_have_written() {
+    fn a_process_is_of_another_only_if_a_record_says_so_that_it_can_not_have_written() {
         let root = tempfile::tempdir().expect("tempdir");
         let dir = root.path().join("machine");
         fs::create_dir(&dir).expect("mkdir");
         let process = Marked::start(&dir);
         let (id, user) = (process.id(), 4711);
-        assert!(!is_anothers(id, user), "it names a directory, and nobody else does");
+        assert!(!is_of_another(id, user), "it names a directory, and nobody else does");
         let mut record = Record::begin(&launch(&dir), "qemu").expect("begins");
         let other_start = ProcessId { start_time: id.start_time + 1, ..id };
         record.add(&dir, "qemu", other_start, true).expect("writes");
-        assert!(!is_anothers(id, user), "another process had that pid");
+        assert!(!is_of_another(id, user), "another process had that pid");
         record.add(&dir, "qemu", id, true).expect("writes");
-        assert!(is_anothers(id, user));
-        assert!(!is_anothers(id, user + 1), "it should not be that user's");
+        assert!(is_of_another(id, user));
+        assert!(!is_of_another(id, user + 1), "it should not be that user's");
 
         // What a hostile process could put there.
         let (file, beside) = (dir.join(FILE), root.path().join("beside"));
         fs::set_permissions(&file, fs::Permissions::from_mode(0o602)).expect("chmod");
-        assert!(!is_anothers(id, user), "anybody may write to it");
+        assert!(!is_of_another(id, user), "anybody may write to it");
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
-        assert!(is_anothers(id, user));
+        assert!(is_of_another(id, user));
         if chown(&file, Some(user), Some(user)).is_ok() {
-            assert!(!is_anothers(id, user), "its own user's");
+            assert!(!is_of_another(id, user), "its own user's");
             chown(&file, Some(0), Some(0)).expect("chown");
         }
         fs::rename(&file, &beside).expect("renames");
         symlink(&beside, &file).expect("links");
-        assert!(!is_anothers(id, user), "it leads elsewhere");
+        assert!(!is_of_another(id, user), "it leads elsewhere");
         fs::remove_file(&file).expect("unlinks");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
         rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, mode, 0).expect("mkfifo");
-        assert!(!is_anothers(id, user), "and nobody waits for a FIFO");
+        assert!(!is_of_another(id, user), "and nobody waits for a FIFO");
     }
 }

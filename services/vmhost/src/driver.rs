@@ -163,14 +163,19 @@ impl VmHandle {
         self.ask(|reply| Command::Resize { to, reply }).await
     }
 
-    /// Has it end, if it runs nothing and is still there.
-    pub(crate) async fn retire(&self, reason: String) {
-        let _ = self.commands.send(Command::Retire { reason }).await;
+    /// Has it end, if it runs nothing and is still there. Waits for nobody, as [`VmHandle::try_tell`].
+    pub(crate) fn try_retire(&self, reason: String) {
+        let _ = self.commands.try_send(Command::Retire { reason });
     }
 
     /// Tells it what happened, if it is still there.
     pub(crate) async fn tell(&self, input: Input) {
         let _ = self.commands.send(Command::Tell(input)).await;
+    }
+
+    /// The same by somebody who looks after the whole node and says it again: a driver that stands still, for its disk hangs, does not hear it.
+    pub(crate) fn try_tell(&self, input: Input) {
+        let _ = self.commands.try_send(Command::Tell(input));
     }
 
     async fn ask(&self, command: impl FnOnce(Reply) -> Command) -> Result<(), Error> {

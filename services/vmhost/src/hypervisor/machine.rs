@@ -302,11 +302,13 @@ impl Starting {
     }
 
     /// The guest's agent serves already: no knock will come.
-    pub(super) fn agent_serves(&self) -> Result<(), LaunchError> {
+    pub(super) fn agent_serves(&mut self) -> Result<(), LaunchError> {
         let taken = self.launch.user.map_or(Ok(()), |user| own_dir::take_back(&self.own_dir(), user));
         taken.map_err(cannot("take back the directory that it runs in"))?;
         let knocked = self.kind.agent.knock_socket(&self.sockets).map_or(Ok(()), fs::remove_file);
-        knocked.map_err(cannot("note that the guest agent serves"))
+        knocked.map_err(cannot("note that the guest agent serves"))?;
+        self.sources.knocks = None;
+        Ok(())
     }
 
     /// All processes run: from here on the machine is watched over.
@@ -314,7 +316,9 @@ impl Starting {
         let rank = |name| self.kind.processes.iter().position(|&process| process == name);
         self.processes.sort_by_key(|(name, _)| rank(*name));
         let processes = self.processes.into_iter().map(|(_, process)| process).collect();
-        let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder, self.cgroup);
+        // Not by the socket's being there: a hypervisor that has been taken over already can remove it.
+        let knocked = self.sources.knocks.is_none();
+        let core = Core::new(self.kind, &self.launch, processes, self.sockets, self.recorder, self.cgroup, knocked);
         HostMachine::watch_over(core, self.sources, tasks)
     }
 
@@ -540,10 +544,10 @@ impl Core {
         sockets: SocketDir,
         recorder: Recorder,
         cgroup: Option<Cgroup>,
+        knocked: bool,
     ) -> Self {
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let (own_dir, user) = (own_dir(launch), launch.user);
-        let knocked = kind.agent.knock_socket(&sockets).is_none_or(|socket| !socket.exists());
         let (knocked, exit) = (watch::Sender::new(knocked), watch::Sender::new(None));
         let tap = launch.nic.as_ref().map(|nic| nic.tap.clone());
         let (looking, why) = (Arc::default(), OnceLock::new());
@@ -568,11 +572,11 @@ impl Core {
         let sockets = SocketDir::open(&own_dir(launch)).map_err(cannot("open the machine's directory"))?;
         let cgroup = record.cgroup.map(Cgroup::at);
         let launch = Launch { user: record.user, ..launch.clone() };
-        let core = Self::new(kind, &launch, processes, sockets, Recorder::open(&launch.dir), cgroup);
-        if !*core.knocked.borrow() {
+        if kind.agent.knock_socket(&sockets).is_some_and(|socket| socket.exists()) {
             // Its knock went to nobody, or will. No job has met it, so nothing is lost with it.
             return Ok(None);
         }
+        let core = Self::new(kind, &launch, processes, sockets, Recorder::open(&launch.dir), cgroup, true);
         // An earlier version may not have done so.
         core.take_back().map_err(cannot("take back the directory that the machine runs in"))?;
         Ok(Some(core))

@@ -34,7 +34,7 @@ pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
     let Ok((seen, grown)) = tokio::task::spawn_blocking(move || (watch.look(), grown(&own))).await else { return };
     for (vm, problem) in grown {
         tracing::error!(vm_id = %vm.id, problem, "a VM's hypervisor is not to be trusted; the VM is ended");
-        vm.tell(Input::Misbehaves { reason: format!("its hypervisor is not to be trusted: {problem}") }).await;
+        vm.try_tell(Input::Misbehaves { reason: format!("its hypervisor is not to be trusted: {problem}") });
     }
     let vms: Vec<Candidate> = host.vms().values().filter_map(candidate).collect();
     let before = pressure.levels();
@@ -59,11 +59,11 @@ pub(crate) async fn look(host: &Arc<Host>, pressure: &mut Pressure) {
     match relief {
         Relief::Retire(_) => {
             tracing::warn!(%vm_id, words, "this node runs out of memory; a VM that runs nothing is ended");
-            vm.retire(reason).await;
+            vm.try_retire(reason);
         }
         Relief::Kill(_) => {
             tracing::error!(%vm_id, words, "this node runs out of memory; a VM is ended with its attempt, which is lost");
-            vm.tell(Input::OutOfMemory { reason }).await;
+            vm.try_tell(Input::OutOfMemory { reason });
         }
     }
 }

@@ -491,7 +491,7 @@ impl Driver {
         if to == self.record.shape() && before.next.is_none() {
             return Ok(false);
         }
-        self.record.shapes.next = Some(to);
+        self.record.shapes.ask(to);
         let written = self.dir.intend_vm(&self.record).await;
         if written.is_err() {
             self.record.shapes = before;
@@ -514,13 +514,16 @@ impl Driver {
     async fn resized(&mut self, result: Result<VmShape, ResizeError>) {
         let reply = self.resizing.take().flatten();
         let before = self.record.shape();
-        let has = match &result {
-            Ok(has) => Some(*has),
-            Err(error) => error.has,
+        let (has, told) = match &result {
+            Ok(has) => (Some(*has), None),
+            Err(error) => (error.has, error.told),
         };
         // What nobody can tell stays wanted: its room stays taken, and the next vmhost, or whoever asks again, finds out.
         if let Some(has) = has {
-            (self.record.shapes.now, self.record.shapes.next) = (Some(has), None);
+            match told {
+                Some(told) => self.record.shapes.know_but_vcpus(has, told, before),
+                None => self.record.shapes.know(has),
+            }
             self.note_vm();
             self.publish();
         }
@@ -533,7 +536,11 @@ impl Driver {
         if now != before {
             self.report(Report::Resized { shape: now, reply: None }).await;
         }
-        let has = if error.has.is_some() { format!("has {now}") } else { "nobody can tell what it has".to_owned() };
+        let has = match (has, told) {
+            (Some(_), Some(told)) => format!("has {now}, {told} vCPUs as soon as its guest lets the others go"),
+            (Some(_), None) => format!("has {now}"),
+            (None, _) => "nobody can tell what it has".to_owned(),
+        };
         let message = format!("VM {vm_id} could not be resized, and {has}: {error}");
         let _ = reply.map(|reply| reply.send(Err(Error::new(Reason::GuestRefused, message).with("vm_id", vm_id))));
     }

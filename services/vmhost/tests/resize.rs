@@ -228,7 +228,7 @@ async fn a_resize_that_fails_half_way_is_told_with_what_the_vm_has_then() {
     let world = World::new().await;
     let (node, resizes) = node(&world).await;
     let vm = world.start_vm(&node, VmKind::Service).await;
-    resizes.failures.lock().unwrap().push_back(Some(shape(1, 256)));
+    resizes.fail(Some(shape(1, 256)), None);
     let error = resize(&node, vm, shape(2, 256)).await.unwrap_err();
     assert_eq!(error.reason, Reason::GuestRefused);
     assert!(error.message.contains("and has 1 vCPUs, 256 MiB: it fails for the test"), "{error}");
@@ -236,11 +236,34 @@ async fn a_resize_that_fails_half_way_is_told_with_what_the_vm_has_then() {
     assert_eq!(hosted(&node).await, shape(1, 256));
 
     // Nobody knows: its room stays taken, until somebody finds out.
-    resizes.failures.lock().unwrap().push_back(None);
-    let error = resize(&node, vm, shape(1, 384)).await.unwrap_err();
-    assert!(error.message.contains("nobody can tell what it has"), "{error}");
-    assert_eq!((hosted(&node).await, recorded(&world, vm)), (shape(1, 384), shape(1, 256)));
+    for (to, room) in [(shape(1, 384), shape(1, 384)), (shape(2, 256), shape(2, 384))] {
+        resizes.fail(None, None);
+        let error = resize(&node, vm, to).await.unwrap_err();
+        assert!(error.message.contains("nobody can tell what it has"), "{error}");
+        assert_eq!((hosted(&node).await, recorded(&world, vm)), (room, shape(1, 256)));
+    }
     assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(2, 256)));
     assert_eq!(hosted(&node).await, shape(2, 256));
+    stop(&world, &node, vm).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_keeps_its_vcpus_keeps_their_room_and_is_asked_again() {
+    let world = World::new().await;
+    let (node, resizes) = node(&world).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    assert_eq!(resize(&node, vm, shape(2, 128)).await, Ok(shape(2, 128)));
+    resizes.fail(Some(shape(2, 256)), Some(1));
+    let error = resize(&node, vm, shape(1, 256)).await.unwrap_err();
+    assert_eq!(error.reason, Reason::GuestRefused);
+    assert!(error.message.contains("2 vCPUs, 256 MiB, 1 vCPUs as soon as its guest lets the others go"), "{error}");
+    wait_recorded(&world, vm, shape(2, 256)).await;
+    assert_eq!(hosted(&node).await, shape(2, 256));
+
+    // It may have let them go since: what it seems to have is asked for, too.
+    let asked = resizes.asked.lock().unwrap().len();
+    assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(2, 256)));
+    assert_eq!(resizes.asked.lock().unwrap()[asked..], [shape(2, 256)]);
+    assert_eq!(on_disk(&world, vm)["next"], serde_json::Value::Null);
     stop(&world, &node, vm).await;
 }

@@ -189,7 +189,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// call again.
     async fn resize(&self, _: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
         let problem = format!("the driver \"{}\" can't change a machine that runs", self.name());
-        Err(ResizeError { problem, has: None })
+        Err(ResizeError { problem, has: None, told: None })
     }
 }
 
@@ -367,6 +367,9 @@ pub struct ResizeError {
     pub problem: String,
     /// The shape that it has now; `None`: nobody can tell.
     pub has: Option<VmShape>,
+    /// To how many vCPUs it was told to come, where its guest may have to let go of others still: as long as it does not, it has those, so
+    /// that `has` is what it has at least.
+    pub told: Option<u32>,
 }
 
 fn list(names: &[String]) -> String {

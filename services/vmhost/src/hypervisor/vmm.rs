@@ -39,7 +39,7 @@ pub(super) trait Boot: Clone + Send + Sync + 'static {
     /// See [`Hypervisor::resize`].
     async fn resize(_: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
         let problem = format!("the driver \"{}\" can't change a machine that runs", Self::KIND.driver);
-        Err(ResizeError { problem, has: None })
+        Err(ResizeError { problem, has: None, told: None })
     }
 }
 

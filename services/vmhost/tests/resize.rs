@@ -232,6 +232,10 @@ async fn what_the_registry_could_not_be_told_is_told_by_the_next_vmhost() {
         if disk["now"]["memory_mib"] == 256 { Ok(()) } else { Err(disk) }
     })
     .await;
+    // Repeated, it is the same report.
+    let ids = || world.registry.state().resize_ids.clone();
+    wait_for("it to be told again", || if ids().len() > 1 { Ok(()) } else { Err(ids().len()) }).await;
+    assert!(ids().iter().all(|id| *id == ids()[0] && !id.is_empty()), "{:?}", ids());
     first.crash().await;
     assert_eq!(recorded(&world, vm), shape(1, 128));
     world.set_down(false);
@@ -239,6 +243,19 @@ async fn what_the_registry_could_not_be_told_is_told_by_the_next_vmhost() {
     wait_recorded(&world, vm, shape(1, 256)).await;
     assert_eq!(*resizes.asked.lock().unwrap(), []);
     stop(&world, &second, vm).await;
+}
+
+#[tokio::test]
+async fn a_registry_that_records_no_shapes_holds_nothing_up() {
+    let world = World::new().await;
+    let (node, _) = node(&world).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    world.registry.state().records_no_shapes = true;
+    assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(1, 128)));
+    assert_eq!(hosted(&node).await, shape(2, 256));
+    let job = world.run(&node, vm, command(&["true"])).await;
+    world.wait_job(job).await;
+    stop(&world, &node, vm).await;
 }
 
 #[tokio::test]

@@ -505,8 +505,9 @@ impl Driver {
     fn resize_machine(&mut self, to: VmShape, who: Option<(VmResize, Reply)>) {
         self.resizing = Some(who);
         let (host, launch, events) = (Arc::clone(&self.host), self.launch.clone(), self.event_sender.clone());
+        let room = self.record.room();
         self.tasks.spawn_until_end("vm-resize", async move {
-            let result = host.hypervisor.resize(&launch, to).await;
+            let result = host.hypervisor.resize(&launch, to, room).await;
             let _ = events.send(Event::Resized(result)).await;
         });
     }

@@ -86,8 +86,9 @@ impl Hypervisor for Passing {
         self.resizes.as_ref().map(|_| VmShape { vcpus: 4 * shape.vcpus, memory_mib: 4 * shape.memory_mib })
     }
 
-    async fn resize(&self, _: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
+    async fn resize(&self, _: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
         let resizes = self.resizes.as_ref().expect("they can be");
+        assert_eq!(to.max(room), room, "there is room for it");
         resizes.asked.lock().expect("whole").push(to);
         let _ = resizes.open.subscribe().wait_for(|open| *open).await;
         match resizes.failures.lock().expect("whole").pop_front() {

@@ -39,17 +39,22 @@ pub(super) fn most(shape: VmShape) -> VmShape {
 }
 
 /// See [`super::super::Hypervisor::resize`].
-pub(super) async fn resize(launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
-    resize_within(launch, to, LET_GO_PATIENCE).await
+pub(super) async fn resize(launch: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
+    resize_within(launch, to, room, LET_GO_PATIENCE).await
 }
 
-async fn resize_within(launch: &Launch, to: VmShape, patience: Duration) -> Result<VmShape, ResizeError> {
+async fn resize_within(
+    launch: &Launch,
+    to: VmShape,
+    room: VmShape,
+    patience: Duration,
+) -> Result<VmShape, ResizeError> {
     let unknown = |problem| ResizeError { problem, has: None, told: None };
     let sockets = SocketDir::open(&own_dir(launch)).map_err(|error| unknown(with_sources(&error)))?;
     let api = Api::within(sockets, API_SOCKET);
     let mut has = api.info().await.map_err(|error| unknown(with_sources(&error)))?.shape();
     // Limits follow from it: whoever is limited does not say how.
-    believe(launch, has).map_err(unknown)?;
+    believe(launch, has, room).map_err(unknown)?;
     let changed = change(&api, launch, &mut has, to, patience).await;
     let told = match changed {
         Err(Failure::Unknown(problem)) => return Err(unknown(problem)),
@@ -65,13 +70,12 @@ async fn resize_within(launch: &Launch, to: VmShape, patience: Duration) -> Resu
 }
 
 /// Whether the machine can have what its hypervisor, which its guest may have taken over, says that it has.
-fn believe(launch: &Launch, has: VmShape) -> Result<(), String> {
-    let most = most(launch.shape());
-    if (1..=most.vcpus).contains(&has.vcpus) && (launch.memory_mib..=most.memory_mib).contains(&has.memory_mib) {
+fn believe(launch: &Launch, has: VmShape, room: VmShape) -> Result<(), String> {
+    let least = VmShape { vcpus: 1, ..launch.shape() };
+    if has.max(least) == has && has.max(room) == room {
         return Ok(());
     }
-    let least = launch.memory_mib;
-    Err(format!("its hypervisor is not to be trusted: it says {has}, of 1 to {most} and at least {least} MiB"))
+    Err(format!("its hypervisor is not to be trusted: it says {has}, which is not within {least} and {room}"))
 }
 
 /// Why a machine has not all that it was to be given.
@@ -241,6 +245,7 @@ mod tests {
     }
 
     const HAS: VmShape = VmShape { vcpus: 2, memory_mib: 256 };
+    const ROOM: VmShape = VmShape { vcpus: 4, memory_mib: 512 };
 
     #[tokio::test]
     async fn memory_comes_first_and_a_vcpu_that_is_taken_away_is_waited_for() {
@@ -249,7 +254,7 @@ mod tests {
         // Memory comes, the guest of an earlier time lets go, a vCPU is told to go, and goes at the third look.
         let asked = hypervisor(&launch, HAS, &[204, 429, 204, 204, 429, 429, 204]);
         let to = VmShape { vcpus: 1, memory_mib: 384 };
-        assert_eq!(resize(&launch, to).await.expect("resizes"), to);
+        assert_eq!(resize(&launch, to, ROOM).await.expect("resizes"), to);
         let (memory, [two, one]) = (memory(384), [vcpus(2), vcpus(1)]);
         assert_eq!(asked.join().expect("asked"), [&memory, &two, &two, &one, &one, &one, &one].map(Clone::clone));
         assert_eq!(limits(&launch), limits_of(to));
@@ -261,7 +266,7 @@ mod tests {
         let launch = launch(dir.path());
         let has = VmShape { vcpus: 2, memory_mib: 512 };
         let asked = hypervisor(&launch, has, &[204]);
-        assert_eq!(resize(&launch, VmShape { memory_mib: 384, ..has }).await.expect("is so"), has);
+        assert_eq!(resize(&launch, VmShape { memory_mib: 384, ..has }, ROOM).await.expect("is so"), has);
         assert_eq!(asked.join().expect("asked"), [vcpus(2)]);
     }
 
@@ -278,7 +283,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("tempdir");
             let launch = launch(dir.path());
             let asked = hypervisor(&launch, HAS, answers);
-            let error = resize(&launch, to).await.expect_err("it fails");
+            let error = resize(&launch, to, ROOM).await.expect_err("it fails");
             assert_eq!((error.has, error.told), (Some(has), told), "{error}");
             assert!(error.to_string().starts_with("vm.resize was refused with status 500"), "{error}");
             assert_eq!(limits(&launch), limits_of(limit), "{answers:?}");
@@ -293,7 +298,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("tempdir");
             let launch = launch(dir.path());
             let asked = hypervisor(&launch, HAS, answers);
-            let error = resize(&launch, to).await.expect_err("it fails");
+            let error = resize(&launch, to, ROOM).await.expect_err("it fails");
             assert_eq!((error.has, error.told), (None, None), "{error}");
             assert!(error.to_string().starts_with("vm.resize could not be made"), "{error}");
             assert_eq!(limits(&launch), limits_of(HAS.max(to)));
@@ -309,7 +314,7 @@ mod tests {
             let launch = launch(dir.path());
             let asked = hypervisor(&launch, VmShape { vcpus: told, ..HAS }, answers);
             let to = VmShape { vcpus: to, memory_mib: 384 };
-            let error = resize_within(&launch, to, Duration::ZERO).await.expect_err("it keeps them");
+            let error = resize_within(&launch, to, ROOM, Duration::ZERO).await.expect_err("it keeps them");
             assert_eq!((error.has, error.told), (Some(VmShape { vcpus: told, ..to }), Some(2)), "{error}");
             assert!(error.to_string().starts_with("its guest does not let go of vCPUs"), "{error}");
             assert_eq!(limits(&launch), limits_of(VmShape { vcpus: told.max(to.vcpus), ..to }));
@@ -320,14 +325,15 @@ mod tests {
     #[tokio::test]
     async fn a_hypervisor_does_not_say_what_its_limits_are() {
         let shape = |vcpus, memory_mib| VmShape { vcpus, memory_mib };
-        for says in [shape(u32::MAX, 256), shape(9, 256), shape(0, 256), shape(2, 255), shape(2, 1025)] {
+        for says in [shape(u32::MAX, 256), shape(5, 256), shape(0, 256), shape(2, 255), shape(2, 513)] {
             let dir = tempfile::tempdir().expect("tempdir");
             let launch = launch(dir.path());
             let asked = hypervisor(&launch, says, &[]);
-            let error = resize(&launch, shape(1, 384)).await.expect_err("nobody believes it");
+            let error = resize(&launch, shape(1, 384), ROOM).await.expect_err("nobody believes it");
             assert_eq!((error.has, error.told), (None, None), "{error}");
-            let words = format!("its hypervisor is not to be trusted: it says {says}, of 1 to 8 vCPUs, 1024 MiB");
-            assert!(error.to_string().starts_with(&words), "{error}");
+            let words = "which is not within 1 vCPUs, 256 MiB and 4 vCPUs, 512 MiB";
+            let words = format!("its hypervisor is not to be trusted: it says {says}, {words}");
+            assert_eq!(error.to_string(), words);
             assert_eq!(limits(&launch), ["untouched"; 3]);
             assert_eq!(asked.join().expect("asked"), [""; 0]);
         }
@@ -340,12 +346,12 @@ mod tests {
         let other = dir.path().join("other");
         let listener = UnixListener::bind(&other).expect("binds");
         symlink(&other, dir.path().join("run").join(API_SOCKET)).expect("links");
-        let error = resize(&launch, launch.shape()).await.expect_err("a link");
+        let error = resize(&launch, launch.shape(), ROOM).await.expect_err("a link");
         assert!(error.to_string().contains("api is no socket") && error.has.is_none(), "{error}");
         listener.set_nonblocking(true).expect("sets");
         assert!(listener.accept().is_err(), "nobody came");
         fs::remove_dir_all(dir.path().join("run")).expect("removes");
-        assert_eq!(resize(&launch, launch.shape()).await.expect_err("gone").has, None);
+        assert_eq!(resize(&launch, launch.shape(), ROOM).await.expect_err("gone").has, None);
     }
 
     #[test]

@@ -208,6 +208,34 @@ impl fmt::Display for VmShape {
     }
 }
 
+/// Another shape for a VM: what is not named stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmResize {
+    /// Virtual CPUs.
+    pub vcpus: Option<u32>,
+    /// Memory in MiB.
+    pub memory_mib: Option<u32>,
+}
+
+impl VmResize {
+    /// Checks the fields `vcpus` and `memory_mib` of a request.
+    pub fn parse(vcpus: Option<u32>, memory_mib: Option<u32>) -> Result<Self, Error> {
+        if (vcpus, memory_mib) == (None, None) {
+            return Err(invalid("vcpus", "", "a number, unless `memory_mib` has one"));
+        }
+        Ok(Self {
+            vcpus: vcpus.map(|vcpus| check_vcpus("vcpus", vcpus)).transpose()?,
+            memory_mib: memory_mib.map(|memory_mib| check_memory("memory_mib", memory_mib)).transpose()?,
+        })
+    }
+
+    /// The shape that a VM of this one is to have.
+    #[must_use]
+    pub fn of(self, now: VmShape) -> VmShape {
+        VmShape { vcpus: self.vcpus.unwrap_or(now.vcpus), memory_mib: self.memory_mib.unwrap_or(now.memory_mib) }
+    }
+}
+
 /// What a VM is made of: checked, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct VmConfig {

@@ -14,7 +14,7 @@ use blixard::{
         vmhost::v1 as vmhost,
     },
     time::millis,
-    vm::{Vm, VmConfig, VmKind, VmShape, VmState},
+    vm::{Vm, VmConfig, VmKind, VmResize, VmState},
 };
 use blixard_chassis::{
     Tasks,
@@ -422,9 +422,7 @@ impl SchedulerService for SchedulerApi {
     async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
         let asked = request.get_ref();
         let vm_id = VmId::parse("vm_id", &asked.vm_id)?;
-        if (asked.vcpus, asked.memory_mib) == (None, None) {
-            return Err(invalid("vcpus", "", "a number, unless `memory_mib` has one").into());
-        }
+        let VmResize { vcpus, memory_mib } = VmResize::parse(asked.vcpus, asked.memory_mib)?;
         let vm = self.find_vm(vm_id).await?;
         if !vm.state.is_running() {
             let message = format!("VM {vm_id} is {} and takes no other shape", vm.state);
@@ -433,9 +431,8 @@ impl SchedulerService for SchedulerApi {
                 .with("state", vm.state)
                 .into());
         }
-        let VmShape { vcpus, memory_mib } = vm.config.shape();
-        let to = VmShape::parse(asked.vcpus.unwrap_or(vcpus), asked.memory_mib.unwrap_or(memory_mib))?;
-        let resize = vmhost::ResizeVmRequest { vm_id: vm_id.to_string(), vcpus: to.vcpus, memory_mib: to.memory_mib };
+        // What is not named the node knows: what is on record may lag behind.
+        let resize = vmhost::ResizeVmRequest { vm_id: vm_id.to_string(), vcpus, memory_mib };
         let answer = self.peers.vmhost(&vm.node_id)?.resize_vm(forward(&request, resize)).await;
         let resized = answer.map_err(|status| peer_error("vmhost", &status))?.into_inner();
         Ok(Response::new(pb::ResizeVmResponse { vm: resized.vm }))

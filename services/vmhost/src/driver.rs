@@ -17,7 +17,7 @@ use blixard::{
     limits::{DEFAULT_STOP_GRACE, MAX_REASON_BYTES},
     pb::common::v1::JobSpec,
     time::Timestamp,
-    vm::{VmConfig, VmKind, VmShape, VmState},
+    vm::{VmConfig, VmKind, VmResize, VmShape, VmState},
 };
 use blixard_chassis::Tasks;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -67,7 +67,7 @@ enum Command {
         reply: Reply,
     },
     Resize {
-        to: VmShape,
+        wanted: VmResize,
         /// Answered when the registry knows.
         reply: Reply,
     },
@@ -159,8 +159,8 @@ impl VmHandle {
     }
 
     /// Gives it another shape; returns when it has it and the registry knows.
-    pub(crate) async fn resize(&self, to: VmShape) -> Result<(), Error> {
-        self.ask(|reply| Command::Resize { to, reply }).await
+    pub(crate) async fn resize(&self, wanted: VmResize) -> Result<(), Error> {
+        self.ask(|reply| Command::Resize { wanted, reply }).await
     }
 
     /// Has it end, if it runs nothing and is still there. Waits for nobody, as [`VmHandle::try_tell`].
@@ -225,8 +225,8 @@ struct Driver {
     machine: Option<(Arc<dyn Machine>, Arc<AgentLink>)>,
     /// Whether the machine was booted, so that a template would have helped.
     booted: bool,
-    /// Its machine is being given another shape, which somebody may wait for.
-    resizing: Option<Option<Reply>>,
+    /// Its machine is being given another shape, which somebody may wait for, and what that one named of it.
+    resizing: Option<Option<(VmResize, Reply)>>,
     attempt_record: Option<AttemptRecord>,
     attempt: Option<Attempt>,
     reports: mpsc::Sender<Report>,
@@ -419,7 +419,7 @@ impl Driver {
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
-            Command::Resize { to, reply } => self.resize(to, reply).await,
+            Command::Resize { wanted, reply } => self.resize(wanted, reply).await,
             Command::Retire { reason } => self.retire(reason),
             Command::Tell(input) => self.step(input).await,
             Command::Cancel { job, attempt, reply } => {
@@ -466,9 +466,10 @@ impl Driver {
     }
 
     /// Begins to give the VM another shape.
-    async fn resize(&mut self, to: VmShape, reply: Reply) {
+    async fn resize(&mut self, wanted: VmResize, reply: Reply) {
+        let to = wanted.of(self.record.shape());
         match self.admit_resize(to).await {
-            Ok(true) => self.resize_machine(to, Some(reply)),
+            Ok(true) => self.resize_machine(to, Some((wanted, reply))),
             Ok(false) => self.report(Report::Resized { shape: to, reply: Some(reply) }).await,
             Err(error) => drop(reply.send(Err(error))),
         }
@@ -491,7 +492,7 @@ impl Driver {
         if to == self.record.shape() && before.next.is_none() {
             return Ok(false);
         }
-        self.record.shapes.next = Some(to);
+        self.record.shapes.ask(to);
         let written = self.dir.intend_vm(&self.record).await;
         if written.is_err() {
             self.record.shapes = before;
@@ -501,26 +502,30 @@ impl Driver {
         Ok(true)
     }
 
-    fn resize_machine(&mut self, to: VmShape, reply: Option<Reply>) {
-        self.resizing = Some(reply);
+    fn resize_machine(&mut self, to: VmShape, who: Option<(VmResize, Reply)>) {
+        self.resizing = Some(who);
         let (host, launch, events) = (Arc::clone(&self.host), self.launch.clone(), self.event_sender.clone());
+        let room = self.record.room();
         self.tasks.spawn_until_end("vm-resize", async move {
-            let result = host.hypervisor.resize(&launch, to).await;
+            let result = host.hypervisor.resize(&launch, to, room).await;
             let _ = events.send(Event::Resized(result)).await;
         });
     }
 
     /// The machine has another shape, or has it not, or not all of it.
     async fn resized(&mut self, result: Result<VmShape, ResizeError>) {
-        let reply = self.resizing.take().flatten();
+        let (wanted, reply) = self.resizing.take().flatten().unzip();
         let before = self.record.shape();
-        let has = match &result {
-            Ok(has) => Some(*has),
-            Err(error) => error.has,
+        let (has, told) = match &result {
+            Ok(has) => (Some(*has), None),
+            Err(error) => (error.has, error.told),
         };
         // What nobody can tell stays wanted: its room stays taken, and the next vmhost, or whoever asks again, finds out.
         if let Some(has) = has {
-            (self.record.shapes.now, self.record.shapes.next) = (Some(has), None);
+            match told {
+                Some(told) => self.record.shapes.know_but_vcpus(has, told, before),
+                None => self.record.shapes.know(has),
+            }
             self.note_vm();
             self.publish();
         }
@@ -530,10 +535,19 @@ impl Driver {
             return self.report(Report::Resized { shape: now, reply }).await;
         };
         tracing::warn!(%vm_id, from = %before, now = %now, error = with_sources(&error), "a VM could not be resized");
+        // Whoever wants memory alone does not care for vCPUs that its guest has still to let go.
+        let memory = wanted.filter(|wanted| wanted.vcpus.is_none()).and_then(|wanted| wanted.memory_mib);
+        if told.is_some() && memory.is_some_and(|memory_mib| now.memory_mib >= memory_mib) {
+            return self.report(Report::Resized { shape: now, reply }).await;
+        }
         if now != before {
             self.report(Report::Resized { shape: now, reply: None }).await;
         }
-        let has = if error.has.is_some() { format!("has {now}") } else { "nobody can tell what it has".to_owned() };
+        let has = match (has, told) {
+            (Some(_), Some(told)) => format!("has {now}, {told} vCPUs as soon as its guest lets the others go"),
+            (Some(_), None) => format!("has {now}"),
+            (None, _) => "nobody can tell what it has".to_owned(),
+        };
         let message = format!("VM {vm_id} could not be resized, and {has}: {error}");
         let _ = reply.map(|reply| reply.send(Err(Error::new(Reason::GuestRefused, message).with("vm_id", vm_id))));
     }

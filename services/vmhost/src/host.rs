@@ -19,7 +19,7 @@ use blixard::{
     node::{HostPressure, shortage},
     pb::{common::v1 as common, guest::v1::GuestNetwork, vmhost::v1 as pb},
     time::Timestamp,
-    vm::{VmConfig, VmShape, VmState},
+    vm::{VmConfig, VmResize, VmShape, VmState},
     volume::Volumes,
 };
 use blixard_chassis::{SecretKey, Tasks};
@@ -651,9 +651,9 @@ impl Host {
     }
 
     /// Gives a VM another shape; the VM as the registry has it then.
-    pub(crate) async fn resize_vm(&self, vm_id: VmId, to: VmShape) -> Result<common::Vm, Error> {
+    pub(crate) async fn resize_vm(&self, vm_id: VmId, wanted: VmResize) -> Result<common::Vm, Error> {
         let not_found = || Error::new(Reason::VmNotFound, format!("this node has no VM {vm_id}")).with("vm_id", vm_id);
-        self.vm(vm_id).ok_or_else(not_found)?.resize(to).await?;
+        self.vm(vm_id).ok_or_else(not_found)?.resize(wanted).await?;
         self.registry.vm(vm_id).await?.ok_or_else(not_found)
     }
 

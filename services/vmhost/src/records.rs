@@ -70,9 +70,9 @@ impl VmRecord {
         self.shapes.now.unwrap_or(self.config.shape())
     }
 
-    /// The room that it may take: while it is being given another shape, that of the larger one.
+    /// The room that it may take: while it is being given another shape, or nobody can tell which it has, that of the largest.
     pub(crate) fn room(&self) -> VmShape {
-        self.shapes.next.map_or(self.shape(), |next| next.max(self.shape()))
+        self.shapes.room(self.shape())
     }
 }
 

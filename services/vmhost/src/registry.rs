@@ -16,6 +16,8 @@ use blixard_chassis::{ReplicatedChannel, client};
 use futures::stream;
 use pb::registry_service_client::RegistryServiceClient;
 use tokio::sync::mpsc;
+use tonic::Code;
+use uuid::Uuid;
 
 use crate::{
     logs::{EndRecord, Outcome},
@@ -177,16 +179,23 @@ impl Registry {
         Ok(())
     }
 
-    /// Records the shape that a VM has now.
-    pub(crate) async fn resize_vm(&self, vm_id: VmId, shape: VmShape) -> Result<(), Error> {
+    /// Records the shape that a VM has now. With the same id again, however late, nothing more. A registry of an earlier version, which
+    /// records no shapes, has nothing to wait for: the next vmhost that adopts the VM tells it again.
+    pub(crate) async fn resize_vm(&self, vm_id: VmId, shape: VmShape, request_id: Uuid) -> Result<(), Error> {
         let request = pb::ResizeVmRequest {
             vm_id: vm_id.to_string(),
             vcpus: shape.vcpus,
             memory_mib: shape.memory_mib,
+            request_id: request_id.to_string(),
             ..Default::default()
         };
-        self.client.clone().resize_vm(client::request(request, CALL_TIMEOUT)).await?;
-        Ok(())
+        match self.client.clone().resize_vm(client::request(request, CALL_TIMEOUT)).await {
+            Err(status) if status.code() == Code::Unimplemented => {
+                tracing::warn!(%vm_id, %shape, "the registry is of a version that records no other shape of a VM");
+                Ok(())
+            }
+            answer => Ok(answer.map(drop)?),
+        }
     }
 
     pub(crate) async fn start_attempt(&self, job: JobId, attempt: u32, at: Timestamp) -> Result<(), Error> {

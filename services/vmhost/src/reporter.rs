@@ -10,6 +10,7 @@ use blixard::{
 };
 use blixard_chassis::Tasks;
 use tokio::{sync::mpsc, time::timeout};
+use uuid::Uuid;
 
 use crate::{
     driver::{Event, Reply},
@@ -115,7 +116,8 @@ impl Reporter {
 
     async fn tell(&self, report: Report) {
         let what = report.name();
-        let answer = until_answered(what, || self.deliver(&report)).await;
+        let request_id = Uuid::new_v4();
+        let answer = until_answered(what, || self.deliver(&report, request_id)).await;
         if let Err(error) = &answer {
             self.refused(&report, error).await;
         }
@@ -127,12 +129,14 @@ impl Reporter {
         }
     }
 
-    async fn deliver(&self, report: &Report) -> Result<(), Error> {
+    /// `request_id`: the report's, however often it is repeated. What has no attempt and is no step that comes once needs it: a copy that
+    /// comes late would undo a later one.
+    async fn deliver(&self, report: &Report, request_id: Uuid) -> Result<(), Error> {
         match report {
             Report::Ready => self.registry.transition(self.vm_id, VmState::Ready, 0, "").await,
             Report::Started { job, attempt, at } => self.registry.start_attempt(*job, *attempt, *at).await,
             Report::Finished { job, attempt, end } => self.registry.finish_attempt(*job, *attempt, end).await,
-            Report::Resized { shape, .. } => self.registry.resize_vm(self.vm_id, *shape).await,
+            Report::Resized { shape, .. } => self.registry.resize_vm(self.vm_id, *shape, request_id).await,
             Report::End { state, started, reason } => self.registry.end_vm(self.vm_id, *state, *started, reason).await,
         }
     }

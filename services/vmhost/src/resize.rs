@@ -18,6 +18,37 @@ pub(crate) struct Shapes {
     pub(crate) now: Option<VmShape>,
     /// The one that it is being given.
     pub(crate) next: Option<VmShape>,
+    /// Of those that it was to be given before that and of which nobody can tell whether it was, the largest: it may have that.
+    #[serde(default)]
+    pub(crate) perhaps: Option<VmShape>,
+}
+
+impl Shapes {
+    /// It is to be given this one.
+    pub(crate) fn ask(&mut self, to: VmShape) {
+        if let Some(before) = self.next.replace(to) {
+            self.perhaps = Some(self.perhaps.map_or(before, |perhaps| perhaps.max(before)));
+        }
+    }
+
+    /// It has this one.
+    pub(crate) fn know(&mut self, has: VmShape) {
+        (self.now, self.next, self.perhaps) = (Some(has), None, None);
+    }
+
+    /// It has at least this one, and so much memory; its guest may have to let go of vCPUs until it has `told`. What it had `before` it may
+    /// have kept.
+    pub(crate) fn know_but_vcpus(&mut self, has: VmShape, told: u32, before: VmShape) {
+        let memory_mib = has.memory_mib;
+        self.now = Some(VmShape { vcpus: has.vcpus.max(before.vcpus), memory_mib });
+        self.next = Some(VmShape { vcpus: told, memory_mib });
+        self.perhaps = self.perhaps.map(|perhaps| VmShape { memory_mib, ..perhaps });
+    }
+
+    /// The largest that it may have beside `now`.
+    pub(crate) fn room(&self, now: VmShape) -> VmShape {
+        [self.next, self.perhaps].into_iter().flatten().fold(now, VmShape::max)
+    }
 }
 
 /// Whether a VM of the shape `from` may be given another one. `node_vcpus`: what the node offers to any VM. `fixed`: why a VM without
@@ -68,6 +99,27 @@ mod tests {
 
     const FROM: VmShape = VmShape { vcpus: 2, memory_mib: 512 };
     const MOST: Option<VmShape> = Some(VmShape { vcpus: 8, memory_mib: 2048 });
+
+    #[test]
+    fn room_stays_taken_for_all_of_which_nobody_can_tell() {
+        let shape = |vcpus, memory_mib| VmShape { vcpus, memory_mib };
+        let mut shapes = Shapes::default();
+        for (to, room) in [((4, 768), (4, 768)), ((8, 640), (8, 768)), ((1, 512), (8, 768))] {
+            shapes.ask(shape(to.0, to.1));
+            assert_eq!(shapes.room(FROM), shape(room.0, room.1));
+        }
+        // Its memory is known then, and its vCPUs when its guest has let them go.
+        shapes.know_but_vcpus(shape(1, 640), 1, FROM);
+        let [now, next, perhaps] = [shape(2, 640), shape(1, 640), shape(8, 640)].map(Some);
+        assert_eq!(shapes, Shapes { most: None, now, next, perhaps });
+        assert_eq!(shapes.room(shape(2, 640)), shape(8, 640));
+        shapes.know(shape(1, 640));
+        assert_eq!(shapes, Shapes { now: Some(shape(1, 640)), ..Shapes::default() });
+        // One that was written down by a vmhost that knew of one only.
+        let before = r#"{"most":null,"now":null,"next":{"vcpus":1,"memory_mib":640}}"#;
+        let before: Shapes = serde_json::from_str(before).expect("is read");
+        assert_eq!(before, Shapes { next: Some(shape(1, 640)), ..Shapes::default() });
+    }
 
     fn refusal(vcpus: u32, memory_mib: u32, most: Option<VmShape>) -> (Reason, String) {
         let error = admit(FROM, VmShape { vcpus, memory_mib }, most, 6, "it is fixed").expect_err("refused");

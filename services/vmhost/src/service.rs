@@ -12,7 +12,7 @@ use blixard::{
     limits::{DEFAULT_PAGE_SIZE, DEFAULT_STOP_GRACE, MAX_PAGE_BYTES, MAX_PAGE_SIZE, MAX_REASON_BYTES, MAX_STOP_GRACE},
     pb::{common::v1::VmUsage, vmhost::v1 as pb},
     time::Timestamp,
-    vm::{VmConfig, VmShape},
+    vm::{VmConfig, VmResize, VmShape},
 };
 use futures::stream::BoxStream;
 use prost::Message;
@@ -149,8 +149,8 @@ impl pb::vm_host_service_server::VmHostService for Service {
     async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Result<Response<pb::ResizeVmResponse>, Status> {
         let request = request.into_inner();
         let vm_id = VmId::parse("vm_id", &request.vm_id)?;
-        let to = VmShape::parse(request.vcpus, request.memory_mib)?;
-        let vm = self.host.resize_vm(vm_id, to).await?;
+        let wanted = VmResize::parse(request.vcpus, request.memory_mib)?;
+        let vm = self.host.resize_vm(vm_id, wanted).await?;
         Ok(Response::new(pb::ResizeVmResponse { vm: Some(vm) }))
     }
 

@@ -37,7 +37,12 @@ fn shape(vcpus: u32, memory_mib: u32) -> VmShape {
 }
 
 async fn resize(node: &Node, vm: VmId, to: VmShape) -> Result<VmShape, Error> {
-    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus: to.vcpus, memory_mib: to.memory_mib };
+    give(node, vm, Some(to.vcpus), Some(to.memory_mib)).await
+}
+
+/// The same for what is named alone.
+async fn give(node: &Node, vm: VmId, vcpus: Option<u32>, memory_mib: Option<u32>) -> Result<VmShape, Error> {
+    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus, memory_mib };
     let answer = node.client.clone().resize_vm(request).await.map_err(Error::from)?.into_inner();
     Ok(shape_of(answer.vm.unwrap().config))
 }
@@ -111,6 +116,19 @@ async fn a_vm_that_runs_has_another_shape_and_the_registry_knows_when_that_is_an
 }
 
 #[tokio::test]
+async fn what_is_not_named_stays_as_the_vm_has_it_whatever_the_registry_says() {
+    let world = World::new().await;
+    let (node, resizes) = node(&world).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    assert_eq!(give(&node, vm, Some(2), None).await, Ok(shape(2, 128)));
+    world.registry.state().vms.get_mut(&vm.to_string()).unwrap().config.as_mut().unwrap().vcpus = Some(1);
+    assert_eq!(give(&node, vm, None, Some(256)).await, Ok(shape(2, 256)));
+    assert_eq!(*resizes.asked.lock().unwrap(), [shape(2, 128), shape(2, 256)]);
+    assert_eq!(give(&node, vm, None, None).await.unwrap_err().reason, Reason::InvalidField);
+    stop(&world, &node, vm).await;
+}
+
+#[tokio::test]
 async fn what_a_vm_can_not_have_is_refused_before_anything_is_done() {
     let world = World::new().await;
     let (node, resizes) = node(&world).await;
@@ -170,7 +188,7 @@ async fn a_vmhost_that_is_killed_in_the_middle_is_followed_by_one_that_goes_on()
     let (first, closed) = node(&world).await;
     let vm = world.start_vm(&first, VmKind::Service).await;
     closed.open.send_replace(false);
-    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus: 2, memory_mib: 256 };
+    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus: Some(2), memory_mib: Some(256) };
     let mut client = first.client.clone();
     let caller = world.tasks.clone();
     caller.spawn("caller", async move { drop(client.resize_vm(request).await) });
@@ -205,7 +223,7 @@ async fn what_the_registry_could_not_be_told_is_told_by_the_next_vmhost() {
     let (first, _) = node(&world).await;
     let vm = world.start_vm(&first, VmKind::Service).await;
     world.set_down(true);
-    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus: 1, memory_mib: 256 };
+    let request = pb::ResizeVmRequest { vm_id: vm.to_string(), vcpus: Some(1), memory_mib: Some(256) };
     let mut client = first.client.clone();
     let caller = world.tasks.clone();
     caller.spawn("caller", async move { drop(client.resize_vm(request).await) });
@@ -214,6 +232,10 @@ async fn what_the_registry_could_not_be_told_is_told_by_the_next_vmhost() {
         if disk["now"]["memory_mib"] == 256 { Ok(()) } else { Err(disk) }
     })
     .await;
+    // Repeated, it is the same report.
+    let ids = || world.registry.state().resize_ids.clone();
+    wait_for("it to be told again", || if ids().len() > 1 { Ok(()) } else { Err(ids().len()) }).await;
+    assert!(ids().iter().all(|id| *id == ids()[0] && !id.is_empty()), "{:?}", ids());
     first.crash().await;
     assert_eq!(recorded(&world, vm), shape(1, 128));
     world.set_down(false);
@@ -224,11 +246,24 @@ async fn what_the_registry_could_not_be_told_is_told_by_the_next_vmhost() {
 }
 
 #[tokio::test]
+async fn a_registry_that_records_no_shapes_holds_nothing_up() {
+    let world = World::new().await;
+    let (node, _) = node(&world).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    world.registry.state().records_no_shapes = true;
+    assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(1, 128)));
+    assert_eq!(hosted(&node).await, shape(2, 256));
+    let job = world.run(&node, vm, command(&["true"])).await;
+    world.wait_job(job).await;
+    stop(&world, &node, vm).await;
+}
+
+#[tokio::test]
 async fn a_resize_that_fails_half_way_is_told_with_what_the_vm_has_then() {
     let world = World::new().await;
     let (node, resizes) = node(&world).await;
     let vm = world.start_vm(&node, VmKind::Service).await;
-    resizes.failures.lock().unwrap().push_back(Some(shape(1, 256)));
+    resizes.fail(Some(shape(1, 256)), None);
     let error = resize(&node, vm, shape(2, 256)).await.unwrap_err();
     assert_eq!(error.reason, Reason::GuestRefused);
     assert!(error.message.contains("and has 1 vCPUs, 256 MiB: it fails for the test"), "{error}");
@@ -236,11 +271,41 @@ async fn a_resize_that_fails_half_way_is_told_with_what_the_vm_has_then() {
     assert_eq!(hosted(&node).await, shape(1, 256));
 
     // Nobody knows: its room stays taken, until somebody finds out.
-    resizes.failures.lock().unwrap().push_back(None);
-    let error = resize(&node, vm, shape(1, 384)).await.unwrap_err();
-    assert!(error.message.contains("nobody can tell what it has"), "{error}");
-    assert_eq!((hosted(&node).await, recorded(&world, vm)), (shape(1, 384), shape(1, 256)));
+    for (to, room) in [(shape(1, 384), shape(1, 384)), (shape(2, 256), shape(2, 384))] {
+        resizes.fail(None, None);
+        let error = resize(&node, vm, to).await.unwrap_err();
+        assert!(error.message.contains("nobody can tell what it has"), "{error}");
+        assert_eq!((hosted(&node).await, recorded(&world, vm)), (room, shape(1, 256)));
+    }
     assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(2, 256)));
     assert_eq!(hosted(&node).await, shape(2, 256));
+    stop(&world, &node, vm).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_keeps_its_vcpus_keeps_their_room_and_is_asked_again() {
+    let world = World::new().await;
+    let (node, resizes) = node(&world).await;
+    let vm = world.start_vm(&node, VmKind::Service).await;
+    assert_eq!(resize(&node, vm, shape(2, 128)).await, Ok(shape(2, 128)));
+    resizes.fail(Some(shape(2, 256)), Some(1));
+    let error = resize(&node, vm, shape(1, 256)).await.unwrap_err();
+    assert_eq!(error.reason, Reason::GuestRefused);
+    assert!(error.message.contains("2 vCPUs, 256 MiB, 1 vCPUs as soon as its guest lets the others go"), "{error}");
+    wait_recorded(&world, vm, shape(2, 256)).await;
+    assert_eq!(hosted(&node).await, shape(2, 256));
+
+    // It may have let them go since: what it seems to have is asked for, too.
+    let asked = resizes.asked.lock().unwrap().len();
+    assert_eq!(resize(&node, vm, shape(2, 256)).await, Ok(shape(2, 256)));
+    assert_eq!(resizes.asked.lock().unwrap()[asked..], [shape(2, 256)]);
+
+    // It keeps no memory away, whether or not it lets go.
+    resizes.fail(Some(shape(2, 384)), Some(1));
+    assert_eq!(give(&node, vm, None, Some(384)).await, Ok(shape(2, 384)));
+    resizes.fail(Some(shape(2, 384)), Some(1));
+    assert_eq!(give(&node, vm, None, Some(512)).await.unwrap_err().reason, Reason::GuestRefused);
+    assert_eq!(resize(&node, vm, shape(1, 384)).await, Ok(shape(1, 384)));
+    assert_eq!(on_disk(&world, vm)["next"], serde_json::Value::Null);
     stop(&world, &node, vm).await;
 }

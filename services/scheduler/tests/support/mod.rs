@@ -531,10 +531,10 @@ impl VmHostService for FakeVmHost {
     }
     async fn resize_vm(&self, request: Request<vmhost::ResizeVmRequest>) -> Answer<vmhost::ResizeVmResponse> {
         let asked = request.into_inner();
-        if asked.vcpus > 8 {
-            return Err(blixard::error::invalid("vcpus", asked.vcpus, "at most 8, for the test").into());
+        if let Some(vcpus) = asked.vcpus.filter(|vcpus| *vcpus > 8) {
+            return Err(blixard::error::invalid("vcpus", vcpus, "at most 8, for the test").into());
         }
-        let (vcpus, memory_mib) = (Some(asked.vcpus), Some(asked.memory_mib));
+        let (vcpus, memory_mib) = (asked.vcpus, asked.memory_mib);
         let config = common::VmConfig { vcpus, memory_mib, ..Default::default() };
         let vm = common::Vm { id: asked.vm_id.clone(), config: Some(config), ..Default::default() };
         self.held().resized.push(asked);

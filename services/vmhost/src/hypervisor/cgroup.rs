@@ -439,7 +439,12 @@ fn write(file: &Path, value: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use blixard::id::VmId;
+
+    use super::{
+        super::{Launch, machine::limit_again},
+        *,
+    };
 
     #[test]
     fn the_own_cgroup_is_found_on_a_pure_a_hybrid_and_a_contained_machine() {
@@ -503,6 +508,21 @@ mod tests {
         vm.kill();
         let lifted = fs::read_to_string(&file).expect("there");
         assert!(lifted.starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "{lifted}");
+        // A new shape of it does not limit it again.
+        let launch = Launch {
+            vm_id: VmId::random(),
+            image: String::new(),
+            vcpus: 1,
+            memory_mib: 64,
+            dir: PathBuf::new(),
+            nic: None,
+            user: None,
+            cgroup: Some(cgroup.path().to_owned()),
+            io_max: io,
+            disks: vec![],
+        };
+        limit_again(&launch, launch.shape(), 64).expect("writes");
+        assert_eq!(fs::read_to_string(&file).expect("there"), lifted);
     }
 
     #[test]

@@ -368,10 +368,11 @@ fn limits(launch: &Launch, shape: VmShape, overhead_mib: u32) -> Limits {
     }
 }
 
-/// Has the processes of a machine that runs take what goes with this shape, and no more.
+/// Has the processes of a machine that runs take what goes with this shape, and no more. Their use of the disk stays limited as it is: that
+/// does not go with a shape, and is lifted once a machine is to end.
 pub(super) fn limit_again(launch: &Launch, shape: VmShape, overhead_mib: u32) -> io::Result<()> {
     let cgroup = launch.cgroup.clone().map(Cgroup::at);
-    cgroup.map_or(Ok(()), |cgroup| cgroup.limit(limits(launch, shape, overhead_mib)))
+    cgroup.map_or(Ok(()), |cgroup| cgroup.limit(Limits { io: None, ..limits(launch, shape, overhead_mib) }))
 }
 
 /// Where a launch's processes run.

@@ -186,10 +186,11 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Gives a machine that runs another shape, at most [`Hypervisor::most`] of what `launch` says, and says what it has then: memory is
     /// not taken back. Again changes nothing. A caller that drops the future before its end does not know what the machine has: it must
-    /// call again.
-    async fn resize(&self, _: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
+    /// call again. `room`: the largest shape that it may have, `to` included. What is limited does not say its limits: a machine that claims
+    /// more is refused.
+    async fn resize(&self, _: &Launch, _: VmShape, _: VmShape) -> Result<VmShape, ResizeError> {
         let problem = format!("the driver \"{}\" can't change a machine that runs", self.name());
-        Err(ResizeError { problem, has: None })
+        Err(ResizeError { problem, has: None, told: None })
     }
 }
 
@@ -367,6 +368,9 @@ pub struct ResizeError {
     pub problem: String,
     /// The shape that it has now; `None`: nobody can tell.
     pub has: Option<VmShape>,
+    /// To how many vCPUs it was told to come, where its guest may have to let go of others still: as long as it does not, it has those, so
+    /// that `has` is what it has at least.
+    pub told: Option<u32>,
 }
 
 fn list(names: &[String]) -> String {

@@ -37,9 +37,9 @@ pub(super) trait Boot: Clone + Send + Sync + 'static {
     }
 
     /// See [`Hypervisor::resize`].
-    async fn resize(_: &Launch, _: VmShape) -> Result<VmShape, ResizeError> {
+    async fn resize(_: &Launch, _: VmShape, _: VmShape) -> Result<VmShape, ResizeError> {
         let problem = format!("the driver \"{}\" can't change a machine that runs", Self::KIND.driver);
-        Err(ResizeError { problem, has: None })
+        Err(ResizeError { problem, has: None, told: None })
     }
 }
 
@@ -110,7 +110,7 @@ where
         B::most(shape)
     }
 
-    async fn resize(&self, launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
-        B::resize(launch, to).await
+    async fn resize(&self, launch: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
+        B::resize(launch, to, room).await
     }
 }

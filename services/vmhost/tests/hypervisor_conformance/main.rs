@@ -1053,7 +1053,8 @@ async fn a_machine_that_runs_has_other_cpus_and_more_memory_where_its_driver_can
         return resize(&bed, &launch, machine).await;
     }
     assert_eq!(driver.most(launch.shape()), None);
-    let error = driver.resize(&launch, VmShape { vcpus: 2, memory_mib: 384 }).await.expect_err("it can't");
+    let error =
+        driver.resize(&launch, VmShape { vcpus: 2, memory_mib: 384 }, launch.shape()).await.expect_err("it can't");
     assert_eq!(error.to_string(), format!("the driver \"{}\" can't change a machine that runs", driver.name()));
     end(&machine).await;
 }
@@ -1061,7 +1062,8 @@ async fn a_machine_that_runs_has_other_cpus_and_more_memory_where_its_driver_can
 /// Gives a machine other shapes, and looks at them from inside the guest.
 async fn resize(bed: &Bed, launch: &Launch, machine: Arc<dyn Machine>) {
     let shape = |vcpus, memory_mib| VmShape { vcpus, memory_mib };
-    let give = async |driver: &Arc<dyn Hypervisor>, to| within(BOOT, "resize", driver.resize(launch, to)).await;
+    let give =
+        async |driver: &Arc<dyn Hypervisor>, to| within(BOOT, "resize", driver.resize(launch, to, shape(5, 768))).await;
     let limit = |file: &str| {
         let file = launch.cgroup.as_ref()?.join(file);
         fs::read_to_string(file).ok().map(|value| value.trim().to_owned())

@@ -37,6 +37,10 @@ pub struct State {
     pub heartbeat_ms: u32,
     /// What jobs were given, as it is stored.
     pub inputs: BTreeMap<String, common::JobInput>,
+    /// The id of each report of a VM's shape, whether or not it was up.
+    pub resize_ids: Vec<String>,
+    /// Whether it is of a version that records no shapes.
+    pub records_no_shapes: bool,
 }
 
 impl FakeRegistry {
@@ -307,7 +311,12 @@ impl RegistryService for FakeRegistry {
     }
     async fn resize_vm(&self, request: Request<pb::ResizeVmRequest>) -> Answer<pb::ResizeVmResponse> {
         let request = request.into_inner();
-        let vm = self.up()?.resize(&request)?;
+        self.state().resize_ids.push(request.request_id.clone());
+        let mut state = self.up()?;
+        if state.records_no_shapes {
+            return Err(Status::unimplemented(""));
+        }
+        let vm = state.resize(&request)?;
         Ok(Response::new(pb::ResizeVmResponse { vm: Some(vm) }))
     }
     type QueryStream = BoxStream<'static, Result<pb::QueryResponse, Status>>;

@@ -26,8 +26,16 @@ pub struct Resizes {
     pub asked: Mutex<Vec<VmShape>>,
     /// While it is closed nothing comes of anything.
     pub open: watch::Sender<bool>,
-    /// Failures to come, each with what the machine has then.
-    pub failures: Mutex<VecDeque<Option<VmShape>>>,
+    /// Failures to come.
+    failures: Mutex<VecDeque<ResizeError>>,
+}
+
+impl Resizes {
+    /// The next one fails; the machine has this then, and was told to have so many vCPUs.
+    pub fn fail(&self, has: Option<VmShape>, told: Option<u32>) {
+        let error = ResizeError { problem: "it fails for the test".to_owned(), has, told };
+        self.failures.lock().expect("whole").push_back(error);
+    }
 }
 
 impl Default for Resizes {
@@ -78,12 +86,13 @@ impl Hypervisor for Passing {
         self.resizes.as_ref().map(|_| VmShape { vcpus: 4 * shape.vcpus, memory_mib: 4 * shape.memory_mib })
     }
 
-    async fn resize(&self, _: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
+    async fn resize(&self, _: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
         let resizes = self.resizes.as_ref().expect("they can be");
+        assert_eq!(to.max(room), room, "there is room for it");
         resizes.asked.lock().expect("whole").push(to);
         let _ = resizes.open.subscribe().wait_for(|open| *open).await;
         match resizes.failures.lock().expect("whole").pop_front() {
-            Some(has) => Err(ResizeError { problem: "it fails for the test".to_owned(), has }),
+            Some(error) => Err(error),
             None => Ok(to),
         }
     }

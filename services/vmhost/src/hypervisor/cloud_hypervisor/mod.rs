@@ -257,8 +257,8 @@ impl vmm::Boot for Boot {
         Some(resize::most(shape))
     }
 
-    async fn resize(launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
-        resize::resize(launch, to).await
+    async fn resize(launch: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
+        resize::resize(launch, to, room).await
     }
 }
 

@@ -25,8 +25,9 @@ use super::{
 };
 use crate::driver::with_sources;
 
-/// How long a guest may take to let its vCPUs go: a second, and the rest for a loaded host.
-const LET_GO_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a guest may take to let its vCPUs go: a second, and the rest for a loaded host. Twice this, for what it still had to let go
+/// before, too, is less than a caller waits.
+const LET_GO_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks whether it has.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
@@ -38,50 +39,125 @@ pub(super) fn most(shape: VmShape) -> VmShape {
 }
 
 /// See [`super::super::Hypervisor::resize`].
-pub(super) async fn resize(launch: &Launch, to: VmShape) -> Result<VmShape, ResizeError> {
-    let unknown = |error: &dyn std::error::Error| ResizeError { problem: with_sources(error), has: None };
-    let sockets = SocketDir::open(&own_dir(launch)).map_err(|error| unknown(&error))?;
+pub(super) async fn resize(launch: &Launch, to: VmShape, room: VmShape) -> Result<VmShape, ResizeError> {
+    resize_within(launch, to, room, LET_GO_PATIENCE).await
+}
+
+async fn resize_within(
+    launch: &Launch,
+    to: VmShape,
+    room: VmShape,
+    patience: Duration,
+) -> Result<VmShape, ResizeError> {
+    let unknown = |problem| ResizeError { problem, has: None, told: None };
+    let sockets = SocketDir::open(&own_dir(launch)).map_err(|error| unknown(with_sources(&error)))?;
     let api = Api::within(sockets, API_SOCKET);
-    let mut has = api.info().await.map_err(|error| unknown(&error))?.shape();
-    // One that its guest is still to let go would be counted now and go afterwards.
-    let settled = have_vcpus(&api, has).await;
-    settled.map_err(|problem| ResizeError { problem, has: None })?;
-    let changed = change(&api, launch, &mut has, to).await;
-    let limited = limit_again(launch, has, OVERHEAD_MIB).map_err(cgroup_problem);
-    changed.and(limited).map_err(|problem| ResizeError { problem, has: Some(has) })?;
+    let mut has = api.info().await.map_err(|error| unknown(with_sources(&error)))?.shape();
+    // Limits follow from it: whoever is limited does not say how.
+    believe(launch, has, room).map_err(unknown)?;
+    let changed = change(&api, launch, &mut has, to, patience).await;
+    let told = match changed {
+        Err(Failure::Unknown(problem)) => return Err(unknown(problem)),
+        Err(Failure::Keeps { told, .. }) => Some(told),
+        Err(Failure::Refused(_)) | Ok(()) => None,
+    };
+    // While it keeps vCPUs it may run them.
+    let vcpus = if told.is_some() { has.vcpus.max(to.vcpus) } else { has.vcpus };
+    let limited = limit_again(launch, VmShape { vcpus, ..has }, OVERHEAD_MIB).map_err(cgroup_problem);
+    let changed = changed.map_err(Failure::into_problem);
+    changed.and(limited).map_err(|problem| ResizeError { problem, has: Some(has), told })?;
     Ok(has)
 }
 
-/// Changes one thing after the other, first what may fail; `has`: what has been done.
-async fn change(api: &Api, launch: &Launch, has: &mut VmShape, to: VmShape) -> Result<(), String> {
+/// Whether the machine can have what its hypervisor, which its guest may have taken over, says that it has.
+fn believe(launch: &Launch, has: VmShape, room: VmShape) -> Result<(), String> {
+    let least = VmShape { vcpus: 1, ..launch.shape() };
+    if has.max(least) == has && has.max(room) == room {
+        return Ok(());
+    }
+    Err(format!("its hypervisor is not to be trusted: it says {has}, which is not within {least} and {room}"))
+}
+
+/// Why a machine has not all that it was to be given.
+#[derive(Debug)]
+enum Failure {
+    /// It was not done.
+    Refused(String),
+    /// It was told to have so many vCPUs, and its guest keeps more: it may let them go at any time.
+    Keeps { told: u32, problem: String },
+    /// It may have been done, or be done later.
+    Unknown(String),
+}
+
+impl Failure {
+    fn into_problem(self) -> String {
+        match self {
+            Self::Refused(problem) | Self::Keeps { problem, .. } | Self::Unknown(problem) => problem,
+        }
+    }
+}
+
+/// A refusal alone tells that nothing was done.
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        let problem = with_sources(&error);
+        match error {
+            ApiError::Refused { .. } => Self::Refused(problem),
+            ApiError::Late { .. } | ApiError::Unreachable { .. } | ApiError::Nonsense { .. } => Self::Unknown(problem),
+        }
+    }
+}
+
+/// Changes one thing after the other, first what no guest can hold up; `has`: what has been done.
+async fn change(api: &Api, launch: &Launch, has: &mut VmShape, to: VmShape, patience: Duration) -> Result<(), Failure> {
+    // What it has may not be all yet: its guest may still have to let go of vCPUs.
+    let open = |problem, told| Failure::Keeps { told, problem };
     // Before it grows: what it has it must be able to take.
-    limit_again(launch, has.max(to), OVERHEAD_MIB).map_err(cgroup_problem)?;
+    limit_again(launch, has.max(to), OVERHEAD_MIB).map_err(|error| open(cgroup_problem(error), has.vcpus))?;
     if to.memory_mib > has.memory_mib {
-        api.resize(&ResizeConfig::memory(to)).await.map_err(|error| with_sources(&error))?;
+        let grown = api.resize(&ResizeConfig::memory(to)).await.map_err(Failure::from);
+        grown.map_err(|failure| match failure {
+            Failure::Refused(problem) => open(problem, has.vcpus),
+            Failure::Keeps { .. } | Failure::Unknown(_) => failure,
+        })?;
         has.memory_mib = to.memory_mib;
     }
+    // One that its guest is still to let go would be counted now and go afterwards.
+    have_vcpus(api, *has, patience).await?;
     if to.vcpus != has.vcpus {
-        api.resize(&ResizeConfig::vcpus(to)).await.map_err(|error| with_sources(&error))?;
-        have_vcpus(api, to).await?;
+        api.resize(&ResizeConfig::vcpus(to)).await?;
+        have_vcpus(api, to, patience).await?;
         has.vcpus = to.vcpus;
     }
     Ok(())
 }
 
 /// Waits until the machine has as many vCPUs as it was told to have last.
-async fn have_vcpus(api: &Api, shape: VmShape) -> Result<(), String> {
-    let deadline = Instant::now() + LET_GO_PATIENCE;
+async fn have_vcpus(api: &Api, shape: VmShape, patience: Duration) -> Result<(), Failure> {
+    let deadline = Instant::now() + patience;
     loop {
-        match api.resize(&ResizeConfig::vcpus(shape)).await {
+        let error = match api.resize(&ResizeConfig::vcpus(shape)).await {
             Ok(()) => return Ok(()),
-            Err(ApiError::Refused { status: StatusCode::TOO_MANY_REQUESTS, .. }) if Instant::now() < deadline => {
+            Err(error) => error,
+        };
+        match error {
+            ApiError::Refused { status: StatusCode::TOO_MANY_REQUESTS, .. } if Instant::now() < deadline => {
                 tokio::time::sleep(ASK_AGAIN_AFTER).await;
             }
-            Err(ApiError::Refused { status: StatusCode::TOO_MANY_REQUESTS, .. }) => {
-                let seconds = LET_GO_PATIENCE.as_secs();
-                return Err(format!("its guest does not let go of vCPUs that are taken from it (after {seconds} s)"));
+            ApiError::Refused { status, .. } => {
+                let problem = if status == StatusCode::TOO_MANY_REQUESTS {
+                    format!(
+                        "its guest does not let go of vCPUs that are taken from it (after {} s)",
+                        patience.as_secs()
+                    )
+                } else {
+                    with_sources(&error)
+                };
+                return Err(Failure::Keeps { told: shape.vcpus, problem });
             }
-            Err(error) => return Err(with_sources(&error)),
+            ApiError::Late { .. } | ApiError::Unreachable { .. } | ApiError::Nonsense { .. } => {
+                return Err(error.into());
+            }
         }
     }
 }
@@ -104,8 +180,14 @@ mod tests {
 
     use super::{super::api_tests::receive, *};
 
+    /// A launch whose cgroup is a directory like any other.
     fn launch(dir: &Path) -> Launch {
         fs::create_dir(dir.join("run")).expect("mkdir");
+        let cgroup = dir.join("cgroup");
+        fs::create_dir(&cgroup).expect("mkdir");
+        for file in ["cpu.max", "memory.max", "io.max"] {
+            fs::write(cgroup.join(file), "untouched").expect("writes");
+        }
         Launch {
             vm_id: VmId::random(),
             image: "default".to_owned(),
@@ -115,24 +197,39 @@ mod tests {
             nic: None,
             user: None,
             io_max: None,
-            cgroup: None,
+            cgroup: Some(cgroup),
             disks: vec![],
         }
     }
 
-    /// A hypervisor whose VM has so much and that gives these answers, one after the other, to `vm.resize`; what it was asked.
+    /// Its limits, as far as they were written: those for so many vCPUs and so much memory.
+    fn limits(launch: &Launch) -> [String; 3] {
+        let cgroup = launch.cgroup.as_ref().expect("it has one");
+        ["cpu.max", "memory.max", "io.max"].map(|file| fs::read_to_string(cgroup.join(file)).expect("reads"))
+    }
+
+    fn limits_of(shape: VmShape) -> [String; 3] {
+        let memory = u64::from(shape.memory_mib + shape.memory_mib / 128 + OVERHEAD_MIB) << 20;
+        [format!("{} 100000", (shape.vcpus + 1) * 100_000), memory.to_string(), "untouched".to_owned()]
+    }
+
+    /// A hypervisor whose VM has so much and that gives these answers, one after the other, to `vm.resize`; what it was asked. 0: it hangs
+    /// up.
     fn hypervisor(launch: &Launch, has: VmShape, answers: &[u16]) -> JoinHandle<Vec<String>> {
         let listener = UnixListener::bind(launch.dir.join("run").join(API_SOCKET)).expect("binds");
         let memory = u64::from(has.memory_mib) << 20;
         let info = format!(r#"{{"config":{{"cpus":{{"boot_vcpus":{}}},"memory":{{"size":{memory}}}}}}}"#, has.vcpus);
-        let info = format!("200 OK\r\nContent-Length: {}\r\n\r\n{info}", info.len());
-        let answers = answers.iter().map(|status| format!("{status} Told\r\nContent-Length: 0\r\n\r\n"));
+        let info = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{info}", info.len());
+        let answers = answers.iter().map(|status| match status {
+            0 => String::new(),
+            _ => format!("HTTP/1.1 {status} Told\r\nContent-Length: 0\r\n\r\n"),
+        });
         let answers: Vec<String> = [info].into_iter().chain(answers).collect();
         std::thread::spawn(move || {
             let asked = answers.into_iter().map(|answer| {
                 let (mut stream, _) = listener.accept().expect("accepts");
                 let request = receive(&stream).request;
-                stream.write_all(format!("HTTP/1.1 {answer}").as_bytes()).expect("answers");
+                stream.write_all(answer.as_bytes()).expect("answers");
                 request.split_once("\r\n\r\n").expect("a request").1.to_owned()
             });
             asked.skip(1).collect()
@@ -143,18 +240,24 @@ mod tests {
         format!(r#"{{"desired_vcpus":{count}}}"#)
     }
 
+    fn memory(mib: u64) -> String {
+        format!(r#"{{"desired_ram":{}}}"#, mib << 20)
+    }
+
+    const HAS: VmShape = VmShape { vcpus: 2, memory_mib: 256 };
+    const ROOM: VmShape = VmShape { vcpus: 4, memory_mib: 512 };
+
     #[tokio::test]
     async fn memory_comes_first_and_a_vcpu_that_is_taken_away_is_waited_for() {
         let dir = tempfile::tempdir().expect("tempdir");
         let launch = launch(dir.path());
-        let has = VmShape { vcpus: 2, memory_mib: 256 };
-        // The guest of an earlier time lets go, memory comes, a vCPU is told to go, and goes at the third look.
-        let asked = hypervisor(&launch, has, &[429, 204, 204, 204, 429, 429, 204]);
+        // Memory comes, the guest of an earlier time lets go, a vCPU is told to go, and goes at the third look.
+        let asked = hypervisor(&launch, HAS, &[204, 429, 204, 204, 429, 429, 204]);
         let to = VmShape { vcpus: 1, memory_mib: 384 };
-        assert_eq!(resize(&launch, to).await.expect("resizes"), to);
-        let memory = format!(r#"{{"desired_ram":{}}}"#, 384 << 20);
-        let [two, one] = [vcpus(2), vcpus(1)];
-        assert_eq!(asked.join().expect("asked"), [&two, &two, &memory, &one, &one, &one, &one].map(Clone::clone));
+        assert_eq!(resize(&launch, to, ROOM).await.expect("resizes"), to);
+        let (memory, [two, one]) = (memory(384), [vcpus(2), vcpus(1)]);
+        assert_eq!(asked.join().expect("asked"), [&memory, &two, &two, &one, &one, &one, &one].map(Clone::clone));
+        assert_eq!(limits(&launch), limits_of(to));
     }
 
     #[tokio::test]
@@ -163,24 +266,76 @@ mod tests {
         let launch = launch(dir.path());
         let has = VmShape { vcpus: 2, memory_mib: 512 };
         let asked = hypervisor(&launch, has, &[204]);
-        assert_eq!(resize(&launch, VmShape { memory_mib: 384, ..has }).await.expect("is so"), has);
+        assert_eq!(resize(&launch, VmShape { memory_mib: 384, ..has }, ROOM).await.expect("is so"), has);
         assert_eq!(asked.join().expect("asked"), [vcpus(2)]);
     }
 
     #[tokio::test]
-    async fn what_was_done_before_something_failed_is_told() {
+    async fn what_was_done_before_something_was_refused_is_told() {
         let to = VmShape { vcpus: 3, memory_mib: 384 };
-        let has = VmShape { vcpus: 2, memory_mib: 256 };
-        for (answers, left) in
-            [(&[500][..], None), (&[204, 500], Some(has)), (&[204, 204, 500], Some(VmShape { memory_mib: 384, ..has }))]
-        {
+        let grown = VmShape { memory_mib: 384, ..HAS };
+        // Before anybody has asked for them, nobody can tell whether the vCPUs are all let go.
+        for (answers, has, told, limit) in [
+            (&[500][..], HAS, Some(2), VmShape { vcpus: 3, ..HAS }),
+            (&[204, 500], grown, Some(2), to),
+            (&[204, 204, 500], grown, None, grown),
+        ] {
             let dir = tempfile::tempdir().expect("tempdir");
             let launch = launch(dir.path());
-            let asked = hypervisor(&launch, has, answers);
-            let error = resize(&launch, to).await.expect_err("it fails");
-            assert_eq!(error.has, left, "{error}");
+            let asked = hypervisor(&launch, HAS, answers);
+            let error = resize(&launch, to, ROOM).await.expect_err("it fails");
+            assert_eq!((error.has, error.told), (Some(has), told), "{error}");
             assert!(error.to_string().starts_with("vm.resize was refused with status 500"), "{error}");
+            assert_eq!(limits(&launch), limits_of(limit), "{answers:?}");
             assert_eq!(asked.join().expect("asked").len(), answers.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_not_answered_may_be_done_yet_and_its_limits_stay() {
+        let to = VmShape { vcpus: 1, memory_mib: 384 };
+        for answers in [&[0][..], &[204, 0], &[204, 204, 0], &[204, 204, 204, 0]] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let launch = launch(dir.path());
+            let asked = hypervisor(&launch, HAS, answers);
+            let error = resize(&launch, to, ROOM).await.expect_err("it fails");
+            assert_eq!((error.has, error.told), (None, None), "{error}");
+            assert!(error.to_string().starts_with("vm.resize could not be made"), "{error}");
+            assert_eq!(limits(&launch), limits_of(HAS.max(to)));
+            assert_eq!(asked.join().expect("asked").len(), answers.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_keeps_its_vcpus_keeps_no_memory_away() {
+        // It was told to let two go, before or now.
+        for (told, to, answers) in [(2, 4, &[204, 429][..]), (4, 2, &[204, 204, 204, 429]), (2, 2, &[204, 429])] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let launch = launch(dir.path());
+            let asked = hypervisor(&launch, VmShape { vcpus: told, ..HAS }, answers);
+            let to = VmShape { vcpus: to, memory_mib: 384 };
+            let error = resize_within(&launch, to, ROOM, Duration::ZERO).await.expect_err("it keeps them");
+            assert_eq!((error.has, error.told), (Some(VmShape { vcpus: told, ..to }), Some(2)), "{error}");
+            assert!(error.to_string().starts_with("its guest does not let go of vCPUs"), "{error}");
+            assert_eq!(limits(&launch), limits_of(VmShape { vcpus: told.max(to.vcpus), ..to }));
+            assert_eq!(asked.join().expect("asked").len(), answers.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hypervisor_does_not_say_what_its_limits_are() {
+        let shape = |vcpus, memory_mib| VmShape { vcpus, memory_mib };
+        for says in [shape(u32::MAX, 256), shape(5, 256), shape(0, 256), shape(2, 255), shape(2, 513)] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let launch = launch(dir.path());
+            let asked = hypervisor(&launch, says, &[]);
+            let error = resize(&launch, shape(1, 384), ROOM).await.expect_err("nobody believes it");
+            assert_eq!((error.has, error.told), (None, None), "{error}");
+            let words = "which is not within 1 vCPUs, 256 MiB and 4 vCPUs, 512 MiB";
+            let words = format!("its hypervisor is not to be trusted: it says {says}, {words}");
+            assert_eq!(error.to_string(), words);
+            assert_eq!(limits(&launch), ["untouched"; 3]);
+            assert_eq!(asked.join().expect("asked"), [""; 0]);
         }
     }
 
@@ -191,12 +346,12 @@ mod tests {
         let other = dir.path().join("other");
         let listener = UnixListener::bind(&other).expect("binds");
         symlink(&other, dir.path().join("run").join(API_SOCKET)).expect("links");
-        let error = resize(&launch, launch.shape()).await.expect_err("a link");
+        let error = resize(&launch, launch.shape(), ROOM).await.expect_err("a link");
         assert!(error.to_string().contains("api is no socket") && error.has.is_none(), "{error}");
         listener.set_nonblocking(true).expect("sets");
         assert!(listener.accept().is_err(), "nobody came");
         fs::remove_dir_all(dir.path().join("run")).expect("removes");
-        assert_eq!(resize(&launch, launch.shape()).await.expect_err("gone").has, None);
+        assert_eq!(resize(&launch, launch.shape(), ROOM).await.expect_err("gone").has, None);
     }
 
     #[test]

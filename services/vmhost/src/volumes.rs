@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     absent::gone,
+    blocking::blocking,
     disk::{
         directory::{Directory, Listing, Special},
         erofs::Plan,
@@ -195,8 +196,7 @@ impl VolumeStore {
                 }
                 Source::ScratchMib(mib) => {
                     let (mib, file) = (*mib, own.clone());
-                    let made = tokio::task::spawn_blocking(move || make_scratch(&file, mib)).await;
-                    made.map_err(io::Error::other).flatten().map_err(VolumeError::Scratch)?;
+                    blocking(move || make_scratch(&file, mib)).await.map_err(VolumeError::Scratch)?;
                     (own, "ext4", false)
                 }
             };

@@ -33,6 +33,8 @@ use tokio::{
     time::Instant,
 };
 
+use crate::blocking::blocking;
+
 use super::{
     AGENT_PORT, Console, Disk, GROWTH, Launch, LaunchError, Machine, MachineExit, ProcessExit,
     cgroup::{Cgroup, Limits},
@@ -331,7 +333,7 @@ impl Starting {
         let roots: Vec<ProcessId> = processes.iter().map(|(_, process)| process.id).collect();
         let marks = Marks::new(launch.vm_id, &launch.dir);
         let within = cgroup.clone();
-        let find = move || if kind.has_children { marks.find(&roots) } else { still_running(&roots, within.as_ref()) };
+        let find = move || running(kind, &marks, &roots, within.as_ref());
         if let Some(cgroup) = &cgroup {
             cgroup.kill();
         }
@@ -410,6 +412,11 @@ fn disks_of_others(launch: &Launch) -> impl Iterator<Item = PathBuf> {
     launch.disks.iter().filter(|disk| !disk.path.starts_with(&launch.dir)).map(|disk| disk.path.clone())
 }
 
+/// A machine's processes that run, those too that its own have started. Blocking where it has such: all of /proc is looked through.
+fn running(kind: Kind, marks: &Marks, processes: &[ProcessId], cgroup: Option<&Cgroup>) -> Vec<ProcessId> {
+    if kind.has_children { marks.find(processes) } else { still_running(processes, cgroup) }
+}
+
 /// Those of these processes that run, and whatever is in the cgroup.
 fn still_running(processes: &[ProcessId], cgroup: Option<&Cgroup>) -> Vec<ProcessId> {
     let runs = |id: &ProcessId| procfs::stat(id.pid).is_some_and(|stat| stat.id == *id && !stat.dead);
@@ -421,7 +428,7 @@ fn still_running(processes: &[ProcessId], cgroup: Option<&Cgroup>) -> Vec<Proces
 /// Removes a cgroup that is empty.
 async fn remove(cgroup: Option<Cgroup>) -> io::Result<()> {
     let Some(cgroup) = cgroup else { return Ok(()) };
-    tokio::task::spawn_blocking(move || cgroup.remove()).await?
+    blocking(move || cgroup.remove()).await
 }
 
 fn without_core_dumps(process: ProcessId) {
@@ -597,8 +604,7 @@ impl Core {
     /// What the kernel has counted for it. Blocking.
     fn count(&self) -> VmUsage {
         let roots: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
-        let processes =
-            if self.kind.has_children { self.marks.find(&roots) } else { still_running(&roots, self.cgroup.as_ref()) };
+        let processes = running(self.kind, &self.marks, &roots, self.cgroup.as_ref());
         let network = self.tap.as_deref().and_then(usage::of_tap);
         VmUsage { network, ..usage::of_machine(&processes, self.cgroup.as_ref()) }
     }
@@ -613,11 +619,11 @@ impl Core {
     /// The machine's processes that run now, those too that its processes started.
     async fn find(&self) -> Vec<ProcessId> {
         let roots: Vec<ProcessId> = self.processes.iter().map(|process| process.id).collect();
-        if !self.kind.has_children {
-            return still_running(&roots, self.cgroup.as_ref());
+        let (kind, marks, cgroup) = (self.kind, self.marks.clone(), self.cgroup.clone());
+        if !kind.has_children {
+            return running(kind, &marks, &roots, cgroup.as_ref());
         }
-        let marks = self.marks.clone();
-        tokio::task::spawn_blocking(move || marks.find(&roots)).await.unwrap_or_default()
+        tokio::task::spawn_blocking(move || running(kind, &marks, &roots, cgroup.as_ref())).await.unwrap_or_default()
     }
 
     /// Sends SIGKILL to everything. What a process started is found while that process still runs to tell of it.
@@ -704,8 +710,7 @@ impl Core {
             tokio::time::sleep(ACCEPT_RETRY).await;
         }
         let core = Arc::clone(&self);
-        let taken = tokio::task::spawn_blocking(move || core.take_back()).await.map_err(io::Error::from).flatten();
-        if let Err(error) = taken {
+        if let Err(error) = blocking(move || core.take_back()).await {
             tracing::error!(driver = self.kind.driver, %error, "a machine keeps the directory that it runs in, and is ended");
             let _ = self.why.set("the directory that it runs in could not be taken back");
             return self.kill().await;

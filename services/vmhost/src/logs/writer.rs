@@ -17,6 +17,8 @@ use std::{
 use blixard::{pb::common::v1 as pb, time::Timestamp};
 use tokio::sync::watch;
 
+use crate::blocking::blocking;
+
 use super::{
     EndRecord, LogLimits, LogState,
     record::{self, Kind},
@@ -123,8 +125,7 @@ impl LogWriter {
         record::encode(&mut self.buffer, Kind::End, self.next, end.finished_at, &data);
         self.write(self.next)?;
         let file = self.file.take();
-        let synced = tokio::task::spawn_blocking(move || file.map_or(Ok(()), |file| file.sync_data()));
-        synced.await.map_err(io::Error::other)?
+        blocking(move || file.map_or(Ok(()), |file| file.sync_data())).await
     }
 
     /// Writes the buffer; the log then goes on at `next`.

@@ -26,10 +26,7 @@ use tokio::{
     net::UnixStream,
 };
 
-use super::{
-    super::socket::SocketDir,
-    config::{BYTES_PER_MIB, NetConfig, ResizeConfig, RestoreConfig, SnapshotConfig, VmConfig},
-};
+use super::config::{BYTES_PER_MIB, NetConfig, ResizeConfig, RestoreConfig, SnapshotConfig, VmConfig};
 
 /// How long a call may take that only changes what the hypervisor knows: milliseconds, and the rest for a loaded host.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -117,25 +114,14 @@ impl Info {
 /// One hypervisor's API.
 #[derive(Debug)]
 pub(super) struct Api {
-    socket: Place,
-}
-
-/// Where a socket is.
-#[derive(Debug)]
-enum Place {
-    At(PathBuf),
-    In(SocketDir, &'static str),
+    socket: PathBuf,
 }
 
 impl Api {
-    /// The API behind this socket, of a hypervisor that no guest has met.
+    /// The API behind this socket. That of a hypervisor that has met a guest is held ([`super::super::socket::SocketDir::hold`]): it may have
+    /// become hostile, and lay a link in its place.
     pub(super) fn new(socket: PathBuf) -> Self {
-        Self { socket: Place::At(socket) }
-    }
-
-    /// The API behind the socket of this name. The hypervisor may have become hostile: no link of its is followed.
-    pub(super) fn within(sockets: SocketDir, name: &'static str) -> Self {
-        Self { socket: Place::In(sockets, name) }
+        Self { socket }
     }
 
     pub(super) async fn info(&self) -> Result<Info, ApiError> {
@@ -221,11 +207,7 @@ impl Api {
         let name = call.name;
         let lost = |source| ApiError::Unreachable { call: name, source };
         let hung_up = |error: hyper::Error| lost(io::Error::other(error));
-        let stream = match &self.socket {
-            Place::At(path) => UnixStream::connect(path).await,
-            Place::In(sockets, name) => sockets.connect(name).await,
-        };
-        let stream = stream.map_err(lost)?;
+        let stream = UnixStream::connect(&self.socket).await.map_err(lost)?;
         let carrier = TokioIo::new(Carrier { stream, descriptors: call.descriptors });
         let (mut sender, connection) = hyper::client::conn::http1::handshake(carrier).await.map_err(hung_up)?;
         let request = Request::builder()

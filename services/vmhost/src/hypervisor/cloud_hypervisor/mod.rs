@@ -186,7 +186,8 @@ async fn save_running(machine: &dyn Machine, launch: &Launch) -> Result<(), Laun
     let knock = own.join(format!("{VSOCK_SOCKET}_{AGENT_PORT}"));
     template::until_ready(machine, |_| !knock.exists()).await?;
     let sockets = SocketDir::open(&own).map_err(cannot("open the machine's directory"))?;
-    let api = Api::within(sockets, API_SOCKET);
+    let socket = sockets.hold(API_SOCKET).map_err(cannot("reach the hypervisor's API"))?;
+    let api = Api::new(socket.path());
     api.pause().await.map_err(failed("pause the VM"))?;
     api.snapshot(&SnapshotConfig::new(SAVED)).await.map_err(failed("save the VM"))
 }

@@ -51,7 +51,9 @@ async fn resize_within(
 ) -> Result<VmShape, ResizeError> {
     let unknown = |problem| ResizeError { problem, has: None, told: None };
     let sockets = SocketDir::open(&own_dir(launch)).map_err(|error| unknown(with_sources(&error)))?;
-    let api = Api::within(sockets, API_SOCKET);
+    // Held, for the hypervisor may have become hostile: no link of its is followed.
+    let socket = sockets.hold(API_SOCKET).map_err(|error| unknown(with_sources(&error)))?;
+    let api = Api::new(socket.path());
     let mut has = api.info().await.map_err(|error| unknown(with_sources(&error)))?.shape();
     // Limits follow from it: whoever is limited does not say how.
     believe(launch, has, room).map_err(unknown)?;
